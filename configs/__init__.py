@@ -1,0 +1,1 @@
+"""Configs: plain files to copy; each documents its run."""

@@ -1,0 +1,158 @@
+"""The fields that every run has, each with its meaning. A run's file changes what it needs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults of all fields."""
+    config = ConfigDict()
+    # Seed of initialisation, data order and negatives.
+    config.seed = 0
+    # Training steps of the run.
+    config.total_steps = 1000
+    # Devices to use, in the order of jax.local_devices(); 0 for all.
+    config.num_devices = 0
+
+    config.data = data = ConfigDict()
+    # Data set: "shapes" (generated) or "fashion_products" (needs data_dir).
+    data.dataset = "shapes"
+    # Variant of a generated data set: "plain", "hard", "smoke" or "hard_smoke".
+    data.variant = "plain"
+    # Directory of the raw data, for data sets that are not generated; also --data_dir.
+    data.data_dir = ""
+    # Directory of prepared data sets (TFDS); a data set is prepared on first use.
+    data.prepared_dir = "~/.cache/dqe_jax"
+    # Pixels a side; images are stored and used at this size.
+    data.image_size = 64
+    # Share of the raw data that may be lost to missing or corrupt photos.
+    data.max_bad_fraction = 0.01
+    # Keep decoded images in memory once read: gallery images x image_size^2 x 3 bytes.
+    data.cache_images = True
+    # Threads that read images.
+    data.num_threads = 2
+    # Augmentation of training images: "none", "flip" or "flip_shift".
+    data.augment = "none"
+    # Longest modification text, in tokens; longer ones are cut, counted and reported.
+    data.max_length = 16
+    # File with the words of each attribute; "" for dqe_jax/data/lexicon.txt.
+    data.lexicon = ""
+
+    # A batch over all devices: references x queries_per_reference queries. Both the references and
+    # the targets are candidates of the in-batch terms.
+    config.batch = batch = ConfigDict()
+    batch.references = 32
+    batch.queries_per_reference = 4
+
+    config.model = model = ConfigDict()
+    # Backbone: "tiny".
+    model.backbone = "tiny"
+    # Compute dtype of matrix products: "float32" or "bfloat16". Parameters are float32.
+    model.dtype = "float32"
+    # Temperature at the start; it is learned.
+    model.initial_tau = 0.07
+    model.tiny = tiny = ConfigDict()
+    # Brightness of the background (becomes 0), and the unit of brightness, of 0 to 255.
+    tiny.pixel_mean = 222.0
+    tiny.pixel_std = 64.0
+    # Pixels a side of a patch.
+    tiny.patch_size = 16
+    # Width of the tokens, and attention heads.
+    tiny.width = 128
+    tiny.heads = 4
+    # Blocks of the image encoder, the text encoder and the composer.
+    tiny.image_depth = 4
+    tiny.text_depth = 2
+    tiny.composer_depth = 2
+    # Width of a token inside the embedding heads, and of the embeddings.
+    tiny.token_dim = 64
+    tiny.embed_dim = 256
+    # Dropout on patch and word embeddings.
+    tiny.dropout = 0.0
+    model.attributes = attributes = ConfigDict()
+    # Attribute weighting (method, section 1); without it the model is the plain composer.
+    attributes.enabled = True
+    # Names of the attributes; each is a section of the lexicon.
+    attributes.names = ("color", "shape")
+    # Weights: "sigmoid" (independent) or "softmax" (they sum to 1).
+    attributes.activation = "sigmoid"
+
+    # Mined negatives (method, section 2), on top of the in-batch term.
+    config.negatives = negatives = ConfigDict()
+    # Rule: "trns" (mid-zone), "random", "hardest", or "in_batch" (none is mined: InfoNCE).
+    negatives.rule = "trns"
+    # Negatives drawn for each query.
+    negatives.per_query = 16
+    # Unit of the bounds of the mid-zone: "absolute" (values of delta), "quantile" (of the query's
+    # deltas) or "std" (multiples of their standard deviation around their mean).
+    negatives.bounds = "quantile"
+    negatives.lower = 0.02
+    negatives.upper = 0.6
+    # No candidate at or below this delta is in the zone, whatever the bounds say.
+    negatives.floor = 0.0
+    # Draw in proportion to exp(-delta / sample_temperature); 0 draws uniformly.
+    negatives.sample_temperature = 0.1
+
+    # Weights of the loss terms (method, section 3).
+    config.loss = loss = ConfigDict()
+    # Symmetric InfoNCE over the batch.
+    loss.in_batch = 1.0
+    # Preference and margin terms over the mined negatives.
+    loss.preference = 0.5
+    loss.margin = 0.1
+    # Attribute terms: weights against mentions, query's features against the target's.
+    loss.intent = 0.1
+    loss.alignment = 0.1
+    # Margin of the margin term, in units of similarity.
+    loss.margin_size = 0.1
+
+    config.optimizer = optimizer = ConfigDict()
+    # AdamW: peak learning rate, betas, decay of matrices, norm to which gradients are clipped.
+    optimizer.learning_rate = 1e-3
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.98
+    optimizer.weight_decay = 0.05
+    optimizer.clip_norm = 1.0
+    # Steps of linear warm-up, at most half of the run.
+    optimizer.warmup_steps = 100
+
+    # Steps between log lines, evaluations on the validation split, and checkpoints. The last step
+    # always evaluates and saves.
+    config.log_every = 20
+    config.eval_every = 500
+    config.checkpoint_every = 500
+    # Checkpoints kept, the newest.
+    config.keep_checkpoints = 3
+
+    config.eval = evaluation = ConfigDict()
+    # Images or queries embedded at a time, over all devices.
+    evaluation.batch_size = 256
+    # Length of the ranked lists: at least 50, at most the gallery.
+    evaluation.top_k = 50
+    # Queries on the contact sheet.
+    evaluation.sheet_queries = 10
+    return config
+
+
+def parse_variants(arg: str, known: tuple[str, ...]) -> set[str]:
+    """The variants in the string after the config's file name, `configs/shapes.py:hard,smoke`."""
+    variants = {name.strip() for name in arg.split(",") if name.strip()}
+    if not variants <= set(known):
+        unknown = ", ".join(sorted(variants - set(known)))
+        raise ValueError(f"unknown variant {unknown} of the config; it has {', '.join(known)}")
+    return variants
+
+
+def make_smoke(config: ConfigDict) -> None:
+    """Shrinks a run to a few steps of a small model: seconds, to see that everything works."""
+    config.total_steps = 8
+    config.log_every = 2
+    config.eval_every = 4
+    config.checkpoint_every = 4
+    config.batch.references = 8
+    config.model.tiny.width = 32
+    config.model.tiny.image_depth = 1
+    config.model.tiny.text_depth = 1
+    config.model.tiny.composer_depth = 1
+    config.model.tiny.token_dim = 8
+    config.model.tiny.embed_dim = 32
+    config.eval.sheet_queries = 4

@@ -1,0 +1,205 @@
+"""Checks a config before anything else happens: every field known, of the right type, allowed.
+
+`FIELDS` lists what a config must hold; `configs/common.py` says what each field means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dqe_jax import trns
+from dqe_jax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What a field may be: its type, a test, and the words for it."""
+
+    kind: type
+    test: Callable[[Any], bool]
+    words: str
+
+
+def _one_of(*values: str) -> Check:
+    return Check(str, lambda value: value in values, "one of " + ", ".join(values))
+
+
+def _integer(least: int) -> Check:
+    return Check(int, lambda value: value >= least, f"an integer of at least {least}")
+
+
+def _number(low: float = -math.inf, high: float = math.inf, words: str = "a number") -> Check:
+    return Check(float, lambda value: low <= value <= high, words)
+
+
+_SHARE = _number(0, 1, "a number from 0 to 1")
+_WEIGHT = _number(0, words="a number of at least 0")
+_POSITIVE = Check(float, lambda value: 0 < value < math.inf, "a number above 0")
+_TEXT = Check(str, lambda value: True, "a string")
+_FLAG = Check(bool, lambda value: True, "True or False")
+_NAMES = Check(tuple, lambda v: bool(v) and all(isinstance(n, str) for n in v), "a tuple of names")
+
+FIELDS: dict[str, Check] = {
+    "seed": _integer(0),
+    "total_steps": _integer(1),
+    "num_devices": _integer(0),
+    "data.dataset": _one_of("shapes", "fashion_products"),
+    "data.variant": _one_of("plain", "hard", "smoke", "hard_smoke"),
+    "data.data_dir": _TEXT,
+    "data.prepared_dir": _TEXT,
+    "data.image_size": _integer(16),
+    "data.max_bad_fraction": _SHARE,
+    "data.cache_images": _FLAG,
+    "data.num_threads": _integer(1),
+    "data.augment": _one_of("none", "flip", "flip_shift"),
+    "data.max_length": _integer(1),
+    "data.lexicon": _TEXT,
+    "batch.references": _integer(1),
+    "batch.queries_per_reference": _integer(1),
+    "model.backbone": _one_of("tiny"),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "model.initial_tau": _POSITIVE,
+    "model.tiny.pixel_mean": _number(0, 255, "a number from 0 to 255"),
+    "model.tiny.pixel_std": _POSITIVE,
+    "model.tiny.patch_size": _integer(1),
+    "model.tiny.width": _integer(1),
+    "model.tiny.heads": _integer(1),
+    "model.tiny.image_depth": _integer(0),
+    "model.tiny.text_depth": _integer(0),
+    "model.tiny.composer_depth": _integer(1),
+    "model.tiny.token_dim": _integer(1),
+    "model.tiny.embed_dim": _integer(1),
+    "model.tiny.dropout": Check(float, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    "model.attributes.enabled": _FLAG,
+    "model.attributes.names": _NAMES,
+    "model.attributes.activation": _one_of("sigmoid", "softmax"),
+    "negatives.rule": _one_of(*trns.RULES),
+    "negatives.per_query": _integer(1),
+    "negatives.bounds": _one_of(*trns.BOUND_MODES),
+    "negatives.lower": _number(),
+    "negatives.upper": _number(),
+    "negatives.floor": _number(),
+    "negatives.sample_temperature": _WEIGHT,
+    "loss.in_batch": _WEIGHT,
+    "loss.preference": _WEIGHT,
+    "loss.margin": _WEIGHT,
+    "loss.intent": _WEIGHT,
+    "loss.alignment": _WEIGHT,
+    "loss.margin_size": _WEIGHT,
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.b1": _SHARE,
+    "optimizer.b2": _SHARE,
+    "optimizer.weight_decay": _WEIGHT,
+    "optimizer.clip_norm": _POSITIVE,
+    "optimizer.warmup_steps": _integer(0),
+    "log_every": _integer(1),
+    "eval_every": _integer(1),
+    "checkpoint_every": _integer(1),
+    "keep_checkpoints": _integer(1),
+    "eval.batch_size": _integer(1),
+    "eval.top_k": _integer(50),
+    "eval.sheet_queries": _integer(1),
+}
+
+# Fields that say how a run is watched or where data lies, not what it computes: these may differ
+# from the run that a workdir already holds.
+FREE_FIELDS = (
+    "data.data_dir",
+    "data.prepared_dir",
+    "data.cache_images",
+    "data.num_threads",
+    "num_devices",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval.batch_size",
+    "eval.sheet_queries",
+)
+# Fields that decide the shapes and the input of the model.
+MODEL_FIELDS = ("model.", "data.image_size", "data.max_length")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All fields of a config as `{"data.image_size": 64, ...}`; tuples become lists, as in JSON."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, (tuple, list)) else value
+    return flat
+
+
+def check_config(config: Any) -> None:
+    """Raises a `UserError` for the first field that is unknown, missing, or not allowed.
+
+    Args:
+      config: a `ConfigDict` as made by `configs/common.py`.
+    """
+    flat = flatten(config.to_dict())
+    for name in flat:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            hint = f"; did you mean config.{near[0]}?" if near else "."
+            raise UserError(f"config.{name} is not a field of a config{hint}")
+    for name, check in FIELDS.items():
+        if name not in flat:
+            raise UserError(f"config.{name} is missing: start from configs/common.py.")
+        value = tuple(flat[name]) if check.kind is tuple else flat[name]
+        number = check.kind is float and isinstance(value, int) and not isinstance(value, bool)
+        fits = number or type(value) is check.kind
+        if not fits or value != value or not check.test(value):
+            raise UserError(f"config.{name} is {flat[name]!r}: it must be {check.words}.")
+    tiny, size = config.model.tiny, config.data.image_size
+    for value, name, divisor, by in (
+        (size, "data.image_size", tiny.patch_size, "model.tiny.patch_size"),
+        (tiny.width, "model.tiny.width", tiny.heads, "model.tiny.heads"),
+        (tiny.embed_dim, "model.tiny.embed_dim", tiny.heads, "model.tiny.heads"),
+    ):
+        if value % divisor:
+            raise UserError(
+                f"config.{name} is {value}: it must be a multiple of config.{by}, {divisor}."
+            )
+    negatives = config.negatives
+    if negatives.lower >= negatives.upper:
+        raise UserError(
+            f"config.negatives.lower is {negatives.lower}: it must be below "
+            f"config.negatives.upper, {negatives.upper}."
+        )
+    if negatives.bounds == "quantile" and not 0 <= negatives.lower < negatives.upper <= 1:
+        raise UserError(
+            f"config.negatives.lower and .upper are {negatives.lower} and {negatives.upper}: "
+            "with config.negatives.bounds = 'quantile' they must lie in 0 to 1."
+        )
+
+
+def check_batch(config: Any, num_devices: int) -> None:
+    """Raises a `UserError` if the batch does not divide by the devices."""
+    if config.batch.references % num_devices:
+        raise UserError(
+            f"config.batch.references is {config.batch.references}: it must be a multiple of the "
+            f"{num_devices} devices."
+        )
+
+
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], only: tuple[str, ...] = ("",)
+) -> list[str]:
+    """Fields in which two configs differ, as `name: 1 (not 2)`, apart from `FREE_FIELDS`.
+
+    Args:
+      one: a config as a nested dict.
+      other: another.
+      only: prefixes of the fields to compare.
+    """
+    a, b = flatten(one), flatten(other)
+    return [
+        f"{name}: {a.get(name)!r} (not {b.get(name)!r})"
+        for name in sorted(a.keys() | b.keys())
+        if name.startswith(only) and name not in FREE_FIELDS and a.get(name) != b.get(name)
+    ]

@@ -1,0 +1,1 @@
+"""Data: TFDS builders, the schema they share, text, and the Grain pipeline."""

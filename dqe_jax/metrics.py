@@ -1,0 +1,246 @@
+"""Retrieval metrics on ranked lists, in NumPy.
+
+Everywhere `rows` is int `[Q, K]`: for each query the gallery rows found, best first and without
+repetition, with -1 where a list is shorter than `K` (-1 never counts as a hit). Relevant rows are
+*ragged*: one sequence of ints for each query, or int `[Q, P]` padded with -1, or int `[Q]` for one
+relevant row each. All results are float64.
+
+    P@k  = (relevant rows among the first k) / k
+    R@k  = 1 if any relevant row is among the first k, else 0
+    AP@k = (sum over ranks i <= k that are relevant of P@i) / min(number of relevant rows, k)
+
+`R@k` is recall for one target and the "hit rate" for several, as FashionIQ and CIRR report it; AP@k
+is that of CIRCO (Baldrati et al., 2023, arXiv:2303.15247, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dqe_jax.utils.errors import UserError
+
+Ragged = Sequence[Sequence[int]] | np.ndarray
+
+
+def recall_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
+    """R@k of every query, `[Q]`: whether any of its targets is among its first `k` rows.
+
+    Raises:
+        UserError: if `k` is larger than `K`.
+        ValueError: if shapes do not fit together or a list repeats a row.
+    """
+    return _hits(rows, targets, k)[0].any(axis=1).astype(np.float64)
+
+
+def precision_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
+    """P@k of every query, `[Q]`. Raises as `recall_at_k`."""
+    return _hits(rows, targets, k)[0].sum(axis=1) / k
+
+
+def precision_ceiling(num_valid: Sequence[int] | np.ndarray, k: int) -> np.ndarray:
+    """The best P@k that a query with `num_valid[q]` relevant rows can reach, `[Q]`."""
+    return np.minimum(np.asarray(num_valid), k) / k
+
+
+def average_precision_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
+    """AP@k of every query, `[Q]`; NaN without any target. Raises as `recall_at_k`."""
+    return _average_precision(*_hits(rows, targets, k))
+
+
+def _average_precision(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """AP@k of hits `[Q, k]`, with `counts[q]` relevant rows in all."""
+    k = hits.shape[1]
+    precision = np.cumsum(hits, axis=1) / np.arange(1, k + 1)
+    best = np.minimum(counts, k)
+    return np.divide(
+        (precision * hits).sum(axis=1), best, out=np.full(len(hits), np.nan), where=best > 0
+    )
+
+
+def r_precision(rows: np.ndarray, targets: Ragged) -> np.ndarray:
+    """P@R with R the query's own number of targets, `[Q]`.
+
+    NaN where it is not defined: without any target, or where the list is shorter than R and so does
+    not suffice. Such queries have to be left out of a mean by the caller, who should say so.
+    """
+    hits, counts = _hits(rows, targets, np.shape(rows)[1])
+    within = np.arange(hits.shape[1]) < counts[:, None]
+    known = (counts > 0) & (counts <= hits.shape[1])
+    return np.divide(
+        (hits & within).sum(axis=1), counts, out=np.full(len(hits), np.nan), where=known
+    )
+
+
+def summarize(
+    rows: np.ndarray,
+    *,
+    target: Sequence[int] | np.ndarray,
+    valid: Ragged | None,
+    reference: Sequence[int] | np.ndarray,
+    kinds: Sequence[str],
+    ks: Sequence[int] = (1, 5, 10, 50),
+    precision_k: int = 10,
+) -> dict[str, float]:
+    """All metrics of a ranking as one flat dict: means over queries.
+
+    | key | mean of |
+    | --- | --- |
+    | `R@k` for each of `ks` | the single target being among the first k |
+    | `R_valid@k` for each of `ks` | any valid target being among the first k |
+    | `P@10`, `P@10_ceiling` | precision over valid targets, and the best that can be reached |
+    | `mAP@10` | AP@10 over valid targets |
+    | `top1_is_reference` | the first result being the query's own reference image |
+    | `queries` | (the number of queries) |
+    | `queries_with_valid` | (the number of queries whose valid targets are known) |
+
+    and the same for each kind of query under keys such as `R@1/color`, the kinds in sorted order; a
+    query of kind "" counts in the total only. Metrics over valid targets are means over the
+    queries whose valid targets are known, and are left out where there are none.
+
+    Args:
+        rows: int `[Q, K]`, see the module.
+        target: int `[Q]`, the row that each query was made for.
+        valid: ragged rows that are in truth valid; None or empty where truth is unknown.
+        reference: int `[Q]`, the row of the reference image; -1 if it is not in the gallery.
+        kinds: `Q` strings.
+        ks: cut-offs of `R@k` and `R_valid@k`.
+        precision_k: cut-off of `P@k` and `mAP@k`, 10 in the keys above.
+
+    Raises:
+        UserError: if a cut-off is larger than `K`.
+        ValueError: if there are no queries or lengths do not fit together.
+    """
+    rows = np.asarray(rows)
+    num_queries = len(rows)
+    if valid is None:
+        valid = [()] * num_queries
+    for name, values in (
+        ("target", target),
+        ("valid", valid),
+        ("reference", reference),
+        ("kinds", kinds),
+    ):
+        if len(values) != num_queries:
+            raise ValueError(f"{name} has {len(values)} entries for {num_queries} ranked lists")
+    if not num_queries:
+        raise ValueError("there are no queries to summarize")
+
+    target = np.asarray(target).reshape(num_queries)
+    values = {f"R@{k}": recall_at_k(rows, target, k) for k in ks}
+    # Looking up valid rows is what takes time: once, for all metrics.
+    hits, num_valid = _hits(rows, valid, rows.shape[1])
+    known = num_valid > 0
+    over_valid = {}
+    if known.any():
+        _check_cutoff(precision_k, rows)
+        first = hits[:, :precision_k]
+        over_valid = {
+            f"P@{precision_k}": first.sum(axis=1) / precision_k,
+            f"P@{precision_k}_ceiling": precision_ceiling(num_valid, precision_k),
+            f"mAP@{precision_k}": _average_precision(first, num_valid),
+        } | {f"R_valid@{k}": hits[:, :k].any(axis=1) for k in ks}
+    reference = np.asarray(reference)
+    values["top1_is_reference"] = (rows[:, 0] >= 0) & (rows[:, 0] == reference)
+
+    kinds = np.asarray(kinds, dtype=object)
+    groups = {"": np.ones(num_queries, bool)}
+    groups |= {f"/{kind}": kinds == kind for kind in sorted(set(kinds) - {""})}
+    summary = {}
+    for suffix, members in groups.items():
+        for name, value in values.items():
+            summary[name + suffix] = float(value[members].mean())
+        if (members & known).any():
+            for name, value in over_valid.items():
+                summary[name + suffix] = float(value[members & known].mean())
+            summary["queries_with_valid" + suffix] = int((members & known).sum())
+        summary["queries" + suffix] = int(members.sum())
+    return summary
+
+
+def random_baseline(
+    num_gallery: int,
+    num_valid: Sequence[int] | np.ndarray | None = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10, 50),
+    precision_k: int = 10,
+) -> dict[str, float]:
+    """What a uniformly random order of the gallery scores on average: exact expectations.
+
+    With `N` images of which `n` are valid, the rank of each is uniform, hence (hypergeometric)
+
+        R@k       = min(k, N) / N
+        R_valid@k = 1 - C(N - n, k) / C(N, k)
+        P@k       = n / N
+        AP@k      = sum_{i <= k} (1/i) (n/N) (1 + (i - 1) (n - 1) / (N - 1)) / min(n, k)
+
+    where AP@k takes P@i, given that rank i is valid, as that hit plus the expected ones before it.
+    Keys and the mean over queries are those of `summarize`.
+
+    Args:
+        num_gallery: `N`, the images that are ranked: one fewer if the reference is left out.
+        num_valid: int `[Q]`, the number of valid targets of each query; queries with none are left
+            out. None or none at all gives `R@k` only.
+        ks: cut-offs of `R@k` and `R_valid@k`.
+        precision_k: cut-off of `P@k` and `mAP@k`.
+
+    Raises:
+        ValueError: if the gallery is empty or holds fewer images than a query has valid targets.
+    """
+    N = int(num_gallery)
+    if N < 1:
+        raise ValueError("the gallery is empty")
+    result = {f"R@{k}": min(k, N) / N for k in ks}
+    n = np.asarray([] if num_valid is None else num_valid, np.float64).reshape(-1)
+    n = n[n > 0]
+    if not n.size:
+        return result
+    if n.max() > N:
+        raise ValueError(f"{int(n.max())} valid targets in a gallery of {N} images")
+
+    i = np.arange(1, min(precision_k, N) + 1)[:, None]
+    precision = n / N
+    expected = precision / i * (1 + (i - 1) * (n - 1) / max(N - 1, 1))
+    # A list longer than the gallery is empty at its end.
+    result[f"P@{precision_k}"] = float(precision.mean() * min(precision_k, N) / precision_k)
+    result[f"P@{precision_k}_ceiling"] = float(precision_ceiling(n, precision_k).mean())
+    result[f"mAP@{precision_k}"] = float((expected.sum(axis=0) / np.minimum(n, precision_k)).mean())
+    for k in ks:
+        j = np.arange(min(k, N))[:, None]
+        # A factor at or below 0 means that k draws cannot miss all n.
+        miss = np.prod(np.maximum(N - n - j, 0) / (N - j), axis=0)
+        result[f"R_valid@{k}"] = float((1 - miss).mean())
+    return result
+
+
+def _hits(rows: np.ndarray, targets: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each of the first `k` rows is a target, bool `[Q, k]`; how many targets, `[Q]`."""
+    rows = np.asarray(rows)
+    if rows.ndim != 2 or len(targets) != len(rows):
+        raise ValueError(
+            "expected rows [Q, K] and targets of Q queries, "
+            f"got {list(rows.shape)} and {len(targets)}"
+        )
+    _check_cutoff(k, rows)
+    ordered = np.sort(rows, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError("a ranked list holds the same row twice")
+    first = rows[:, :k]
+    if isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype != object:
+        known = targets >= 0
+        return (first == targets[:, None]) & known[:, None], known.astype(np.int64)
+    # Query by query: an array [Q, k, P] is large where a query has thousands of valid targets.
+    hits, counts = np.zeros(first.shape, bool), np.zeros(len(first), np.int64)
+    for i, values in enumerate(targets):
+        wanted = np.unique(np.asarray(values, np.int64))
+        wanted = wanted[wanted >= 0]
+        hits[i], counts[i] = np.isin(first[i], wanted), len(wanted)
+    return hits, counts
+
+
+def _check_cutoff(k: int, rows: np.ndarray) -> None:
+    if not 1 <= k <= rows.shape[1]:
+        raise UserError(
+            f"k={k} does not fit ranked lists of {rows.shape[1]} rows: choose 1 <= k <= eval.top_k"
+        )

@@ -1,0 +1,138 @@
+"""DQE-CIR: a backbone, attribute weights on top of its composer, and the learned temperature.
+
+Two entry points serve training, evaluation and demos alike: `encode_query(image, text)` and
+`encode_gallery(image)`. A backbone is a module with
+
+    encode_image(image, train)  -> tokens [B, P, D], gallery embedding [B, M, d]
+    encode_text(text, train)    -> tokens [B, L, D], pooled [B, D]
+    compose(image_tokens, text_tokens, text) -> h [B, d]
+
+Embeddings leave this module L2-normalised in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dqe_jax.models.attributes import AttributeWeights
+from dqe_jax.models.layers import normalize
+
+
+@flax.struct.dataclass
+class QueryOutput:
+    """What `encode_query` gives.
+
+    Attributes:
+      embedding: `q`, float32 `[B, d]`, L2-normalised.
+      attribute_weights: `w`, float32 `[B, K]`; K = 0 without attribute weighting.
+      attribute_features: `a_k` of the reference, `[B, K, d]`.
+    """
+
+    embedding: jax.Array
+    attribute_weights: jax.Array
+    attribute_features: jax.Array
+
+
+@flax.struct.dataclass
+class TrainOutput:
+    """What a training step needs, from one pass over the images. `R` references, `B = R * Q`.
+
+    Attributes:
+      query: of the B queries.
+      reference: gallery embeddings of the references, `[R, M, d]`.
+      target: gallery embeddings of the targets, `[B, M, d]`.
+      target_attribute_features: `a_k` of the targets under the query's text, `[B, K, d]`.
+      tau: the temperature, float32 scalar.
+    """
+
+    query: QueryOutput
+    reference: jax.Array
+    target: jax.Array
+    target_attribute_features: jax.Array
+    tau: jax.Array
+
+
+class DQE(nn.Module):
+    """Distinctive query embeddings.
+
+    Attributes:
+      backbone: see the module's docstring.
+      attribute_names: the K attributes; none gives the plain composer.
+      embed_dim: `d` of the backbone.
+      heads: attention heads of the attribute queries.
+      activation: of the attribute weights, `sigmoid` or `softmax`.
+      initial_tau: the temperature at the start.
+      dtype: compute dtype of the matrix products.
+    """
+
+    backbone: nn.Module
+    attribute_names: Sequence[str] = ()
+    embed_dim: int = 256
+    heads: int = 4
+    activation: str = "sigmoid"
+    initial_tau: float = 0.07
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the attribute weights and the temperature."""
+        if self.attribute_names:
+            self.attributes = AttributeWeights(
+                self.attribute_names, self.embed_dim, self.heads, self.activation, self.dtype
+            )
+        # An explicit dtype: a weakly typed scalar would recompile the second step.
+        start = jnp.log(jnp.asarray(1 / self.initial_tau, jnp.float32))
+        self.log_scale = self.param("log_scale", lambda _: start)
+
+    def tau(self) -> jax.Array:
+        """The learned temperature, at least 0.01: float32 scalar."""
+        return jnp.exp(-jnp.minimum(self.log_scale, jnp.log(jnp.float32(100.0))))
+
+    def _compose(self, tokens: jax.Array, text_tokens: jax.Array, pooled: jax.Array, text):
+        h = self.backbone.compose(tokens, text_tokens, text)
+        if not self.attribute_names:
+            none = jnp.zeros((len(h), 0), jnp.float32)
+            return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, h.shape[-1]), h.dtype))
+        weights = self.attributes.weights(pooled)
+        features = self.attributes.features(tokens, pooled)
+        q = normalize(h + self.attributes.contribute(features, weights))
+        return QueryOutput(q, weights, features)
+
+    def encode_query(self, image: jax.Array, text: jax.Array) -> QueryOutput:
+        """Reference images uint8 `[B, H, W, 3]` with word ids `[B, L]` to query embeddings."""
+        tokens, _ = self.backbone.encode_image(image)
+        text_tokens, pooled = self.backbone.encode_text(text)
+        return self._compose(tokens, text_tokens, pooled, text)
+
+    def encode_gallery(self, image: jax.Array) -> jax.Array:
+        """Images uint8 `[B, H, W, 3]` to gallery embeddings float32 `[B, M, d]`."""
+        return normalize(self.backbone.encode_image(image)[1])
+
+    def __call__(
+        self, reference: jax.Array, text: jax.Array, target: jax.Array, train: bool = True
+    ) -> TrainOutput:
+        """One pass for training; every image is encoded once.
+
+        Args:
+          reference: uint8 `[R, H, W, 3]`.
+          text: int `[R, Q, L]`, Q texts for each reference.
+          target: uint8 `[R, Q, H, W, 3]`.
+          train: whether dropout is on (rng `dropout`).
+        """
+        R, Q, L = text.shape
+        images = jnp.concatenate([reference, target.reshape(-1, *target.shape[2:])])
+        tokens, gallery = self.backbone.encode_image(images, train)
+        gallery = normalize(gallery)
+        flat_text = text.reshape(R * Q, L)
+        text_tokens, pooled = self.backbone.encode_text(flat_text, train)
+        reference_tokens = jnp.repeat(tokens[:R], Q, axis=0)  # [B, P, D]
+        query = self._compose(reference_tokens, text_tokens, pooled, flat_text)
+        if self.attribute_names:
+            target_features = self.attributes.features(tokens[R:], pooled)
+        else:
+            target_features = query.attribute_features
+        return TrainOutput(query, gallery[:R], gallery[R:], target_features, self.tau())

@@ -1,0 +1,76 @@
+"""Transformer parts shared by the backbones. Normalisation and softmax run in float32.
+
+Symbols: `B` batch, `L` tokens, `S` tokens attended to, `D` width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x [B, L, D]` over `context [B, S, C]` (itself when None)."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns `[B, L, D]`. `mask` is bool `[B, S]`, false for padding."""
+        width = x.shape[-1]
+        if context is None:
+            q, k, v = jnp.split(nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
+        else:
+            q = nn.Dense(width, dtype=self.dtype, name="query")(x)
+            k, v = jnp.split(
+                nn.Dense(2 * width, dtype=self.dtype, name="key_value")(context), 2, axis=-1
+            )
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, width // self.heads) for t in (q, k, v))
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=None if mask is None else mask[:, None, None, :]
+        )  # [B, L, heads, D / heads]
+        return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(*out.shape[:2], width))
+
+
+class Block(nn.Module):
+    """Pre-norm block: self-attention, cross-attention if a context is given, then an MLP."""
+
+    heads: int
+    mlp_ratio: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps `x [B, L, D]` to `[B, L, D]`; masks are bool `[B, L]` and `[B, S]`."""
+        width = x.shape[-1]
+        attend = Attention(self.heads, self.dtype, name="self_attention")
+        x = x + attend(nn.LayerNorm(name="norm_self")(x), mask=mask)
+        if context is not None:
+            cross = Attention(self.heads, self.dtype, name="cross_attention")
+            x = x + cross(nn.LayerNorm(name="norm_cross")(x), context, context_mask)
+        y = nn.LayerNorm(name="norm_mlp")(x)
+        y = nn.Dense(self.mlp_ratio * width, dtype=self.dtype, name="mlp_in")(y)
+        # ReLU: on CPUs the tanh of GELU costs a fifth of a training step.
+        return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(nn.relu(y))
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """L2-normalises the last axis in float32; a zero vector stays zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of `x [B, L, D]` over the tokens that `mask [B, L]` keeps: `[B, D]`."""
+    weights = mask[..., None].astype(x.dtype)
+    return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)

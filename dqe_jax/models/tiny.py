@@ -1,0 +1,122 @@
+"""The `tiny` backbone: small enough to train from scratch on a laptop, no pretrained weights.
+
+A ViT over patches, a text transformer over the word-level vocabulary, and a composer whose blocks
+let the image tokens attend to the text tokens. The composed embedding is the reference's own
+embedding plus a residual, so that an untrained composer already retrieves look-alikes. Embeddings
+come from a head over the flattened tokens: it keeps the positions of a scene, which pooling loses.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dqe_jax.models.layers import Block, masked_mean, normalize
+
+
+class TokenHead(nn.Module):
+    """Image tokens `[B, P, D]` to an embedding `[B, d]`, each position with weights of its own."""
+
+    token_dim: int
+    embed_dim: int
+    dtype: jnp.dtype = jnp.float32
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns `[B, d]`, not normalised."""
+        x = nn.Dense(self.token_dim, dtype=self.dtype, name="token")(nn.LayerNorm()(tokens))
+        init = nn.initializers.zeros if self.zero_init else nn.linear.default_kernel_init
+        out = nn.Dense(self.embed_dim, dtype=self.dtype, kernel_init=init, name="embedding")
+        return out(x.reshape(x.shape[0], -1))  # [B, P * token_dim] -> [B, d]
+
+
+class Tiny(nn.Module):
+    """Backbone interface: `encode_image`, `encode_text`, `compose` (see `models/dqe.py`).
+
+    Attributes:
+      vocab_size: size of the text vocabulary; id 0 is padding.
+      max_length: longest text, in tokens.
+      image_size: pixels a side of the square images.
+      pixel_mean: brightness that becomes 0: that of the background, so that patches without content
+        do not drown the others.
+      pixel_std: brightness that becomes 1.
+      patch_size: pixels a side of a patch.
+      width: `D`.
+      heads: attention heads.
+      image_depth: blocks of the image encoder.
+      text_depth: blocks of the text encoder.
+      composer_depth: blocks of the composer.
+      token_dim: width of a token inside the embedding heads.
+      embed_dim: `d`.
+      dropout: rate on patch and word embeddings, in training only.
+      dtype: compute dtype of the matrix products; parameters are float32.
+    """
+
+    vocab_size: int
+    max_length: int
+    image_size: int
+    pixel_mean: float = 222.0
+    pixel_std: float = 64.0
+    patch_size: int = 16
+    width: int = 128
+    heads: int = 4
+    image_depth: int = 4
+    text_depth: int = 2
+    composer_depth: int = 2
+    token_dim: int = 64
+    embed_dim: int = 256
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        self.patches = nn.Dense(self.width, dtype=self.dtype)
+        self.image_positions = nn.Embed(
+            (self.image_size // self.patch_size) ** 2, self.width, dtype=self.dtype
+        )
+        self.image_blocks = self._blocks(self.image_depth)
+        self.words = nn.Embed(self.vocab_size, self.width, dtype=self.dtype)
+        self.text_positions = nn.Embed(self.max_length, self.width, dtype=self.dtype)
+        self.text_blocks = self._blocks(self.text_depth)
+        self.text_norm = nn.LayerNorm()
+        self.composer_blocks = self._blocks(self.composer_depth)
+        self.gallery_head = TokenHead(self.token_dim, self.embed_dim, self.dtype)
+        self.residual_head = TokenHead(self.token_dim, self.embed_dim, self.dtype, zero_init=True)
+        self.drop = nn.Dropout(self.dropout)
+
+    def _blocks(self, depth: int) -> list[Block]:
+        return [Block(self.heads, dtype=self.dtype) for _ in range(depth)]
+
+    def encode_image(self, image: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Image uint8 `[B, H, W, 3]` to tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
+        batch, height, width, _ = image.shape
+        p = self.patch_size
+        x = ((image.astype(jnp.float32) - self.pixel_mean) / self.pixel_std).astype(self.dtype)
+        x = x.reshape(batch, height // p, p, width // p, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patches(x.reshape(batch, -1, p * p * 3))  # [B, P, D]
+        x = self.drop(x + self.image_positions(jnp.arange(x.shape[1])), deterministic=not train)
+        for block in self.image_blocks:
+            x = block(x)
+        return x, self.gallery_head(x)[:, None]
+
+    def encode_text(self, text: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Word ids int `[B, L]`, 0 for padding, to tokens `[B, L, D]` and their mean `[B, D]`."""
+        mask = text > 0
+        x = self.words(text) + self.text_positions(jnp.arange(text.shape[1]))
+        x = self.drop(x, deterministic=not train)
+        for block in self.text_blocks:
+            x = block(x, mask)
+        x = self.text_norm(x)
+        return x, masked_mean(x, mask)
+
+    def compose(
+        self, image_tokens: jax.Array, text_tokens: jax.Array, text: jax.Array
+    ) -> jax.Array:
+        """Composed embedding `h`, not normalised: `[B, P, D], [B, L, D], [B, L] -> [B, d]`."""
+        x = image_tokens
+        for block in self.composer_blocks:
+            x = block(x, context=text_tokens, context_mask=text > 0)
+        # At length 1 the reference does not drown the residual: edits are learned much sooner.
+        return normalize(self.gallery_head(image_tokens)) + self.residual_head(x)

@@ -1,0 +1,189 @@
+"""Ranks a gallery for every query, exactly, on all devices.
+
+The score of a gallery image is `s(q, T) = max_m <q, T_m>`, computed in float32 at the highest
+precision of matrix products. The gallery is cut into chunks of `chunk_rows` rows, in row order;
+every device holds a run of consecutive chunks and scans them with a running top-k, so that no array
+of all scores, let alone `[Q, N, M]`, ever exists. Only the `k` best of each device are exchanged.
+
+**Order.** Higher scores first, equal scores by gallery row. `lax.top_k` is stable, and candidates
+always meet it in row order: those kept from earlier chunks before the chunk's own, those of earlier
+devices before later ones. A row's place inside its chunk, and so the shape and position of the
+matrix product that scores it, does not depend on the number of devices: neither does the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dqe_jax import parallel
+from dqe_jax.utils.errors import UserError
+
+RankFn = Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+def make_rank_fn(
+    k: int,
+    *,
+    chunk_rows: int = 512,
+    chunk_queries: int = 256,
+    devices: Sequence[jax.Device] | None = None,
+) -> RankFn:
+    """Makes `rank(queries, gallery, *, excluded=None) -> (rows, scores)`.
+
+    The returned function takes
+
+    * `queries`: float `[Q, d]`,
+    * `gallery`: float `[N, M, d]`, `M` tokens for each image,
+    * `excluded`: int `[Q, E]` gallery rows that must not appear in a query's list (the reference,
+      for instance), padded with -1; None excludes nothing;
+
+    and returns NumPy arrays `rows` int32 `[Q, k]` and `scores` float32 `[Q, k]`, best first, equal
+    scores by row. If fewer than `k` rows remain for a query, the surplus is row -1 with score -inf.
+
+    Reuse the function: it compiles once for each `(d, M, E)` and number of gallery chunks. A device
+    holds its share of the gallery and `chunk_queries * chunk_rows * M` scores at a time.
+
+    Args:
+        k: length of the ranked lists.
+        chunk_rows: gallery rows scored at once on a device; the gallery is padded (and the padding
+            masked) to a multiple of `chunk_rows` times the number of devices.
+        chunk_queries: queries ranked at once; the last chunk is padded.
+        devices: the devices to use, all local ones by default.
+
+    Raises:
+        ValueError: if `k` or a chunk size is not positive; by the returned function, if shapes do
+            not fit together or an excluded row is not in the gallery.
+        UserError: by the returned function, if `k` exceeds the number of gallery images or an
+            embedding is not finite.
+    """
+    if min(k, chunk_rows, chunk_queries) < 1:
+        raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
+    devices = list(jax.local_devices() if devices is None else devices)
+
+    def rank_shard(queries, excluded, gallery, num_rows):
+        """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k."""
+        steps = gallery.shape[0]
+        first_row = lax.axis_index(parallel.AXIS).astype(jnp.int32) * (steps * chunk_rows)
+        offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
+        query_index = jnp.arange(chunk_queries)[:, None]
+
+        def step(best, chunk):
+            tokens, start = chunk
+            scores = jnp.einsum(
+                "cd,rmd->crm",
+                queries,
+                tokens,
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=jnp.float32,
+            ).max(axis=-1)
+            # Sorting tells -0 from 0; as scores they are equal.
+            scores = jnp.where(scores == 0, 0.0, scores)
+            scores = jnp.where(start + offsets < num_rows, scores, -jnp.inf)
+            # A negative index would wrap around: send whatever is not in this chunk past its end,
+            # where `drop` ignores it.
+            place = excluded - start
+            place = jnp.where(place < 0, chunk_rows, place)
+            scores = scores.at[query_index, place].set(-jnp.inf, mode="drop")
+            rows = jnp.broadcast_to(start + offsets, scores.shape)
+            return _top_k(
+                jnp.concatenate([best[0], scores], axis=1),
+                jnp.concatenate([best[1], rows], axis=1),
+                k,
+            ), None
+
+        # These come before all rows, so that at a score of -inf they, not masked rows, are kept.
+        nothing = (
+            jnp.full((chunk_queries, k), -jnp.inf, jnp.float32),
+            jnp.full((chunk_queries, k), -1, jnp.int32),
+        )
+        starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
+        best, _ = lax.scan(step, nothing, (gallery, starts))
+        # [C, devices * k], devices in order, hence equal scores in row order.
+        scores, rows = (lax.all_gather(x, parallel.AXIS, axis=1, tiled=True) for x in best)
+        scores, rows = _top_k(scores, rows, k)
+        return rows, scores
+
+    rank_chunk = parallel.pmap(
+        rank_shard, in_axes=(None, None, 0, None), out_axes=(None, None), devices=devices
+    )
+    # Returns its argument as it lies on the devices, so that the gallery is sent there only once.
+    place_on_devices = parallel.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
+
+    def rank(
+        queries: np.ndarray, gallery: np.ndarray, *, excluded: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks `gallery` for each of `queries`: see `make_rank_fn`."""
+        queries = np.asarray(queries, np.float32)
+        gallery = np.asarray(gallery, np.float32)
+        _check_embeddings(queries, gallery, k)
+        excluded = _check_excluded(excluded, len(queries), len(gallery))
+        if not len(queries):
+            return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
+
+        padded = parallel.pad_rows(gallery, chunk_rows * len(devices))
+        on_devices = place_on_devices(
+            padded.reshape(len(devices), -1, chunk_rows, *gallery.shape[1:])
+        )
+        num_rows = np.int32(len(gallery))
+        results = []
+        for start in range(0, len(queries), chunk_queries):
+            chunk = slice(start, start + chunk_queries)
+            part = rank_chunk(
+                parallel.pad_rows(queries[chunk], chunk_queries),
+                parallel.pad_rows(excluded[chunk], chunk_queries),
+                on_devices,
+                num_rows,
+            )
+            # Waits for the chunk: collectives in flight can starve each other on few CPU cores.
+            results.append([np.asarray(x) for x in part])
+        rows, scores = (np.concatenate(parts)[: len(queries)] for parts in zip(*results))
+        return rows, scores
+
+    return rank
+
+
+def _top_k(scores: jax.Array, rows: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The `k` best of `[C, n]` scores and their rows; equal scores keep their order."""
+    scores, index = lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(rows, index, axis=1)
+
+
+def _check_embeddings(queries: np.ndarray, gallery: np.ndarray, k: int) -> None:
+    if queries.ndim != 2 or gallery.ndim != 3 or queries.shape[1] != gallery.shape[2]:
+        raise ValueError(
+            "expected queries [Q, d] and a gallery [N, M, d], "
+            f"got {list(queries.shape)} and {list(gallery.shape)}"
+        )
+    if not gallery.shape[1]:
+        raise ValueError("the gallery has no tokens: M = 0")
+    if k > len(gallery):
+        raise UserError(
+            f"k={k} is larger than the gallery of {len(gallery)} images: lower eval.top_k"
+        )
+    for name, array in (("query", queries), ("gallery", gallery)):
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"the {name} embeddings hold values that are not finite: "
+                "evaluate a checkpoint from before training diverged"
+            )
+
+
+def _check_excluded(excluded: np.ndarray | None, num_queries: int, num_rows: int) -> np.ndarray:
+    """`excluded` as int32 `[Q, E]` with `E >= 1`."""
+    if excluded is None:
+        return np.full((num_queries, 1), -1, np.int32)
+    excluded = np.asarray(excluded)
+    if excluded.ndim != 2 or len(excluded) != num_queries:
+        raise ValueError(f"expected excluded [{num_queries}, E], got {list(excluded.shape)}")
+    if not excluded.shape[1]:
+        return np.full((num_queries, 1), -1, np.int32)
+    if not np.issubdtype(excluded.dtype, np.integer):
+        raise ValueError(f"excluded rows must be integers, not {excluded.dtype}")
+    if excluded.size and (excluded.min() < -1 or excluded.max() >= num_rows):
+        raise ValueError(f"excluded rows must lie in [-1, {num_rows})")
+    return excluded.astype(np.int32)

@@ -1,0 +1,283 @@
+"""The training step: one pure function per device, mapped over the axis `parallel.AXIS`.
+
+The pool of candidates is the global batch: the targets and references of all devices, gathered over
+the axis. Each device scores its own queries against the whole pool, so similarity, mid-zone mask
+and sampled negatives are those of the global batch and do not change with the number of devices.
+
+Symbols: `R` references and `B = R * Q` queries of this device, `N` candidates of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from dqe_jax import losses, trns
+from dqe_jax.parallel import AXIS
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes. Randomness is not in it: it is the seed folded with `step`.
+
+    Attributes:
+      step: int32 scalar, the steps taken.
+      params: of the model.
+      opt_state: of the optimiser.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class Pool:
+    """Candidates of all devices.
+
+    Attributes:
+      embeddings: `[N, M, d]`.
+      ids: int `[N]` image ids.
+      valid: bool `[N]`, false for padding.
+      own: int `[B]`, the candidate that is the target of each local query.
+    """
+
+    embeddings: jax.Array
+    ids: jax.Array
+    valid: jax.Array
+    own: jax.Array
+
+
+def gather_pool(out: Any, batch: dict[str, jax.Array], axis_name: str | None) -> Pool:
+    """Gathers the targets, then the references, of all devices.
+
+    Args:
+      out: the model's `TrainOutput` for this device's batch.
+      batch: as in `data/pipeline.py`.
+      axis_name: the mapped axis; None for one device.
+    """
+
+    def gather(x: jax.Array) -> jax.Array:
+        return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+    index = 0 if axis_name is None else lax.axis_index(axis_name)
+    valid = batch["valid"]
+    size = valid.size
+    return Pool(
+        embeddings=jnp.concatenate([gather(out.target), gather(out.reference)]),
+        ids=jnp.concatenate(
+            [gather(batch["target_photo"].reshape(-1)), gather(batch["reference_photo"])]
+        ),
+        valid=jnp.concatenate([gather(valid.reshape(-1)), gather(valid.any(-1))]),
+        own=index * size + jnp.arange(size),
+    )
+
+
+def _column_info_nce(
+    scores: jax.Array, target_score: jax.Array, own: jax.Array, negative: jax.Array, axis_name
+) -> jax.Array:
+    """InfoNCE of each local target against the queries of all devices: `[B]`.
+
+    Every device holds the rows of its own queries; the columns' sums are taken over the axis, so
+    that the scores need not be computed twice.
+
+    Args:
+      scores: `[B, N]`, already divided by tau; only the targets' columns are used.
+      target_score: `[B]`, likewise.
+      own: `[B]`, column of each query's target.
+      negative: bool `[B, N]`.
+      axis_name: the mapped axis, or None.
+    """
+    positive = jnp.arange(scores.shape[1])[None, :] == own[:, None]
+    logits = jnp.where(positive, target_score[:, None], scores)
+    kept = positive | negative
+    highest = lax.stop_gradient(jnp.where(kept, logits, -jnp.inf).max(0))
+    if axis_name is not None:
+        highest = lax.pmax(highest, axis_name)
+    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+    total = jnp.where(kept, jnp.exp(jnp.where(kept, logits, 0) - highest), 0.0).sum(0)
+    if axis_name is not None:
+        total = lax.psum(total, axis_name)
+    return jnp.log(total[own]) + highest[own] - target_score
+
+
+def make_loss_fn(
+    *,
+    apply_fn: Callable[..., Any],
+    negatives: Any,
+    weights: Any,
+    margin: float,
+    axis_name: str | None = AXIS,
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Makes the loss of a device's batch (method, sections 2 and 3).
+
+    Args:
+      apply_fn: `model.apply`.
+      negatives: `config.negatives`.
+      weights: `config.loss`, the weight of each term.
+      margin: `config.loss.margin`.
+      axis_name: the mapped axis; None for one device without a map.
+
+    Returns:
+      `loss_fn(params, batch, key) -> (loss, metrics)`. The loss is this device's part: its sum over
+      devices is the mean over the valid queries of the global batch. Metrics are global means.
+    """
+
+    def loss_fn(params, batch, key):
+        sample_key, dropout_key = jax.random.split(key)
+        if axis_name is not None:
+            dropout_key = jax.random.fold_in(dropout_key, lax.axis_index(axis_name))
+        out = apply_fn(
+            {"params": params},
+            batch["reference_image"],
+            batch["text"],
+            batch["target_image"],
+            rngs={"dropout": dropout_key},
+        )
+        q = out.query.embedding  # [B, d]
+        valid = batch["valid"].reshape(-1)  # [B]
+        known = batch["known_positives"].reshape(len(valid), -1)  # [B, P]
+        pool = gather_pool(out, batch, axis_name)
+        forbidden = trns.forbidden_candidates(known, pool.ids, valid, pool.valid)
+
+        target_score = trns.paired_similarity(q, out.target)  # [B]
+        scores = trns.similarity(q, pool.embeddings)  # [B, N]
+        terms = {}
+        forward = losses.info_nce(target_score, scores, ~forbidden, out.tau)
+        num_targets = pool.ids.shape[0] // (1 + batch["valid"].shape[1])
+        num_targets = num_targets * batch["valid"].shape[1]  # the pool's targets come first
+        backward = _column_info_nce(
+            scores[:, :num_targets] / out.tau,
+            target_score / out.tau,
+            pool.own,
+            ~forbidden[:, :num_targets],
+            axis_name,
+        )
+        terms["in_batch"] = 0.5 * (forward + backward)
+
+        logs = {}
+        if negatives.rule != "in_batch":
+            # Target and candidates are of the same parameters here: no stale snapshot.
+            delta = lax.stop_gradient(target_score[:, None] - scores)
+            indices, drawn, logs = mine(sample_key, delta, forbidden, pool.own, negatives)
+            negative_scores = jnp.take_along_axis(scores, indices, axis=1)
+            terms["preference"] = losses.preference(target_score, negative_scores, drawn, out.tau)
+            terms["margin"] = losses.margin_ranking(target_score, negative_scores, drawn, margin)
+        if out.query.attribute_weights.shape[-1]:
+            w = out.query.attribute_weights
+            mentions = batch["mentions"].reshape(w.shape)
+            terms["intent"] = losses.attribute_intent(w, mentions)
+            terms["alignment"] = losses.attribute_alignment(
+                w, out.query.attribute_features, out.target_attribute_features
+            )
+        logs["batch_r@1"] = (jnp.where(forbidden, -jnp.inf, scores).max(1) < target_score) * 1.0
+
+        def mean(values: jax.Array) -> jax.Array:
+            return jnp.where(valid, values, 0).sum() / count
+
+        count = valid.sum()
+        if axis_name is not None:
+            count = lax.psum(count, axis_name)
+        means = {name: mean(values) for name, values in terms.items()}
+        loss = sum(weights[name] * value for name, value in means.items())
+        metrics = {f"loss/{name}": value for name, value in means.items()}
+        metrics |= {name: mean(values) for name, values in logs.items()}
+        metrics["loss"] = loss
+        metrics = lax.stop_gradient(metrics)
+        if axis_name is not None:
+            metrics = lax.psum(metrics, axis_name)
+        return loss, metrics | {"tau": lax.stop_gradient(out.tau)}
+
+    return loss_fn
+
+
+def mine(
+    key: jax.Array, delta: jax.Array, forbidden: jax.Array, row_ids: jax.Array, negatives: Any
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Draws each query's negatives by the rule of the config.
+
+    Args:
+      key: random key, the same on all devices.
+      delta: `[B, N]`.
+      forbidden: bool `[B, N]`.
+      row_ids: int `[B]`, index of each query in the global batch.
+      negatives: `config.negatives`.
+
+    Returns:
+      indices `[B, n]`, valid `[B, n]`, and what to log, `[B]` each: size of the mid-zone, share of
+      fall-backs, mean delta of the drawn, number drawn.
+    """
+    num = negatives.per_query
+    lower = jnp.zeros(delta.shape[0])
+    mask = ~forbidden
+    if negatives.rule == "hardest":
+        indices, drawn = trns.hardest_negatives(delta, forbidden, num)
+    else:
+        temperature = None
+        if negatives.rule == "trns":
+            lower, upper = trns.mid_zone_bounds(
+                delta,
+                ~forbidden,
+                negatives.bounds,
+                lower=negatives.lower,
+                upper=negatives.upper,
+                floor=negatives.floor,
+            )
+            mask = trns.mid_zone_mask(delta, lower, upper, forbidden)
+            temperature = negatives.sample_temperature or None
+        indices, drawn = trns.sample_negatives(
+            key,
+            delta,
+            mask,
+            num,
+            forbidden=forbidden,
+            lower=lower,
+            row_ids=row_ids,
+            sample_temperature=temperature,
+        )
+    number = drawn.sum(1)
+    fallback = drawn & ~jnp.take_along_axis(mask, indices, axis=1)
+    deltas = jnp.where(drawn, jnp.take_along_axis(delta, indices, axis=1), 0)
+    logs = {
+        "negatives/zone": mask.sum(1),
+        "negatives/fallback": fallback.sum(1) / jnp.maximum(number, 1),
+        "negatives/delta": deltas.sum(1) / jnp.maximum(number, 1),
+        "negatives/drawn": number,
+    }
+    return indices, drawn, logs
+
+
+def make_train_step(
+    *,
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    seed: int,
+    axis_name: str | None = AXIS,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes the per-device step `(state, batch) -> (state, metrics)`; all it closes over is here.
+
+    Args:
+      loss_fn: from `make_loss_fn`, of the same axis.
+      tx: the optimiser.
+      seed: of everything random in the step.
+      axis_name: the mapped axis; None for one device without a map.
+    """
+
+    def step(state: TrainState, batch: dict[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        if axis_name is not None:
+            # A sum: the losses of the devices add up to the global mean.
+            grads = lax.psum(grads, axis_name)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step

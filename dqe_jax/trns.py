@@ -1,0 +1,293 @@
+"""Target-relative negative sampling (TRNS): which candidates of a pool may act as negatives.
+
+For query `i` with target `t_i` and candidate `c` the target-relative similarity is
+
+    delta[i, c] = s(q_i, T_{t_i}) - s(q_i, T_c),        s(q, T) = max_m <q, T_m>.
+
+Negatives come only from the mid-zone `lower < delta <= upper` of its distribution. At or below
+`lower` a candidate is as good as the target and probably a false negative; above `upper` it is easy
+and teaches nothing (DQE-CIR, arXiv:2603.04037).
+
+All functions are pure and jit-able. Symbols: `B` queries, `N` candidates of the pool, `M` tokens of a
+gallery embedding, `d` its width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BOUND_MODES = ("absolute", "quantile", "std")
+RULES = ("in_batch", "random", "hardest", "trns")
+
+
+def _scores(query: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`[B, d], [N, d] -> [B, N]` float32."""
+    return jnp.einsum(
+        "bd,nd->bn",
+        query,
+        tokens,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _best_token(query: jax.Array, gallery: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Score and index of the best token, both `[B, N]`: one product a token, a running maximum."""
+    tokens = jnp.moveaxis(gallery, 1, 0)  # [M, N, d]
+    first = _scores(query, tokens[0])
+
+    def step(carry, item):
+        (best, index), (m, token) = carry, item
+        scores = _scores(query, token)
+        return (jnp.maximum(best, scores), jnp.where(scores > best, m, index)), None
+
+    start = first, jnp.zeros(first.shape, jnp.int32)
+    return lax.scan(step, start, (jnp.arange(1, len(tokens)), tokens[1:]))[0]
+
+
+@jax.custom_vjp
+def similarity(query: jax.Array, gallery: jax.Array) -> jax.Array:
+    """The ranking score `s(q, T) = max_m <q, T_m>` of every query with every candidate.
+
+    No `[B, N, M]` array, in the backward pass neither: it keeps the index of the best token (the
+    first of equals, which gets the whole gradient).
+
+    Args:
+      query: `[B, d]` L2-normalised.
+      gallery: `[N, M, d]`, tokens L2-normalised.
+
+    Returns:
+      float32 `[B, N]`.
+    """
+    return _best_token(query, gallery)[0]
+
+
+def _similarity_forward(query: jax.Array, gallery: jax.Array):
+    best, index = _best_token(query, gallery)
+    return best, (query, gallery, index)
+
+
+def _similarity_backward(saved, cotangent: jax.Array):
+    query, gallery, index = saved
+    product = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+
+    def step(query_grad, item):
+        m, token = item
+        own = jnp.where(index == m, cotangent, 0)  # [B, N], what this token was the best for
+        query_grad += jnp.einsum("bn,nd->bd", own, token.astype(jnp.float32), **product)
+        token_grad = jnp.einsum("bn,bd->nd", own, query.astype(jnp.float32), **product)
+        return query_grad, token_grad.astype(token.dtype)
+
+    items = jnp.arange(gallery.shape[1]), jnp.moveaxis(gallery, 1, 0)
+    query_grad, token_grads = lax.scan(step, jnp.zeros(query.shape, jnp.float32), items)
+    return query_grad.astype(query.dtype), jnp.moveaxis(token_grads, 0, 1)
+
+
+similarity.defvjp(_similarity_forward, _similarity_backward)
+
+
+def paired_similarity(query: jax.Array, target: jax.Array) -> jax.Array:
+    """`s(q_i, T_i)` of each query with its own embedding: `[B, d], [B, M, d] -> [B]` float32."""
+    scores = jnp.einsum(
+        "bd,bmd->bm",
+        query,
+        target,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return scores.max(axis=-1)
+
+
+def target_relative_similarity(
+    query: jax.Array, gallery: jax.Array, target: jax.Array
+) -> jax.Array:
+    """`delta[i, c] = s(q_i, T_{t_i}) - s(q_i, T_c)` (method, section 2).
+
+    Target and gallery must be embeddings of the same parameters: a fresh target against a stale
+    gallery lets a model lower its loss by drifting away from the gallery.
+
+    Args:
+      query: `[B, d]` query embeddings.
+      gallery: `[N, M, d]` embeddings of the candidates.
+      target: `[B, M, d]` embedding of each query's target.
+
+    Returns:
+      float32 `[B, N]`; negative where a candidate beats the target.
+    """
+    return paired_similarity(query, target)[:, None] - similarity(query, gallery)
+
+
+def _quantile(ordered: jax.Array, count: jax.Array, q: float) -> jax.Array:
+    """Quantile `q` of the first `count[i]` values of each ascending row, linearly interpolated."""
+    position = q * jnp.maximum(count - 1, 0).astype(jnp.float32)
+    below = jnp.floor(position).astype(jnp.int32)
+    above = jnp.minimum(below + 1, jnp.maximum(count - 1, 0))
+    low, high = (jnp.take_along_axis(ordered, i[:, None], axis=1)[:, 0] for i in (below, above))
+    return low + (high - low) * (position - below)
+
+
+def mid_zone_bounds(
+    delta: jax.Array,
+    valid: jax.Array,
+    mode: str,
+    *,
+    lower: float,
+    upper: float,
+    floor: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Bounds of the mid-zone of each query's target-relative similarity distribution.
+
+    Args:
+      delta: float `[B, N]`.
+      valid: bool `[B, N]`, the candidates that belong to the distribution: no known positive, no
+        padding.
+      mode: `absolute`: `lower` and `upper` are values of delta. `quantile`: they are quantiles in
+        [0, 1] of the valid deltas of the query, linearly interpolated. `std`: they are multiples k
+        in `mean + k * standard deviation` of the valid deltas.
+      lower: lower bound, in the unit of `mode`.
+      upper: upper bound, in the unit of `mode`.
+      floor: no lower bound lies below it. With 0, the method's value, a candidate that scores at
+        least as high as the target is never in the zone; `-inf` takes this cut away.
+
+    Returns:
+      (lower `[B]`, upper `[B]`) float32, values of delta. A query without a valid candidate has
+      the empty zone (floor, floor).
+
+    Raises:
+      ValueError: unknown mode.
+    """
+    delta = delta.astype(jnp.float32)
+    count = valid.sum(axis=1)
+    if mode == "absolute":
+        low = jnp.full(delta.shape[:1], lower, jnp.float32)
+        high = jnp.full(delta.shape[:1], upper, jnp.float32)
+    elif mode == "quantile":
+        ordered = jnp.sort(jnp.where(valid, delta, jnp.inf), axis=1)
+        low, high = (_quantile(ordered, count, q) for q in (lower, upper))
+    elif mode == "std":
+        total = jnp.maximum(count, 1)
+        mean = jnp.where(valid, delta, 0).sum(axis=1) / total
+        deviation = jnp.where(valid, delta - mean[:, None], 0)
+        std = jnp.sqrt(jnp.square(deviation).sum(axis=1) / total)
+        low, high = mean + lower * std, mean + upper * std
+    else:
+        raise ValueError(f"mid-zone mode {mode!r} is not one of {BOUND_MODES}")
+    low = jnp.maximum(low, floor)
+    empty = count == 0
+    return jnp.where(empty, floor, low), jnp.where(empty, floor, high)
+
+
+def mid_zone_mask(
+    delta: jax.Array, lower: jax.Array, upper: jax.Array, forbidden: jax.Array
+) -> jax.Array:
+    """`lower < delta <= upper`, without the forbidden candidates.
+
+    Args:
+      delta: float `[B, N]`.
+      lower: `[B]` values of delta.
+      upper: `[B]` values of delta.
+      forbidden: bool `[B, N]`: the target, any candidate with its image id, any other known
+        positive, padding.
+
+    Returns:
+      bool `[B, N]`.
+    """
+    return (delta > lower[:, None]) & (delta <= upper[:, None]) & ~forbidden
+
+
+def sample_negatives(
+    key: jax.Array,
+    delta: jax.Array,
+    mask: jax.Array,
+    num: int,
+    *,
+    forbidden: jax.Array | None = None,
+    lower: jax.Array | None = None,
+    row_ids: jax.Array | None = None,
+    sample_temperature: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws `num` candidates of the mask without replacement (Gumbel top-k).
+
+    Where the mask holds fewer than `num`, and `forbidden` is given, the fall-back of the method
+    fills up: first the other candidates above `lower`, nearest first; then those at or below it,
+    again in falling order of closeness to `lower`. A forbidden candidate is never drawn.
+
+    Args:
+      key: random key, the same on all devices.
+      delta: float `[B, N]`.
+      mask: bool `[B, N]`, the mid-zone.
+      num: candidates to draw for each query; may exceed N.
+      forbidden: bool `[B, N]`; None leaves the fall-back out.
+      lower: `[B]` lower bounds, used by the fall-back; None counts every candidate as above.
+      row_ids: int `[B]`, the query's index in the global batch. Draws depend on the key and this
+        index alone, so they do not change with the number of devices. Default: `arange(B)`.
+      sample_temperature: draw in proportion to `exp(-delta / sample_temperature)`, which leans to
+        the hard side of the zone; None draws uniformly.
+
+    Returns:
+      indices int32 `[B, num]` into the candidates, and valid bool `[B, num]`: false where no
+      candidate was left (the index is then 0). Drawn ones come first, fall-backs after.
+    """
+    num_queries, num_candidates = delta.shape
+    if forbidden is not None:
+        mask = mask & ~forbidden
+    delta = lax.stop_gradient(delta.astype(jnp.float32))
+    if row_ids is None:
+        row_ids = jnp.arange(num_queries)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, (num_candidates,), jnp.float32))(keys)
+    logits = 0.0 if sample_temperature is None else -delta / sample_temperature
+    size = min(num, num_candidates)
+
+    drawn, indices = lax.top_k(jnp.where(mask, logits + noise, -jnp.inf), size)
+    valid = drawn > -jnp.inf
+    if forbidden is not None:
+        rest = ~mask & ~forbidden
+        above = rest & (delta > lower[:, None]) if lower is not None else rest
+        for order, subset in ((-delta, above), (delta, rest & ~above)):
+            scores, filling = lax.top_k(jnp.where(subset, order, -jnp.inf), size)
+            indices = jnp.concatenate([indices, filling], axis=1)
+            valid = jnp.concatenate([valid, scores > -jnp.inf], axis=1)
+        # A stable sort brings the valid ones to the front and keeps their order.
+        front = jnp.argsort(~valid, axis=1, stable=True)[:, :size]
+        indices = jnp.take_along_axis(indices, front, axis=1)
+        valid = jnp.take_along_axis(valid, front, axis=1)
+    missing = ((0, 0), (0, num - size))
+    valid = jnp.pad(valid, missing)
+    indices = jnp.where(valid, jnp.pad(indices.astype(jnp.int32), missing), 0)
+    return indices, valid
+
+
+def hardest_negatives(
+    delta: jax.Array, forbidden: jax.Array, num: int
+) -> tuple[jax.Array, jax.Array]:
+    """The `num` allowed candidates of lowest delta, the baseline rule `hardest`.
+
+    Args and returns are as in `sample_negatives`; ties go to the lower index.
+    """
+    nothing = jnp.zeros_like(forbidden)
+    return sample_negatives(jax.random.key(0), delta, nothing, num, forbidden=forbidden)
+
+
+def forbidden_candidates(
+    known_positives: jax.Array,
+    candidate_ids: jax.Array,
+    query_valid: jax.Array,
+    candidate_valid: jax.Array,
+) -> jax.Array:
+    """What may never be a negative: known positives by image id, and everything of a padding row.
+
+    Args:
+      known_positives: int `[B, P]` image ids, the target's included, padded with -1.
+      candidate_ids: int `[N]` image ids, at least 0 (copies of one photo share an id).
+      query_valid: bool `[B]`, false for padding.
+      candidate_valid: bool `[N]`, false for padding.
+
+    Returns:
+      bool `[B, N]`.
+    """
+    # XLA fuses comparison and reduction: no [B, N, P] array is kept.
+    known = jnp.any(known_positives[:, None, :] == candidate_ids[None, :, None], axis=-1)
+    return known | ~candidate_valid[None, :] | ~query_valid[:, None]

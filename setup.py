@@ -1,0 +1,43 @@
+"""Installs dqe_jax; lower bounds are the versions it was tried with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dqe_jax",
+    version="0.1.0",
+    description="Trains and evaluates composed image retrieval (DQE-CIR) in JAX, on TPUs and GPUs",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dqe_jax", "dqe_jax.*"]),
+    package_data={"dqe_jax": ["data/lexicon.txt"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.3",
+        "array_record>=0.8.1",
+        "etils[epath]>=1.13",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        # tensorflow-datasets imports it, and does not install it by itself.
+        "importlib_resources>=6.5",
+        "jax>=0.10",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "pillow>=11",
+        "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.67",
+        # Its tokenizers; the tiny backbone uses the `tokenizers` library that comes with it.
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]>=0.10"],
+        # Also compiles for TPUs on a machine without one (Linux, x86-64).
+        "tpu": ["jax[tpu]>=0.10"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
+    },
+)

@@ -1,0 +1,9 @@
+"""Runs the tests on eight CPU devices unless XLA_FLAGS already says how many."""
+
+import os
+
+_FLAG = "--xla_force_host_platform_device_count"
+
+# XLA reads the flag once, when jax first asks for a device: set it before any test imports jax.
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()

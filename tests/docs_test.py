@@ -1,0 +1,229 @@
+"""What the README, launch files and docstrings tell readers to type is there.
+
+A command names modules, configs, variants, fields and flags that exist; a link or a path in the
+README leads somewhere. Placeholders in capitals (`DIR`) and shell variables (`$DIR`) stand for any
+value.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dqe_jax.config import FIELDS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+FOLDERS = ("configs", "docs", "dqe_jax", "launch", "tests")
+
+
+def documents() -> dict[str, str]:
+    """Every text that holds commands, by its path."""
+    files = [README, *sorted((ROOT / "launch").rglob("*"))]
+    texts = {f: f.read_text(encoding="utf-8") for f in files if f.is_file() and f.suffix != ".pyc"}
+    for folder in ("configs", "dqe_jax"):
+        for f in sorted((ROOT / folder).rglob("*.py")):
+            texts[f] = ast.get_docstring(ast.parse(f.read_text(encoding="utf-8"))) or ""
+    return {str(f.relative_to(ROOT)): text for f, text in texts.items()}
+
+
+DOCUMENTS = documents()
+
+
+@functools.cache
+def flags_of(module: str) -> frozenset[str]:
+    """The flags that a module of dqe_jax defines, from its source."""
+    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    return frozenset(
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith("DEFINE_")
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    )
+
+
+def is_open(value: str) -> bool:
+    """Whether a value stands for any: `DIR`, `<dir>`, `$DIR`, `...`."""
+    return "$" in value or bool(re.match(r"[A-Z_]+$|<|\.\.\.", value))
+
+
+# ------------------------------------------------------------------------------------- the rules
+# Each yields one sentence for each thing in a text that is not there.
+
+
+def words_of(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The module and the arguments of each `-m dqe_jax.X ...`."""
+    joined = re.sub(r"\\\s*\n\s*", " ", text)
+    for match in re.finditer(r"-m\s+(dqe_jax[\w.]*)([^\n`]*)", joined):
+        arguments = re.split(r"\s(?:#|\|\|?|&&?|;|>)(?:\s|$)", match[2] + " ")[0]
+        arguments = re.sub(r"[\[\]()]", " ", arguments)  # optional ones
+        try:
+            yield match[1].rstrip("."), shlex.split(arguments)
+        except ValueError:  # an apostrophe: prose follows
+            yield match[1].rstrip("."), arguments.split()
+
+
+def commands(text: str) -> Iterator[str]:
+    for module, arguments in words_of(text):
+        path = ROOT / module.replace(".", "/")
+        if not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file():
+            yield f"there is no module {module}"
+            continue
+        for argument in arguments:
+            if not argument.startswith("--"):
+                continue
+            name = argument.removeprefix("--").split("=")[0].rstrip(".,:")
+            if name.startswith("config."):
+                continue  # `fields` checks it
+            known = flags_of(module)
+            if name not in known and not (name.startswith("no") and name[2:] in known):
+                yield f"{module} has no flag --{name}"
+
+
+def config_files(text: str) -> Iterator[str]:
+    found = re.findall(r"--config[= ]([^\s`\"'\[\])]+)", text)
+    found += re.findall(r"\bconfigs/\w+\.py:[\w,]+", text)
+    for value in dict.fromkeys(found):
+        path, _, variants = value.rstrip(".,;:").partition(":")
+        if is_open(path):
+            continue
+        if not (ROOT / path).is_file() or not path.startswith("configs/"):
+            yield f"there is no config {path}"
+            continue
+        if is_open(variants):
+            continue
+        try:
+            importlib.import_module(f"configs.{Path(path).stem}").get_config(variants)
+        except ValueError as error:
+            yield f"{value}: {error}"
+
+
+def fields(text: str) -> Iterator[str]:
+    for name in re.findall(r"--config\.([\w.]*\w)", text):
+        if name not in FIELDS and name != "field":  # `--config.field=value` explains the form
+            yield f"there is no field --config.{name}"
+    sections = {field.rsplit(".", n)[0] for field in FIELDS for n in (1, 2) if "." in field}
+    for name in re.findall(r"`config\.([a-z_][\w.]*\w)(?:`| ?=)", text):
+        if name not in FIELDS and name not in sections and name not in ("py", "json"):
+            yield f"there is no field config.{name}"
+
+
+def anchor_of(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    bare = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return bare.replace(" ", "-")
+
+
+def links(text: str) -> Iterator[str]:
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    anchors = {anchor_of(h) for h in re.findall(r"^#+ (.*)$", prose, flags=re.M)}
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose)
+    targets += re.findall(r"(?:src|href)=\"([^\"]+)\"", prose)
+    targets += re.findall(r"^\[[^\]]+\]:\s*(\S+)", prose, flags=re.M)
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        if path and not (ROOT / path).exists():
+            yield f"there is no {path}"
+        elif not path and anchor not in anchors:
+            yield f"there is no heading #{anchor}"
+
+
+def paths(text: str) -> Iterator[str]:
+    for path in re.findall(rf"(?<![\w/.$~-])((?:{'|'.join(FOLDERS)})/[\w./*-]*)", text):
+        path = path.rstrip(".,-")
+        if not any(True for _ in ROOT.glob(path.rstrip("/"))):
+            yield f"there is no {path}"
+
+
+Rule = Callable[[str], Iterator[str]]
+
+
+@pytest.mark.parametrize("rule", [commands, config_files, fields], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_what_readers_are_told_to_type_exists(path: str, rule: Rule):
+    assert list(rule(DOCUMENTS[path])) == []
+
+
+@pytest.mark.parametrize("rule", [links, paths], ids=lambda rule: rule.__name__)
+def test_links_and_paths_of_the_readme_exist(rule: Rule):
+    if not README.exists():
+        pytest.skip("there is no README.md")
+    assert list(rule(README.read_text(encoding="utf-8"))) == []
+
+
+def test_paths_in_launch_files_exist():
+    launch = {path: text for path, text in DOCUMENTS.items() if path.startswith("launch/")}
+    if not launch:
+        pytest.skip("there is no file in launch/")
+    assert [problem for text in launch.values() for problem in paths(text)] == []
+
+
+def test_every_config_is_shown_with_its_command():
+    for path, text in DOCUMENTS.items():
+        name = Path(path).name
+        if path.startswith("configs/") and name not in ("__init__.py", "common.py"):
+            assert f"--config={path}" in text, path
+
+
+def test_flags_are_read_from_the_source():
+    assert {"config", "workdir", "stop_at"} <= flags_of("dqe_jax.main")
+    assert {"config", "workdir", "split", "step"} <= flags_of("dqe_jax.evaluate")
+    assert "stop_at" not in flags_of("dqe_jax.evaluate")
+
+
+# --------------------------------------------------------------------------- the rules themselves
+
+SHAPES = "--config=configs/shapes.py"
+ACCEPTED = [
+    (commands, f"python -m dqe_jax.main {SHAPES} --workdir=/tmp/x --config.seed=1"),
+    (commands, f"`python -m dqe_jax.evaluate {SHAPES} --split=test`, then --anything"),
+    (commands, f"python -m dqe_jax.main {SHAPES} \\\n    --workdir=/tmp/x [--data_dir=DIR]"),
+    (commands, f"python -m dqe_jax.main {SHAPES}  # it's quick --really"),
+    (commands, f"python -m dqe_jax.main {SHAPES} && other --flag"),
+    (config_files, "--config=configs/shapes.py:hard,smoke and --config=$CONFIG or --config=FILE"),
+    (config_files, "`configs/shapes.py:hard`, --config=configs/shapes.py[:hard]"),
+    (fields, "--config.negatives.lower=0.1 --config.seed=3, or `config.optimizer`, `config.json`"),
+    (fields, "`config.data.lexicon` names it"),
+    (links, "# A b-c: d!\n[x](#a-b-c-d) [y](pyproject.toml) [z](https://a.b/c#d)"),
+    (paths, "`dqe_jax/data/lexicon.txt`, configs/, tests/*_test.py and /other/dqe_jax/none.py."),
+]
+REFUSED = [
+    (commands, "python -m dqe_jax.training"),
+    (commands, f"python -m dqe_jax.main {SHAPES} --steps=3"),
+    (commands, f"python -m dqe_jax.main {SHAPES} \\\n  --split=test"),
+    (commands, f"python3 -m dqe_jax.evaluate [--stop_at=3] {SHAPES}"),
+    (config_files, "--config=configs/none.py"),
+    (config_files, "--config=configs/shapes.py:easy"),
+    (config_files, "see `configs/shapes.py:smoke,tiny`"),
+    (config_files, "--config shapes.py"),
+    (fields, "--config.negatives.low=0.1"),
+    (fields, "--config.negatives=0.1"),
+    (fields, "`config.optimiser` or so"),
+    (links, "[x](#none)"),
+    (links, "[x](docs/none.md)"),
+    (links, '<img src="none.png">'),
+    (paths, "in `dqe_jax/model.py`"),
+    (paths, "see tests/none_*.py."),
+]
+
+
+@pytest.mark.parametrize(("rule", "text"), ACCEPTED)
+def test_the_rule_accepts(rule: Rule, text: str):
+    assert list(rule(text)) == []
+
+
+@pytest.mark.parametrize(("rule", "text"), REFUSED)
+def test_the_rule_refuses(rule: Rule, text: str):
+    assert len(list(rule(text))) == 1

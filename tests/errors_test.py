@@ -1,0 +1,215 @@
+"""Every error that a user can make is one sentence, with status 2, before training starts."""
+
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from small_runs import small_config
+
+from configs import fashion_products, shapes
+from dqe_jax import train
+from dqe_jax.config import FIELDS, check_config, flatten
+from dqe_jax.data import pipeline
+from dqe_jax.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = "--config=configs/shapes.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def prepared_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    monkeypatch.setattr(train, "_restore_or_init", lambda *_: pytest.fail("training starts"))
+
+
+def main(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "dqe_jax.main", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()
+    assert len(last) == 1, done.stderr
+    assert last[0].startswith("error: ")
+    assert "\\" not in last[0]  # no repr of a repr
+    assert len(last[0]) < 400
+    return last[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([SMOKE, "--config.data.image_sizes=3"], ["image_sizes", "image_size"]),
+        ([SMOKE, "--config.batch.references=abc"], ["config.batch.references", "abc"]),
+        ([SMOKE, "--config.negatives.rule=foo"], ["in_batch, random, hardest, trns"]),
+        (["--config=configs/nothing.py"], ["configs/nothing.py"]),
+        (["--config=configs/shapes.py:foo"], ["unknown variant foo", "hard, smoke"]),
+        (["--config=configs/fashion_products.py"], ["--data_dir"]),
+        ([], ["--config"]),
+        ([SMOKE, "--workdirs=x"], ["workdirs", "workdir"]),
+    ],
+)
+def test_command_line(arguments, words, tmp_path):
+    if arguments:
+        prepared = f"--config.data.prepared_dir={tmp_path}"
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}", prepared]
+    sentence = main(*arguments)
+    for word in words:
+        assert word in sentence
+
+
+def test_a_missing_config_file(tmp_path):
+    # With overrides it fails while flags are parsed, without them when the config is used.
+    assert "configs/nothing.py" in main("--config=configs/nothing.py", f"--workdir={tmp_path}")
+
+
+def test_a_config_file_that_fails_names_what_failed(tmp_path):
+    for text, word in (("import nonsense_module", "nonsense_module"), ("def (", "syntax")):
+        file = tmp_path / "broken.py"
+        file.write_text(text + "\n")
+        assert word in main(f"--config={file}", f"--workdir={tmp_path / 'run'}")
+
+
+def changed(**changes):
+    config = shapes.get_config("smoke")
+    with config.ignore_type():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"total_steps": 0}, r"config\.total_steps is 0: it must be an integer of at least 1"),
+        ({"total_steps": 1.5}, r"config\.total_steps is 1\.5"),
+        ({"total_steps": True}, r"config\.total_steps is True"),
+        ({"seed": "1"}, r"config\.seed is '1'"),
+        ({"negatives.rule": "qure"}, r"one of in_batch, random, hardest, trns"),
+        ({"data.dataset": "cirr"}, r"one of shapes, fashion_products"),
+        ({"model.attributes.names": ()}, r"config\.model\.attributes\.names is \[\].*tuple"),
+        ({"optimizer.learning_rate": float("nan")}, r"learning_rate is nan.*above 0"),
+        ({"loss.margin": -1.0}, r"at least 0"),
+        ({"eval.top_k": 49}, r"config\.eval\.top_k is 49: .* at least 50"),
+        ({"model.tiny.heads": 3}, r"multiple of config\.model\.tiny\.heads, 3"),
+        ({"data.image_size": 53}, r"multiple of config\.model\.tiny\.patch_size, \d+"),
+        ({"negatives.lower": 0.7}, r"config\.negatives\.lower is 0\.7: it must be below .* 0\.6"),
+        ({"negatives.lower": 0.6}, r"must be below"),
+        ({"negatives.upper": 1.5}, r"must lie in 0 to 1"),
+    ],
+)
+def test_fields(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_config(changed(**changes))
+
+
+def test_the_configs_hold_exactly_the_known_fields():
+    for config in (
+        shapes.get_config(),
+        shapes.get_config("hard,smoke"),
+        fashion_products.get_config(),
+        fashion_products.get_config("smoke"),
+    ):
+        check_config(config)
+        assert flatten(config.to_dict()).keys() == FIELDS.keys()
+
+
+def test_unknown_and_missing_fields_of_a_config_file():
+    config = shapes.get_config("smoke")
+    config.data.image_sizes = 3
+    with pytest.raises(UserError, match=r"config\.data\.image_sizes is not a field.*image_size\?"):
+        check_config(config)
+    config = shapes.get_config("smoke")
+    del config.loss.margin
+    with pytest.raises(UserError, match=r"config\.loss\.margin is missing"):
+        check_config(config)
+    with pytest.raises(ValueError, match=r"unknown variant hardest.*hard, smoke"):
+        shapes.get_config("hardest")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_devices": 99}, r"num_devices is 99: this machine has \d+ devices"),
+        ({"batch.references": 7}, r"config\.batch\.references is 7: .*multiple of the 2 devices"),
+        (
+            {"eval.top_k": 1000},
+            r"config\.eval\.top_k is 1000: the gallery of validation has only 1",
+        ),
+        ({"model.attributes.names": ("color", "smell")}, r"'smell' has no section.*color.*shape"),
+        ({"data.lexicon": "/no/such/file"}, r"config\.data\.lexicon: there is no file /no/such"),
+        ({"data.image_size": 32}, r"config\.data\.image_size is 32"),
+        (
+            {"data.prepared_dir": "/dev/null/x"},
+            r"config\.data\.prepared_dir: cannot make /dev/null/x",
+        ),
+    ],
+)
+def test_before_training(changes, sentence, prepared_dir, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        train.train_and_evaluate(small_config(prepared_dir, **changes), tmp_path / "run")
+
+
+def test_a_corrected_command_may_use_the_same_workdir(prepared_dir, tmp_path):
+    workdir = tmp_path / "run"
+    wrong = small_config(prepared_dir, **{"model.attributes.names": ("smell",)})
+    with pytest.raises(UserError, match="no section"):
+        train.train_and_evaluate(wrong, workdir)
+    train.claim_workdir(workdir, small_config(prepared_dir))  # nothing was trained: no objection
+
+
+def test_an_empty_or_unknown_split():
+    class Builder:
+        name, data_dir = "shapes", "/data"
+        info = types.SimpleNamespace(splits=("train", "train_gallery", "test", "test_gallery"))
+
+        def as_data_source(self, split):
+            return []
+
+    with pytest.raises(UserError, match=r"split 'train' of shapes in /data has no query"):
+        pipeline.load_split(Builder(), "train", 64)
+    with pytest.raises(UserError, match=r"no split 'validation'; it has train, test"):
+        pipeline.load_split(Builder(), "validation", 64)
+
+
+def test_fashion_products_needs_its_photos(prepared_dir, tmp_path):
+    config = fashion_products.get_config("smoke")
+    config.data.prepared_dir, config.num_devices = str(prepared_dir), 1
+    with pytest.raises(UserError, match=r"pass --data_dir=DIR"):
+        train.train_and_evaluate(config, tmp_path / "one")
+    config.data.data_dir = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere"):
+        train.train_and_evaluate(config, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two", ignore_errors=True)
+
+
+def test_workdir(prepared_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = small_config(prepared_dir)
+    for path in ("file", "file/below"):
+        with pytest.raises(UserError, match=rf"--workdir: cannot write to .*{path}"):
+            train.claim_workdir(tmp_path / path, config)
+    train.claim_workdir(tmp_path / "run", config)
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)  # it has trained
+    same = small_config(prepared_dir, log_every=1, num_devices=1)  # fields that may differ
+    train.claim_workdir(tmp_path / "run", same)
+    other = small_config(prepared_dir, **{"seed": 3, "loss.margin": 0.5})
+    with pytest.raises(
+        UserError, match=r"another config.*loss\.margin: 0\.5 \(not 0\.1\); seed: 3 \(not 0\)"
+    ):
+        train.claim_workdir(tmp_path / "run", other)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        train.claim_workdir(tmp_path / "run", config)

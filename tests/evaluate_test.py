@@ -1,0 +1,138 @@
+"""The evaluation binary gives what training's own evaluation gave, on any number of devices."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from small_runs import compiled_once, small_config
+
+from dqe_jax import train
+from dqe_jax.data import datasets
+from dqe_jax.data.examples import gallery_split
+from dqe_jax.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# What `small_config` sets, on the command line.
+FLAGS = (
+    "--config=configs/shapes.py:smoke",
+    "--config.model.tiny.image_depth=0",
+    "--config.model.tiny.text_depth=0",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run: (directory, workdir, final metrics)."""
+    base = tmp_path_factory.mktemp("evaluate")
+    changes = {"total_steps": 4, "checkpoint_every": 2, "eval_every": 2}
+    with compiled_once(base / "compiled"):
+        metrics = train.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
+        yield base, base / "run", metrics
+
+
+def evaluate(base, *arguments):
+    command = [sys.executable, "-m", "dqe_jax.evaluate", *FLAGS, *arguments]
+    command.append(f"--config.data.prepared_dir={base / 'prepared'}")
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(base / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def gallery_size(base, split):
+    builder = datasets.open_dataset(small_config(base / "prepared").data)
+    return builder.info.splits[gallery_split(split)].num_examples
+
+
+@pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 37), (8, 60)])
+def test_equals_the_final_evaluation_of_training(run, tmp_path, num_devices, batch_size):
+    base, workdir, metrics = run
+    log = evaluate(
+        base,
+        f"--workdir={workdir}",
+        f"--output={tmp_path}",
+        f"--config.num_devices={num_devices}",
+        f"--config.eval.batch_size={batch_size}",  # divides neither the gallery nor the queries
+    )
+    assert "reference_only" in log  # the table
+    report = json.loads((tmp_path / "test-4.json").read_text())
+    trained = json.loads((workdir / "eval" / "test-4.json").read_text())
+    assert report.keys() == trained.keys()
+    assert (report["step"], report["split"]) == (4, "test")
+    assert report["metrics"] == pytest.approx(metrics, abs=1e-6)
+    assert report["metrics"]["gallery"] == gallery_size(base, "test")
+    for name, values in trained["baselines"].items():
+        assert report["baselines"][name] == pytest.approx(values, abs=1e-6)
+    assert (tmp_path / "test-4.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_an_earlier_step_on_validation_from_a_directory_of_checkpoints(run):
+    base, workdir, _ = run
+    evaluate(base, f"--checkpoint={workdir / 'checkpoints'}", "--step=2", "--split=validation")
+    report = json.loads((workdir / "eval" / "validation-2.json").read_text())
+    assert (report["step"], report["split"]) == (2, "validation")
+    assert report["metrics"]["gallery"] == gallery_size(base, "validation")
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    logged = next(line for line in lines if line["step"] == 2 and "validation/R@1" in line)
+    expected = {f"validation/{name}": value for name, value in report["metrics"].items()}
+    assert {"step": 2, **expected} == pytest.approx(logged, abs=1e-6)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The binary's `main` in this process: `call(config, flag=value)`."""
+    from dqe_jax import evaluate as binary
+
+    def run_main(config, **values):
+        monkeypatch.setattr(binary, "_CONFIG", types.SimpleNamespace(value=config))
+        with flagsaver.flagsaver():
+            flags.FLAGS.mark_as_parsed()
+            for name, value in values.items():
+                setattr(flags.FLAGS, name, value)
+            binary.main(["evaluate"])
+
+    return run_main
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "sentence"),
+    [
+        ({}, {}, r"--workdir=DIR or --checkpoint=DIR"),
+        ({"workdir": "{base}/none"}, {}, r"there is no directory .*none"),
+        ({"checkpoint": "{base}/prepared"}, {}, r"there is no checkpoint in .*prepared"),
+        ({"workdir": "{run}", "step": 3}, {}, r"--step=3: .* steps 2, 4"),
+        (
+            {"workdir": "{run}"},
+            {"model.tiny.width": 64},
+            r"another model.*model\.tiny\.width: 64 \(not 32\)",
+        ),
+        ({"workdir": "{run}"}, {"data.max_length": 9}, r"data\.max_length: 9 \(not \d+\)"),
+        ({"workdir": "{run}"}, {"eval.top_k": 2000}, r"eval\.top_k is 2000: .* \d+ images"),
+        ({"workdir": "{run}"}, {"num_devices": 99}, r"num_devices is 99"),
+        (
+            {"workdir": "{run}", "output": "{run}/config.json/x"},
+            {},
+            r"cannot write to .*config\.json",
+        ),
+    ],
+)
+def test_errors(run, call, values, changes, sentence):
+    base, workdir, _ = run
+    filled = {
+        name: value.format(base=base, run=workdir) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+    with pytest.raises(UserError, match=sentence):
+        call(small_config(base / "prepared", **changes), **filled)

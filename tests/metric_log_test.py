@@ -1,0 +1,133 @@
+"""The metric log: lines by step, resuming, and TensorBoard events, read back by a small reader."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+
+import pytest
+from etils import epath
+from tensorboardX.proto import event_pb2
+
+from dqe_jax.utils.metric_log import MetricLog
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(workdir, steps, resume_step=0):
+    log = MetricLog(workdir, resume_step)
+    for step in steps:
+        log.write(step, {"loss": 1.0 / step})
+    log.close()
+
+
+def events(workdir):
+    """All events: records of length, checksum, data, checksum."""
+    found = []
+    for path in sorted((workdir / "events").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 12 + length + 4
+        assert at == len(data)
+    return found
+
+
+def scalars(workdir):
+    return [
+        (value.tag, event.step, pytest.approx(value.simple_value))
+        for event in events(workdir)
+        for value in event.summary.value
+    ]
+
+
+def test_lines_in_order(workdir):
+    log = MetricLog(workdir)
+    log.write(2, {"loss": 0.5, "tau": 0.07})
+    log.write(2, {"validation/R@1": 0.25, "queries": 3})
+    log.write(4, {"loss": 0.25, "name": "words"})
+    assert lines(workdir) == [  # there before the log is closed
+        {"step": 2, "loss": 0.5, "tau": 0.07},
+        {"step": 2, "validation/R@1": 0.25, "queries": 3},
+        {"step": 4, "loss": 0.25, "name": "words"},
+    ]
+    log.close()
+
+
+def test_a_fresh_log_is_empty_and_drops_what_was_there(workdir):
+    write(workdir, [1, 2])
+    write(workdir, [])
+    assert lines(workdir) == []
+
+
+@pytest.mark.parametrize(
+    ("resume", "kept"), [(0, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3, 4])]
+)
+def test_resuming_keeps_the_steps_until_there(workdir, resume, kept):
+    write(workdir, [1, 2, 3, 4])
+    write(workdir, [resume + 1], resume_step=resume)
+    assert [line["step"] for line in lines(workdir)] == [*kept, resume + 1]
+
+
+def test_both_lines_of_the_resumed_step_are_kept(workdir):
+    log = MetricLog(workdir)
+    log.write(4, {"loss": 1.0})
+    log.write(4, {"validation/R@1": 0.5})
+    log.write(6, {"loss": 0.5})
+    log.close()
+    MetricLog(workdir, resume_step=4).close()
+    assert lines(workdir) == [{"step": 4, "loss": 1.0}, {"step": 4, "validation/R@1": 0.5}]
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_a_half_written_last_line_is_dropped(workdir, cut):
+    write(workdir, [1, 2])
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 3, "loss": 0.3}'[:-cut])
+    write(workdir, [3], resume_step=2)
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
+    assert path.read_text().startswith(whole)
+
+
+def test_a_last_line_without_its_newline_is_kept(workdir):
+    path = workdir / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}')
+    write(workdir, [2], resume_step=1)
+    assert [line["step"] for line in lines(workdir)] == [1, 2]
+
+
+def test_values_that_are_not_finite_can_be_read_back(workdir):
+    log = MetricLog(workdir)
+    log.write(1, {"loss": float("nan")})
+    log.close()
+    MetricLog(workdir, resume_step=1).close()
+    (line,) = lines(workdir)
+    assert line["loss"] != line["loss"]
+
+
+def test_tensorboard_has_the_numbers(workdir):
+    log = MetricLog(workdir)
+    log.write(2, {"loss": 0.5, "queries": 3, "name": "words"})
+    log.write(3, {"test/R@1": 0.25})
+    log.close()
+    assert scalars(workdir) == [("loss", 2, 0.5), ("queries", 2, 3.0), ("test/R_at_1", 3, 0.25)]
+
+
+def test_tensorboard_drops_what_a_resumed_run_takes_again(workdir, monkeypatch):
+    write(workdir, [1, 2, 3, 4])
+    now = time.time()  # the name of an event file is the second in which it was opened
+    monkeypatch.setattr(time, "time", lambda: now + 60)
+    write(workdir, [3, 4], resume_step=2)
+    starts = [e.step for e in events(workdir) if e.HasField("session_log")]
+    assert starts[-1] == 3  # "drop all of this step and later"
+    assert sorted(step for _, step, _ in scalars(workdir)) == [1, 2, 3, 3, 4, 4]

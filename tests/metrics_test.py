@@ -1,0 +1,202 @@
+import numpy as np
+import pytest
+
+from dqe_jax import metrics
+from dqe_jax.utils.errors import UserError
+
+
+def lists(seed=0, Q=60, K=20, N=40):
+    """Random ranked lists (some end early), ragged valid rows (some none) and single targets."""
+    rng = np.random.default_rng(seed)
+    rows = np.stack([rng.permutation(N)[:K] for _ in range(Q)])
+    for i in range(0, Q, 7):
+        rows[i, rng.integers(0, K) :] = -1
+    valid = [rng.permutation(N)[: rng.integers(0, 30)].tolist() for _ in range(Q)]
+    return rows, valid, rng.integers(0, N, Q)
+
+
+# Each metric of one query, in plain Python.
+def plain_recall(row, targets, k):
+    return 1.0 if any(r in targets for r in row[:k] if r != -1) else 0.0
+
+
+def plain_precision(row, targets, k):
+    return sum(1 for r in row[:k] if r != -1 and r in targets) / k
+
+
+def plain_average_precision(row, targets, k):
+    total = 0.0
+    for i, r in enumerate(row[:k]):
+        if r != -1 and r in targets:
+            total += plain_precision(row, targets, i + 1)
+    return total / min(len(set(targets)), k)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 20])
+def test_metrics_equal_plain_statements(k):
+    rows, valid, target = lists()
+    recall = metrics.recall_at_k(rows, valid, k)
+    precision = metrics.precision_at_k(rows, valid, k)
+    average = metrics.average_precision_at_k(rows, valid, k)
+    assert recall.shape == precision.shape == average.shape == (60,)
+    for i, (row, wanted) in enumerate(zip(rows.tolist(), valid)):
+        assert recall[i] == plain_recall(row, wanted, k)
+        assert precision[i] == pytest.approx(plain_precision(row, wanted, k))
+        if wanted:
+            assert average[i] == pytest.approx(plain_average_precision(row, wanted, k))
+        else:
+            assert np.isnan(average[i])
+    single = metrics.recall_at_k(rows, target, k)
+    assert single.tolist() == [plain_recall(r, [t], k) for r, t in zip(rows.tolist(), target)]
+
+
+def test_hand_computed_average_precision():
+    rows = np.array([[7, 3, 9, 4, 1]])
+    # Hits at ranks 1, 3 and 5, of 4 valid targets.
+    ap = metrics.average_precision_at_k(rows, [[9, 7, 1, 30]], 5)
+    assert ap[0] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 4)
+    # AP@3 divides by min(4, 3).
+    ap = metrics.average_precision_at_k(rows, [[9, 7, 1, 30]], 3)
+    assert ap[0] == pytest.approx((1 / 1 + 2 / 3) / 3)
+    assert metrics.average_precision_at_k(rows, [[1, 3, 4, 7, 9, 11]], 5)[0] == 1
+
+
+def test_targets_may_be_padded_ragged_or_repeated():
+    rows, valid, target = lists(1)
+    padded = np.full((60, 40), -1)
+    for i, values in enumerate(valid):
+        padded[i, : len(values)] = values
+    repeated = [np.array([*values, *values], int) for values in valid]
+    for fn in (metrics.recall_at_k, metrics.precision_at_k, metrics.average_precision_at_k):
+        expected = fn(rows, valid, 10)
+        np.testing.assert_array_equal(fn(rows, padded, 10), expected)
+        np.testing.assert_array_equal(fn(rows, repeated, 10), expected)
+        np.testing.assert_array_equal(fn(rows, target, 10), fn(rows, target[:, None], 10))
+
+
+def test_padding_is_never_a_hit():
+    rows = np.array([[2, -1, -1], [-1, -1, -1]])
+    for targets in (np.array([-1, -1]), np.array([[-1], [-1]]), [[-1], []]):
+        assert metrics.recall_at_k(rows, targets, 3).tolist() == [0, 0]
+        assert metrics.precision_at_k(rows, targets, 3).tolist() == [0, 0]
+        assert np.isnan(metrics.average_precision_at_k(rows, targets, 3)).all()
+
+
+def test_r_precision():
+    rows = np.array([[5, 2, 8], [5, 2, 8], [5, 2, 8], [5, 2, 8]])
+    got = metrics.r_precision(rows, [[2], [5, 8], [], [1, 2, 3, 4]])
+    np.testing.assert_array_equal(got, [0, 0.5, np.nan, np.nan])
+
+
+def test_precision_ceiling_is_reached_by_the_best_order():
+    rng = np.random.default_rng(0)
+    valid = [rng.permutation(30)[:n] for n in (0, 1, 4, 10, 25)]
+    rows = np.stack([np.r_[v, np.setdiff1d(np.arange(30), v)] for v in valid])
+    ceiling = metrics.precision_ceiling([len(v) for v in valid], 10)
+    np.testing.assert_allclose(ceiling, [0, 0.1, 0.4, 1, 1])
+    np.testing.assert_allclose(metrics.precision_at_k(rows, valid, 10), ceiling)
+
+
+def test_misuse_raises():
+    rows = np.array([[1, 2, 3]])
+    for k in (0, 4):
+        with pytest.raises(UserError, match=f"k={k} does not fit ranked lists of 3 rows"):
+            metrics.recall_at_k(rows, [[1]], k)
+    with pytest.raises(ValueError, match="same row twice"):
+        metrics.precision_at_k(np.array([[1, 2, 1]]), [[1]], 2)
+    with pytest.raises(ValueError, match="targets of Q queries"):
+        metrics.precision_at_k(rows, [[1], [2]], 2)
+    with pytest.raises(ValueError, match="kinds has 2 entries for 1"):
+        metrics.summarize(rows, target=[1], valid=None, reference=[0], kinds=["a", "b"], ks=(1,))
+    with pytest.raises(UserError, match="k=5 does not fit"):
+        metrics.summarize(rows, target=[1], valid=None, reference=[0], kinds=["a"])
+    args = {"target": [1], "reference": [0], "kinds": ["a"], "ks": (1,)}
+    with pytest.raises(UserError, match="k=10 does not fit"):
+        metrics.summarize(rows, valid=[[1]], **args)
+    assert "R@1" in metrics.summarize(rows, valid=None, **args)  # nothing asks for P@10
+
+
+def test_summarize_equals_plain_statements():
+    rows, valid, target = lists(2)
+    reference = np.where(np.arange(60) % 3 == 0, rows[:, 0], 39)
+    kinds = [("color", "shape", "")[i % 3] for i in range(60)]
+    valid[1::3] = [[]] * 20  # truth unknown for all of "shape"
+    got = metrics.summarize(
+        rows, target=target, valid=valid, reference=reference, kinds=kinds, ks=(1, 5, 20)
+    )
+    expected = {}
+    groups = {"": range(60), "/color": range(0, 60, 3), "/shape": range(1, 60, 3)}
+    for suffix, members in groups.items():
+        known = [i for i in members if valid[i]]
+        expected["queries" + suffix] = len(members)
+        expected["top1_is_reference" + suffix] = np.mean(
+            [rows[i, 0] == reference[i] != -1 for i in members]
+        )
+        for k in (1, 5, 20):
+            expected[f"R@{k}{suffix}"] = np.mean(
+                [plain_recall(rows[i], [target[i]], k) for i in members]
+            )
+        if not known:
+            continue
+        expected["queries_with_valid" + suffix] = len(known)
+        for k in (1, 5, 20):
+            expected[f"R_valid@{k}{suffix}"] = np.mean(
+                [plain_recall(rows[i], valid[i], k) for i in known]
+            )
+        for name, value in {
+            "P@10": [plain_precision(rows[i], valid[i], 10) for i in known],
+            "P@10_ceiling": [min(len(valid[i]), 10) / 10 for i in known],
+            "mAP@10": [plain_average_precision(rows[i], valid[i], 10) for i in known],
+        }.items():
+            expected[name + suffix] = np.mean(value)
+    assert got == pytest.approx(expected)
+    assert set(got) == set(expected)
+    assert all(type(value) in (float, int) for value in got.values())
+
+
+@pytest.mark.parametrize("valid", [None, [[]] * 60, np.full((60, 2), -1)])
+def test_summarize_without_truth(valid):
+    rows, _, target = lists(3)
+    got = metrics.summarize(
+        rows, target=target, valid=valid, reference=[-1] * 60, kinds=[""] * 60, ks=(1, 10)
+    )
+    assert set(got) == {"R@1", "R@10", "top1_is_reference", "queries"}
+    assert got["top1_is_reference"] == 0
+
+
+@pytest.mark.parametrize("N", [25, 8])
+def test_random_baseline_equals_simulation(N):
+    rng = np.random.default_rng(4)
+    sizes = [1, 2, 6, 8]
+    valid = [rng.permutation(N)[:n] for n in sizes]
+    runs = 5_000
+    rows = np.stack([rng.permutation(N) for _ in range(runs * 4)])
+    rows = np.pad(rows, ((0, 0), (0, 2)), constant_values=-1)  # as ranked lists end
+    simulated = metrics.summarize(
+        rows,
+        target=[v[0] for v in valid] * runs,
+        valid=valid * runs,
+        reference=[-1] * len(rows),
+        kinds=[""] * len(rows),
+        ks=(1, 5, 10),
+    )
+    exact = metrics.random_baseline(N, [0, *sizes], ks=(1, 5, 10))
+    for name, value in exact.items():
+        assert value == pytest.approx(simulated[name], abs=0.012), name
+    assert set(simulated) - set(exact) == {"queries", "queries_with_valid", "top1_is_reference"}
+
+
+def test_random_baseline_edge_cases():
+    assert metrics.random_baseline(200, ks=(1, 50)) == {"R@1": 1 / 200, "R@50": 1 / 4}
+    assert metrics.random_baseline(200, [0, 0], ks=(1,)) == {"R@1": 1 / 200}
+    everything = metrics.random_baseline(12, [12], ks=(1, 5))
+    assert everything["mAP@10"] == pytest.approx(1)
+    assert everything["R_valid@1"] == everything["P@10"] == 1
+    assert metrics.random_baseline(1, [1], ks=(1,))["mAP@10"] == 1
+    # C(96, 10) / C(100, 10), from the definition.
+    miss = np.prod([(96 - j) / (100 - j) for j in range(10)])
+    assert metrics.random_baseline(100, [4], ks=(10,))["R_valid@10"] == pytest.approx(1 - miss)
+    with pytest.raises(ValueError, match="9 valid targets in a gallery of 8"):
+        metrics.random_baseline(8, [9])
+    with pytest.raises(ValueError, match="empty"):
+        metrics.random_baseline(0)

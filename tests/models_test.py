@@ -1,0 +1,358 @@
+"""The model over each backbone: what its entry points give, and that they agree."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from configs import common
+from dqe_jax import models, run_setup
+
+VOCAB, LENGTH, SIZE = 20, 8, 32
+R, Q = 2, 3
+NAMES = ("color", "shape", "size")
+
+# What a small model of each backbone needs beside the fields that all share: a row for every entry
+# of BACKBONES, with the tokens of a gallery embedding.
+BACKBONES = {
+    "tiny": {
+        "tokens": 1,
+        "sizes": {
+            "patch_size": 16,
+            "width": 16,
+            "heads": 2,
+            "image_depth": 1,
+            "text_depth": 1,
+            "composer_depth": 1,
+            "token_dim": 4,
+            "embed_dim": 8,
+        },
+    }
+}
+
+
+@pytest.fixture(params=sorted(models.BACKBONES), scope="module")
+def backbone(request):
+    assert request.param in BACKBONES, f"give the backbone {request.param!r} a row in this file"
+    return request.param
+
+
+def small_config(backbone="tiny", **changes):
+    config = common.get_config()
+    config.model.backbone = backbone
+    config.model.attributes.names = NAMES
+    config.data.image_size, config.data.max_length = SIZE, LENGTH
+    for name, value in BACKBONES[backbone]["sizes"].items():
+        config.model[backbone][name] = value
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def build(config):
+    return models.build_model(
+        config.model, vocab_size=VOCAB, max_length=LENGTH, image_size=config.data.image_size
+    )
+
+
+def trained(params, seed=1):
+    """Parameters as after training: nothing is left at zero."""
+    flat = flatten_dict(params)
+    keys = jax.random.split(jax.random.key(seed), len(flat))
+    moved = {
+        name: x if x.ndim == 0 else x + 0.1 * jax.random.normal(key, x.shape, x.dtype)
+        for key, (name, x) in zip(keys, flat.items())
+    }
+    return unflatten_dict(moved)
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    reference = rng.integers(0, 256, (R, SIZE, SIZE, 3), np.uint8)
+    target = rng.integers(0, 256, (R, Q, SIZE, SIZE, 3), np.uint8)
+    text = rng.integers(1, VOCAB, (R, Q, LENGTH), np.int32)
+    text[..., 5:] = 0
+    return reference, text, target
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling takes most of the time here; the models are too small to be worth optimising."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def entry_points(model):
+    """Both, compiled, as functions of the parameters."""
+    query = jax.jit(lambda p, i, t: model.apply({"params": p}, i, t, method="encode_query"))
+    gallery = jax.jit(lambda p, i: model.apply({"params": p}, i, method="encode_gallery"))
+    return query, gallery
+
+
+@pytest.fixture(scope="module")
+def initial(backbone):
+    """Parameters before training."""
+    config = small_config(backbone)
+    return run_setup.init_params(build(config), config)
+
+
+@pytest.fixture(scope="module")
+def model(backbone, initial):
+    """The model, parameters as after training, and both entry points."""
+    module = build(small_config(backbone))
+    return module, trained(initial), *entry_points(module)
+
+
+def flat_inputs():
+    reference, text, target = inputs()
+    return np.repeat(reference, Q, axis=0), text.reshape(R * Q, LENGTH), target
+
+
+def test_every_row_of_this_file_is_a_backbone():
+    assert set(BACKBONES) == set(models.BACKBONES)
+
+
+def test_shapes_types_and_unit_norms(model, backbone):
+    _, params, query, gallery = model
+    reference, text, _ = flat_inputs()
+    dim = BACKBONES[backbone]["sizes"]["embed_dim"]
+    out, images = query(params, reference, text), gallery(params, reference)
+    assert out.embedding.shape == (R * Q, dim)
+    assert out.attribute_weights.shape == (R * Q, len(NAMES))
+    assert out.attribute_features.shape == (R * Q, len(NAMES), dim)
+    assert images.shape == (R * Q, BACKBONES[backbone]["tokens"], dim)
+    assert out.embedding.dtype == out.attribute_weights.dtype == images.dtype == jnp.float32
+    for embedding in (out.embedding, images):
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, atol=1e-5)
+
+
+def test_embeddings_depend_on_what_they_should(model):
+    _, params, query, gallery = model
+    reference, text, target = flat_inputs()
+    other_text, other_image = text.copy(), target.reshape(R * Q, SIZE, SIZE, 3)
+    other_text[:, 0] = other_text[:, 0] % (VOCAB - 1) + 1
+    q = query(params, reference, text)
+    assert np.abs(q.embedding - query(params, reference, other_text).embedding).max() > 1e-3
+    assert np.abs(q.embedding - query(params, other_image, text).embedding).max() > 1e-3
+    assert np.abs(gallery(params, reference) - gallery(params, other_image)).max() > 1e-3
+    # Weights are a function of the text alone.
+    np.testing.assert_array_equal(
+        q.attribute_weights, query(params, other_image, text).attribute_weights
+    )
+
+
+def test_one_pass_equals_the_entry_points(model):
+    module, params, query, gallery = model
+    reference, text, target = inputs()
+    out = jax.jit(lambda p, *a: module.apply({"params": p}, *a, train=False))(
+        params, reference, text, target
+    )
+    flat_target = target.reshape(R * Q, SIZE, SIZE, 3)
+    flat_reference, flat_text, _ = flat_inputs()
+    alone = query(params, flat_reference, flat_text)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    np.testing.assert_allclose(out.query.embedding, alone.embedding, **close)
+    np.testing.assert_allclose(out.query.attribute_weights, alone.attribute_weights, **close)
+    np.testing.assert_allclose(out.query.attribute_features, alone.attribute_features, **close)
+    np.testing.assert_allclose(out.reference, gallery(params, reference), **close)
+    np.testing.assert_allclose(out.target, gallery(params, flat_target), **close)
+    # Features of the targets are those of a query with the target as its image.
+    of_target = query(params, flat_target, flat_text).attribute_features
+    np.testing.assert_allclose(out.target_attribute_features, of_target, **close)
+
+
+def test_jit_changes_nothing(model):
+    module, params, query, gallery = model
+    reference, text, _ = flat_inputs()
+    eager = module.apply({"params": params}, reference, text, method="encode_query")
+    np.testing.assert_allclose(query(params, reference, text).embedding, eager.embedding, atol=1e-5)
+    eager = module.apply({"params": params}, reference, method="encode_gallery")
+    np.testing.assert_allclose(gallery(params, reference), eager, atol=1e-5)
+
+
+def test_padding_of_the_text_does_not_matter(model):
+    _, params, query, _ = model
+    reference, text, _ = flat_inputs()
+    assert (text[:, 5:] == 0).all()
+    expected = query(params, reference, text)
+    shorter = query(params, reference, text[:, :5])
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(shorter)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # Neither do the embeddings of padding and of the positions where it stands.
+    flat = flatten_dict(params)
+    for name, x in flat.items():
+        if name[-2:] == ("words", "embedding"):
+            flat[name] = x.at[0].set(50.0)
+        if name[-2:] == ("text_positions", "embedding"):
+            flat[name] = x.at[5:].set(50.0)
+    other = query(unflatten_dict(flat), reference, text)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(other)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_padding_of_the_batch_does_not_matter(model):
+    _, params, query, gallery = model
+    reference, text, _ = flat_inputs()
+    alone = query(params, reference[:1], text[:1]).embedding
+    np.testing.assert_allclose(query(params, reference, text).embedding[:1], alone, atol=1e-5)
+    alone = gallery(params, reference[:1])
+    np.testing.assert_allclose(gallery(params, reference)[:1], alone, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32_over_the_same_parameters(model, backbone):
+    _, params, query, gallery = model
+    config = small_config(backbone, **{"model.dtype": "bfloat16"})
+    half_model = build(config)
+    half_query, half_gallery = entry_points(half_model)
+    reference, text, _ = flat_inputs()
+    shapes = jax.eval_shape(lambda: run_setup.init_params(half_model, config))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    out, half = query(params, reference, text), half_query(params, reference, text)
+    assert half.embedding.dtype == half.attribute_weights.dtype == jnp.float32
+    np.testing.assert_allclose(out.embedding, half.embedding, atol=2e-2)
+    np.testing.assert_allclose(out.attribute_weights, half.attribute_weights, atol=2e-2)
+    images, half_images = gallery(params, reference), half_gallery(params, reference)
+    np.testing.assert_allclose(images, half_images, atol=2e-2)
+    assert np.abs(images - half_images).max() > 0  # bfloat16 is really used
+
+
+def test_temperature(backbone):
+    config = small_config(backbone, **{"model.initial_tau": 0.05})
+    module = build(config)
+    image, text = np.zeros((1, SIZE, SIZE, 3), np.uint8), np.ones((1, 1, LENGTH), np.int32)
+
+    @jax.jit
+    def start_of(key):  # alone, so that nothing else is compiled
+        variables = module.init(key, image, text, image[:, None], train=False)
+        return variables["params"]["log_scale"]
+
+    def tau(log_scale):
+        return module.apply({"params": {"log_scale": log_scale}}, method="tau")
+
+    start = start_of(jax.random.key(0))
+    for scalar in (start, tau(start)):
+        assert scalar.shape == ()
+        assert scalar.dtype == jnp.float32
+        assert not scalar.weak_type
+    np.testing.assert_allclose(tau(start), 0.05, rtol=1e-5)
+    np.testing.assert_allclose(tau(jnp.float32(50.0)), 0.01, rtol=1e-5)  # its least
+    np.testing.assert_allclose(tau(jnp.float32(0.0)), 1.0, rtol=1e-5)
+
+
+def test_the_temperature_of_a_pass_is_the_model_s(model):
+    module, params, *_ = model
+    out = jax.eval_shape(lambda: module.apply({"params": params}, *inputs(), train=False))
+    assert out.tau.shape == ()
+    assert out.tau.dtype == jnp.float32
+    assert not out.tau.weak_type
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_attribute_weights(model, backbone, activation):
+    module = build(small_config(backbone, **{"model.attributes.activation": activation}))
+    reference, text, _ = flat_inputs()
+    weights = entry_points(module)[0](model[1], reference, text).attribute_weights
+    assert ((weights > 0) & (weights < 1)).all()
+    if activation == "softmax":
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    else:
+        assert np.abs(weights.sum(-1) - 1).max() > 1e-3
+
+
+def test_without_attributes_the_model_is_the_plain_composer(model, backbone, initial):
+    query = model[2]
+    config = small_config(backbone, **{"model.attributes.enabled": False})
+    module = build(config)
+    shapes = jax.eval_shape(lambda: run_setup.init_params(module, config))
+    assert set(initial) - set(shapes) == {"attributes"}
+    bare = {name: value for name, value in initial.items() if name in shapes}
+    out = entry_points(module)[0](bare, *flat_inputs()[:2])
+    assert out.attribute_weights.shape == (R * Q, 0)
+    assert out.attribute_features.shape[:2] == (R * Q, 0)
+    whole = jax.eval_shape(lambda: module.apply({"params": bare}, *inputs(), train=False))
+    assert whole.target_attribute_features.shape[:2] == (R * Q, 0)
+    # At initialisation the attribute weights add nothing.
+    full = query(initial, *flat_inputs()[:2]).embedding
+    np.testing.assert_allclose(full, out.embedding, atol=1e-6)
+
+
+def test_an_untrained_query_is_the_embedding_of_its_reference(model, initial):
+    _, _, query, gallery = model
+    reference, text, _ = flat_inputs()
+    out = query(initial, reference, text).embedding
+    np.testing.assert_allclose(out, gallery(initial, reference)[:, 0], atol=1e-5)
+
+
+def test_dropout_only_in_training(model, backbone):
+    config = small_config(backbone, **{f"model.{backbone}.dropout": 0.5})
+    module, params = build(config), model[1]
+
+    @jax.jit
+    def train(key):
+        return module.apply({"params": params}, *inputs(), rngs={"dropout": key}).query.embedding
+
+    first, same, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert np.abs(first - other).max() > 1e-3
+    # Without training it needs no key.
+    jax.eval_shape(lambda: module.apply({"params": params}, *inputs(), train=False))
+
+
+def test_a_zero_vector_stays_zero_with_a_finite_gradient():
+    zero = jnp.zeros((1, 4))
+    np.testing.assert_array_equal(models.dqe.normalize(zero), zero)
+    gradient = jax.grad(lambda x: models.dqe.normalize(x).sum())(zero)
+    assert np.isfinite(gradient).all()
+
+
+def test_parameters_of_the_default_config():
+    """Counted by hand for the default sizes, a vocabulary of 100 and 4 attributes."""
+    config = common.get_config()
+    config.model.attributes.names = ("a", "b", "c", "d")
+    module = models.build_model(config.model, vocab_size=100, max_length=24, image_size=64)
+    params = jax.eval_shape(lambda: run_setup.init_params(module, config))
+    counts = {c.part: c.count for c in run_setup.count_parameters(params)}
+
+    def dense(inputs, outputs):
+        return inputs * outputs + outputs
+
+    def attention(width, context=None):
+        inputs = (
+            dense(width, width) + dense(context, 2 * width) if context else dense(width, 3 * width)
+        )
+        return inputs + dense(width, width)
+
+    D, d, patches, token = 128, 256, 16, 64
+    norm = 2 * D
+    block = 2 * norm + attention(D) + dense(D, 4 * D) + dense(4 * D, D)
+    cross = block + norm + attention(D, D)
+    head = norm + dense(D, token) + dense(patches * token, d)
+    expected = {
+        "backbone/patches": dense(16 * 16 * 3, D),
+        "backbone/image_positions": patches * D,
+        "backbone/words": 100 * D,
+        "backbone/text_positions": 24 * D,
+        "backbone/text_norm": norm,
+        "backbone/gallery_head": head,
+        "backbone/residual_head": head,
+        "attributes/attribute_queries": 4 * d,
+        "attributes/text_condition": dense(D, d),
+        "attributes/attention": dense(d, d) + dense(D, 2 * d) + dense(d, d),
+        "attributes/norm": 2 * d,
+        "attributes/weight_hidden": dense(D, d),
+        "attributes/weight_out": dense(d, 4),
+        "attributes/contribution": d * d,
+        "log_scale": 1,
+    }
+    expected |= {f"backbone/image_blocks_{i}": block for i in range(4)}
+    expected |= {f"backbone/text_blocks_{i}": block for i in range(2)}
+    expected |= {f"backbone/composer_blocks_{i}": cross for i in range(2)}
+    assert counts == expected
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}

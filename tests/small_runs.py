@@ -1,0 +1,40 @@
+"""Small runs that several test files train: a config of seconds, and compilation once."""
+
+import contextlib
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs import shapes
+
+
+def small_config(prepared_dir, **changes):
+    """The smoke config made smaller; `changes` by dotted name."""
+    config = shapes.get_config("smoke")
+    config.data.prepared_dir = str(prepared_dir)
+    config.num_devices = 2
+    config.batch.queries_per_reference = 2
+    config.model.tiny.image_depth = config.model.tiny.text_depth = 0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@contextlib.contextmanager
+def compiled_once(directory):
+    """Compiles quickly, and lets runs of one shape share their programs through `directory`."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

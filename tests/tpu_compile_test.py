@@ -1,0 +1,96 @@
+"""The training step compiles for a TPU slice, ahead of time and without a TPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from configs import shapes
+from dqe_jax import parallel, run_setup
+from dqe_jax.models import build_model
+from dqe_jax.optimizer import make_optimizer
+from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
+
+config, chips = shapes.get_config(sys.argv[1]), 8
+devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+assert len(devices) == chips
+data, size = config.data, config.data.image_size
+model = build_model(
+    config.model, vocab_size=40, max_length=data.max_length, image_size=data.image_size
+)
+tx = make_optimizer(config.optimizer, config.total_steps)
+loss_fn = make_loss_fn(
+    apply_fn=model.apply,
+    negatives=config.negatives,
+    weights=config.loss,
+    margin=config.loss.margin_size,
+)
+step = parallel.pmap(
+    make_train_step(loss_fn=loss_fn, tx=tx, seed=0),
+    in_axes=(None, 0),
+    out_axes=None,
+    donate_argnums=(0,),
+    devices=devices,
+)
+params = jax.eval_shape(lambda: run_setup.init_params(model, config))
+state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
+R, Q = config.batch.references // chips, config.batch.queries_per_reference
+batch = {
+    "reference_image": ("uint8", (R, size, size, 3)),
+    "reference_photo": ("int32", (R,)),
+    "text": ("int32", (R, Q, data.max_length)),
+    "target_image": ("uint8", (R, Q, size, size, 3)),
+    "target_photo": ("int32", (R, Q)),
+    "known_positives": ("int32", (R, Q, 3)),
+    "mentions": ("float32", (R, Q, len(config.model.attributes.names))),
+    "valid": ("bool", (R, Q)),
+}
+batch = {k: jax.ShapeDtypeStruct((chips, *shape), dtype) for k, (dtype, shape) in batch.items()}
+compiled = step.lower(state, batch).compile()
+memory, text = compiled.memory_analysis(), compiled.as_text()
+print(json.dumps({
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "parameters": 4 * sum(x.size for x in jax.tree.leaves(params)),
+    "all_gather": text.count("all-gather"),
+    "all_reduce": text.count("all-reduce"),
+}))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the TPU compiler (Linux x86-64)",
+)
+@pytest.mark.parametrize("variant", ["", "smoke"])
+def test_compiles_for_eight_chips(variant):
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, variant],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Parameters and both moments of the optimiser.
+    assert found["arguments"] > 3 * found["parameters"]
+    assert 0 < found["temporaries"] < 2**31
+    assert found["all_gather"] > 0
+    assert found["all_reduce"] > 0

@@ -1,0 +1,402 @@
+"""The training step: the same on any number of devices, and equal to its plain statement."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import shapes
+from dqe_jax import parallel
+from dqe_jax.models import build_model
+from dqe_jax.optimizer import make_optimizer
+from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step, mine
+
+R, Q, L, P, SIZE, VOCAB, PHOTOS = 8, 2, 6, 3, 32, 20, 14
+B = R * Q
+RULES = ("trns", "random", "hardest", "in_batch")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Compilation is most of these tests' time, and no test here is about the compiler's work."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def make_config(rule="trns", **changes):
+    config = shapes.get_config("smoke")
+    config.model.tiny.image_depth = config.model.tiny.text_depth = 0
+    config.data.image_size, config.data.max_length = SIZE, L
+    config.model.tiny.patch_size = 16
+    config.negatives.rule, config.negatives.per_query = rule, 5
+    config.optimizer.warmup_steps = 0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make_model(config):
+    return build_model(config.model, vocab_size=VOCAB, max_length=L, image_size=SIZE)
+
+
+@functools.cache
+def init_params(enabled=True):
+    config = make_config(**{"model.attributes.enabled": enabled})
+    batch = make_batch(0)
+    model = make_model(config)
+
+    @jax.jit
+    def init(key):
+        images = (batch[k] for k in ("reference_image", "text", "target_image"))
+        return model.init({"params": key}, *images, train=False)["params"]
+
+    params = init(jax.random.key(0))
+    # Zero-initialised heads hide mistakes: every parameter gets values.
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    moved = [x + np.float32(0.05) * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+    return params, jax.tree.unflatten(tree, moved)
+
+
+@functools.cache
+def make_batch(seed, padding=True):
+    """Image ids repeat across rows, positives are several, and some rows are padding."""
+    rng = np.random.default_rng(seed)
+    target = rng.integers(0, PHOTOS, (R, Q)).astype(np.int32)
+    target[-1, 0] = target[0, 0]  # the first and the last device share a target's image
+    known = rng.integers(-1, PHOTOS, (R, Q, P)).astype(np.int32)
+    known[:, :, 0] = target
+    text = rng.integers(2, VOCAB, (R, Q, L)).astype(np.int32)
+    text[:, :, 4:] *= rng.integers(0, 2, (R, Q, 1)).astype(np.int32)
+    valid = np.ones((R, Q), bool)
+    if padding:
+        valid[2, 1] = valid[5, :] = valid[7, 1] = False
+    return {
+        "reference_image": rng.integers(0, 256, (R, SIZE, SIZE, 3)).astype(np.uint8),
+        "reference_photo": rng.integers(0, PHOTOS, R).astype(np.int32),
+        "text": text,
+        "target_image": rng.integers(0, 256, (R, Q, SIZE, SIZE, 3)).astype(np.uint8),
+        "target_photo": target,
+        "known_positives": known,
+        "mentions": rng.integers(0, 2, (R, Q, 4)).astype(np.float32),
+        "valid": valid,
+    }
+
+
+def loss_of(config, axis_name):
+    return make_loss_fn(
+        apply_fn=make_model(config).apply,
+        negatives=config.negatives,
+        weights=config.loss,
+        margin=config.loss.margin_size,
+        axis_name=axis_name,
+    )
+
+
+def make_step(config, tx, num_devices, wrap=lambda f: f):
+    """The step as `train.py` maps it, and the devices."""
+    devices = jax.devices("cpu")[:num_devices]
+    if len(devices) < num_devices:
+        pytest.skip(f"needs {num_devices} devices")
+    step = make_train_step(loss_fn=loss_of(config, parallel.AXIS), tx=tx, seed=7)
+    mapped = parallel.pmap(
+        wrap(step), in_axes=(None, 0), out_axes=None, donate_argnums=(0,), devices=devices
+    )
+    return mapped, devices
+
+
+def start_state(tx, devices, params):
+    params = jax.tree.map(jnp.array, params)  # donated: a copy
+    state = TrainState(jnp.asarray(0, jnp.int32), params, jax.jit(tx.init)(params))
+    return parallel.replicate(state, devices)
+
+
+@functools.cache
+def three_steps(rule, num_devices):
+    """Metrics of each step and the parameters after; plain SGD, so that they show the gradients."""
+    tx = optax.sgd(0.05)
+    step, devices = make_step(make_config(rule), tx, num_devices)
+    state, history = start_state(tx, devices, init_params()[1]), []
+    for i in range(3):
+        state, metrics = step(state, parallel.shard(make_batch(i), num_devices))
+        history.append(jax.device_get(metrics))
+    return history, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_devices"),
+    [("trns", 2), ("trns", 4)]
+    + [(rule, 8) for rule in RULES]
+    + [pytest.param(r, n, marks=pytest.mark.slow) for r in RULES[1:] for n in (2, 4)],
+)
+def test_same_on_any_number_of_devices(rule, num_devices):
+    one, one_params = three_steps(rule, 1)
+    many, many_params = three_steps(rule, num_devices)
+    assert [m.keys() for m in one] == [m.keys() for m in many]
+    for a, b in zip(one, many):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), one_params, many_params
+    )
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one_params, start())))]
+    assert np.mean(np.array(moved) > 1e-4) > 0.9  # the comparison is of parameters that moved
+
+
+def start():
+    return jax.device_get(init_params()[1])
+
+
+def plain_loss(config, out, batch, indices, drawn):
+    """The loss in loops: `indices`, `drawn` `[B, n]` are the mined negatives."""
+    tau = float(out.tau)
+    q = np.asarray(out.query.embedding, np.float64)
+    target, reference = (np.asarray(x, np.float64) for x in (out.target, out.reference))
+    pool = np.concatenate([target, reference])
+    ids = np.concatenate([batch["target_photo"].reshape(-1), batch["reference_photo"]])
+    valid = batch["valid"].reshape(-1)
+    usable = np.concatenate([valid, batch["valid"].any(1)])
+    known = batch["known_positives"].reshape(B, -1)
+
+    def score(i, c):
+        return max(q[i] @ token for token in pool[c])
+
+    def negative(i, c):
+        return usable[c] and ids[c] not in known[i]
+
+    def cross_entropy(positive, negatives):
+        logits = np.array([positive, *negatives]) / tau
+        return np.log(np.exp(logits).sum()) - logits[0]
+
+    parts = {name: [] for name in ("in_batch", "preference", "margin", "intent", "alignment")}
+    w, a, b = (
+        np.asarray(x, np.float64)
+        for x in (
+            out.query.attribute_weights,
+            out.query.attribute_features,
+            out.target_attribute_features,
+        )
+    )
+    mentions = batch["mentions"].reshape(B, -1)
+    for i in np.flatnonzero(valid):
+        s = score(i, i)
+        rows = [score(i, c) for c in range(len(pool)) if negative(i, c)]
+        columns = [score(j, i) for j in range(B) if j != i and valid[j] and negative(j, i)]
+        parts["in_batch"].append((cross_entropy(s, rows) + cross_entropy(s, columns)) / 2)
+        mined = [score(i, c) for c, kept in zip(indices[i], drawn[i]) if kept]
+        assert all(negative(i, c) for c, kept in zip(indices[i], drawn[i]) if kept)
+        parts["preference"].append(
+            np.mean([np.log(1 + np.exp((n - s) / tau)) for n in mined] or [0])
+        )
+        parts["margin"].append(
+            np.mean([max(0, config.loss.margin_size - (s - n)) for n in mined] or [0])
+        )
+        y = mentions[i]
+        entropy = -(y * np.log(w[i]) + (1 - y) * np.log(1 - w[i])).mean()
+        parts["intent"].append(entropy if y.any() else 0)
+        length = np.linalg.norm(a[i], axis=-1) * np.linalg.norm(b[i], axis=-1)
+        cosine = (a[i] * b[i]).sum(-1) / length
+        parts["alignment"].append((w[i] * (1 - cosine)).sum() / w[i].sum())
+    means = {name: np.mean(values) for name, values in parts.items()}
+    return means, sum(config.loss[name] * value for name, value in means.items())
+
+
+@pytest.mark.parametrize("rule", ["hardest", "trns"])
+def test_loss_equals_its_plain_statement(rule):
+    config, batch, key = make_config(rule), make_batch(3), jax.random.key(5)
+    params = init_params()[1]
+    images = (batch[k] for k in ("reference_image", "text", "target_image"))
+    out = jax.jit(make_model(config).apply)({"params": params}, *images)
+    loss, metrics = jax.jit(loss_of(config, None))(params, batch, key)
+
+    scores = np.einsum(
+        "bd,nd->bn", out.query.embedding, np.concatenate([out.target, out.reference])[:, 0]
+    )
+    delta = np.diag(scores[:, :B])[:, None] - scores
+    ids = np.concatenate([batch["target_photo"].reshape(-1), batch["reference_photo"]])
+    usable = np.concatenate([batch["valid"].reshape(-1), batch["valid"].any(1)])
+    known = batch["known_positives"].reshape(B, -1)
+    forbidden = np.array([[c in row for c in ids] for row in known])
+    forbidden |= ~usable[None] | ~batch["valid"].reshape(-1, 1)
+    if rule == "hardest":
+        order = np.argsort(np.where(forbidden, np.inf, delta), axis=1, kind="stable")[:, :5]
+        indices, drawn = order, ~np.take_along_axis(forbidden, order, 1)
+    else:
+        sample_key = jax.random.split(key)[0]
+        indices, drawn, _ = mine(sample_key, delta, forbidden, np.arange(B), config.negatives)
+    means, expected = plain_loss(config, out, batch, np.asarray(indices), np.asarray(drawn))
+    for name, value in means.items():
+        np.testing.assert_allclose(metrics[f"loss/{name}"], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert all(value > 0 for value in means.values())
+
+
+@pytest.mark.parametrize("rule", ["trns", "in_batch"])
+def test_padding_changes_nothing(rule):
+    config, batch = make_config(rule), make_batch(4)
+    other = {name: value.copy() for name, value in make_batch(5).items()}
+    padding = ~batch["valid"]
+    changed = {name: value.copy() for name, value in batch.items()}
+    for name in ("text", "target_image", "target_photo", "known_positives", "mentions"):
+        changed[name][padding] = other[name][padding]
+    nobody = padding.all(1)  # a reference that is padding as a whole
+    assert nobody.any()
+    for name in ("reference_image", "reference_photo"):
+        changed[name][nobody] = other[name][nobody]
+    value = jax.jit(jax.value_and_grad(loss_of(config, None), has_aux=True))
+    one, two = (value(init_params()[1], b, jax.random.key(1)) for b in (batch, changed))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    # They are rows that would count: the same change without the mask is seen.
+    full = {"valid": np.ones_like(batch["valid"])}
+    losses = [value(init_params()[1], b | full, jax.random.key(1))[0][0] for b in (batch, changed)]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_a_batch_of_padding_alone_is_zero_and_finite():
+    config = make_config("trns")
+    batch = make_batch(6) | {"valid": np.zeros((R, Q), bool)}
+    batch["valid"][0, 0] = True  # one query and, but for its reference, nothing to compare with
+    value = jax.jit(jax.value_and_grad(loss_of(config, None), has_aux=True))
+    (loss, _), grads = value(init_params()[1], batch, jax.random.key(0))
+    assert np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_gradients_reach_the_attribute_weights():
+    # From the true start, where the contribution to the query is zero, and without the attribute
+    # terms: what the query's own loss teaches.
+    config = make_config("trns", **{"loss.intent": 0.0, "loss.alignment": 0.0})
+    tx = make_optimizer(config.optimizer, 100)
+    value = jax.jit(jax.grad(loss_of(config, None), has_aux=True))
+    params = init_params()[0]
+    assert not np.any(params["attributes"]["contribution"]["kernel"])
+    opt_state = jax.jit(tx.init)(params)
+
+    @jax.jit
+    def update(grads, opt_state, params):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for step in range(2):
+        grads, _ = value(params, make_batch(step), jax.random.key(step))
+        params, opt_state = update(grads, opt_state, params)
+        if step == 0:
+            assert np.any(grads["attributes"]["contribution"]["kernel"])
+    found = jax.tree_util.tree_leaves_with_path(grads["attributes"])
+    assert len(found) >= 12
+    for path, grad in found:
+        assert np.abs(grad).max() > 1e-9, jax.tree_util.keystr(path)
+    assert np.abs(grads["log_scale"]) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["intent", "alignment"])
+def test_attribute_terms_teach_from_the_first_step(name):
+    zero = {f"loss.{n}": 0.0 for n in ("in_batch", "preference", "margin", "intent", "alignment")}
+    config = make_config("in_batch", **{**zero, f"loss.{name}": 1.0})
+    grads, _ = jax.jit(jax.grad(loss_of(config, None), has_aux=True))(
+        init_params()[0], make_batch(0), jax.random.key(0)
+    )
+    part = {"intent": "weight_out", "alignment": "attention"}[name]
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads["attributes"][part]))
+    assert largest > 1e-5
+
+
+def test_weighting_starts_as_the_plain_composer_and_is_it_at_zero_weights():
+    with_weights = make_model(make_config())
+    without = make_model(make_config(**{"model.attributes.enabled": False}))
+    batch = make_batch(0)
+    image, text = batch["target_image"][:, 0], batch["text"][:, 0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def query(model, params):
+        return model.apply({"params": params}, image, text, method="encode_query")
+
+    at_start, moved = init_params()
+    for params in (at_start, moved):
+        plain = {name: tree for name, tree in params.items() if name != "attributes"}
+        composed = query(without, plain)
+        assert composed.attribute_weights.shape == (R, 0)
+        if params is at_start:
+            weighted = query(with_weights, params)
+            assert weighted.attribute_weights.shape == (R, 4)
+            np.testing.assert_array_equal(weighted.embedding, composed.embedding)
+            continue
+        assert np.abs(query(with_weights, params).embedding - composed.embedding).max() > 1e-3
+        out = params["attributes"]["weight_out"]
+        off = {"kernel": out["kernel"], "bias": np.full_like(out["bias"], -1e9)}
+        switched = query(
+            with_weights, params | {"attributes": params["attributes"] | {"weight_out": off}}
+        )
+        np.testing.assert_array_equal(switched.attribute_weights, 0)
+        np.testing.assert_array_equal(switched.embedding, composed.embedding)
+
+
+def test_attributes_do_not_change_how_the_backbone_starts():
+    plain, weighted = init_params(enabled=False)[0], init_params(enabled=True)[0]
+    assert plain.keys() == weighted.keys() - {"attributes"}
+    jax.tree.map(np.testing.assert_array_equal, plain, {k: weighted[k] for k in plain})
+
+
+def test_trains_without_attributes():
+    config = make_config("trns", **{"model.attributes.enabled": False})
+    loss, metrics = jax.jit(loss_of(config, None))(
+        init_params(enabled=False)[1], make_batch(0), jax.random.key(0)
+    )
+    assert np.isfinite(loss)
+    assert "loss/intent" not in metrics
+    assert "loss/alignment" not in metrics
+
+
+def test_one_compilation_donated_state_and_no_transfer(caplog):
+    config = make_config("trns")
+    tx = make_optimizer(config.optimizer, 100)
+    traces = []
+
+    def counted(step):
+        def wrapped(state, batch):
+            traces.append(1)
+            return step(state, batch)
+
+        return wrapped
+
+    step, devices = make_step(config, tx, 4, counted)
+    state = start_state(tx, devices, init_params()[0])
+    compilations = []
+    for i in range(5):
+        batch, before = parallel.shard(make_batch(i), 4), state
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            state, metrics = step(state, batch)
+        compilations.append(sum("XLA compilation" in r.getMessage() for r in caplog.records))
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    assert len(traces) == 1
+    assert compilations[0] >= 1
+    assert compilations[1:] == [0] * 4
+    assert int(state.step) == 5
+    assert all(np.isfinite(v) for v in metrics.values())
+
+    # The step alone moves nothing between host and devices.
+    mesh = jax.sharding.Mesh(np.asarray(devices), (parallel.AXIS,))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(parallel.AXIS))
+    placed = jax.device_put(parallel.shard(make_batch(6), 4), spec)
+    state, _ = jax.block_until_ready(step(state, placed))
+    with jax.transfer_guard("disallow"):
+        state, metrics = jax.block_until_ready(step(state, placed))
+    assert int(state.step) == 7
+
+
+def test_bfloat16_step_is_finite_and_near_float32():
+    values = {}
+    for dtype in ("float32", "bfloat16"):
+        config = make_config("in_batch", **{"model.dtype": dtype})
+        value = jax.jit(jax.value_and_grad(loss_of(config, None), has_aux=True))
+        (loss, _), grads = value(init_params()[1], make_batch(0), jax.random.key(0))
+        assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+        values[dtype] = float(loss)
+    assert values["bfloat16"] == pytest.approx(values["float32"], rel=0.05)

@@ -1,0 +1,160 @@
+"""Training from end to end: what a run writes, resuming, and that it learns."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from PIL import Image
+from small_runs import compiled_once, small_config
+
+from dqe_jax import checkpoint, train
+from dqe_jax.data import datasets
+from dqe_jax.data.builders import shapes as shapes_builder
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("train")
+    with compiled_once(directory / "compiled"):
+        yield directory
+
+
+def config_of(base, **changes):
+    changes = {
+        "total_steps": STEPS,
+        "log_every": 5,
+        "eval_every": 20,
+        "checkpoint_every": 20,
+        "optimizer.warmup_steps": 4,
+        **changes,
+    }
+    return small_config(base / "prepared", **changes)
+
+
+@pytest.fixture(scope="module")
+def straight(base):
+    """A run without interruption: (workdir, final metrics)."""
+    workdir = base / "straight"
+    return workdir, train.train_and_evaluate(config_of(base), workdir)
+
+
+@pytest.fixture(scope="module")
+def resumed(base):
+    """The same run, stopped half way and started again."""
+    workdir = base / "resumed"
+    measured = train.train_and_evaluate(config_of(base), workdir, stop_at=20)
+    assert not (workdir / "eval").exists()
+    logged = [line for line in lines_of(workdir) if "validation/R@1" in line]
+    assert [line["step"] for line in logged] == [20]
+    assert logged[0]["validation/R@1"] == measured["R@1"]
+    return workdir, train.train_and_evaluate(config_of(base), workdir)
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(workdir, kind):
+    """Logged steps of the lines that have a metric of this kind."""
+    name = {"train": "loss", "validation": "validation/R@1", "test": "test/R@1"}[kind]
+    return [line["step"] for line in lines_of(workdir) if name in line]
+
+
+def arrays(workdir, step):
+    manager = checkpoint.open_for_reading(epath.Path(workdir))
+    names = ("params", "opt_state")
+    items = manager.restore(
+        step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
+    )
+    return jax.tree.map(np.asarray, {name: items[name] for name in names})
+
+
+def test_what_a_run_writes(base, straight):
+    workdir, metrics = straight
+    assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS
+    assert {p.name for p in (workdir / "checkpoints").iterdir() if p.is_dir()} == {"20", "40"}
+    assert list((workdir / "events").iterdir())
+    assert steps_of(workdir, "train") == list(range(5, STEPS + 1, 5))
+    assert steps_of(workdir, "validation") == [20, 40]
+    assert steps_of(workdir, "test") == [40]
+    last = [line for line in lines_of(workdir) if "loss" in line][-1]
+    wanted = {
+        *("loss/in_batch", "loss/preference", "loss/margin", "loss/intent", "loss/alignment"),
+        *("negatives/zone", "negatives/fallback", "negatives/delta", "negatives/drawn"),
+        *("tau", "grad_norm", "learning_rate", "examples_per_second", "train_seconds"),
+    }
+    assert wanted <= last.keys()
+    assert all(np.isfinite(v) for line in lines_of(workdir) for v in line.values())
+    report = json.loads((workdir / "eval" / "test-40.json").read_text())
+    assert report["metrics"] == metrics
+    assert (report["step"], report["split"]) == (40, "test")
+    assert report["baselines"].keys() == {"random", "reference_only"}
+    with Image.open(workdir / "eval" / "test-40.png") as sheet:
+        sheet.load()
+        assert 400 < sheet.width < 4000
+        assert 300 < sheet.height < 4000
+
+
+def test_resuming_is_bit_equal_to_going_on(straight, resumed):
+    for step in (20, 40):  # 20: saved in the background while training went on, or at the stop
+        one, two = arrays(straight[0], step), arrays(resumed[0], step)
+        assert len(jax.tree.leaves(one)) > 50
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+    halves = [arrays(straight[0], step)["params"] for step in (20, 40)]
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, halves))]
+    assert max(moved) > 1e-3
+    assert straight[1] == resumed[1]
+
+
+def test_a_resumed_run_logs_each_step_once(straight, resumed):
+    volatile = {"examples_per_second", "train_seconds"}
+    one, two = (
+        [{k: v for k, v in line.items() if k not in volatile} for line in lines_of(run[0])]
+        for run in (straight, resumed)
+    )
+    assert one == two
+    seconds = [line["train_seconds"] for line in lines_of(resumed[0]) if "loss" in line]
+    assert seconds == sorted(seconds)
+
+
+def test_a_finished_run_is_only_evaluated(base, resumed, monkeypatch):
+    workdir, metrics = resumed
+    (workdir / "eval" / "test-40.json").unlink()
+    before = lines_of(workdir)
+    monkeypatch.setattr(checkpoint, "save", None)
+    assert train.train_and_evaluate(config_of(base), workdir) == metrics
+    assert json.loads((workdir / "eval" / "test-40.json").read_text())["metrics"] == metrics
+    assert lines_of(workdir) == before  # and not a second line of the same step
+
+
+def test_it_learns(base, monkeypatch):
+    """600 scenes, 120 steps: random is R@1 .004, the untrained model 0 (it finds the reference)."""
+    variant = shapes_builder.ShapesConfig(name="learn", description="", references=(600, 24, 8))
+
+    def builder(data, prepared_dir):
+        return shapes_builder.Shapes(
+            config=variant, data_dir=prepared_dir, file_format="array_record"
+        )
+
+    monkeypatch.setitem(datasets.DATASETS, "shapes", builder)
+    config = config_of(base, total_steps=120, log_every=1, eval_every=120, checkpoint_every=120)
+    config.num_devices = 1
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 10
+    config.batch.references, config.batch.queries_per_reference = 16, 4
+    tiny = config.model.tiny
+    tiny.width, tiny.embed_dim, tiny.token_dim = 64, 64, 16
+    tiny.image_depth = tiny.text_depth = 1
+    train.train_and_evaluate(config, base / "learn")
+    lines = lines_of(base / "learn")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    validation = next(line for line in lines if "validation/R@1" in line)
+    assert np.mean(losses[:2]) > 2.2
+    assert np.mean(losses[-10:]) < 1.5
+    assert validation["validation/R@1"] > 0.15
+    assert validation["validation/R@10"] > 0.9
+    assert validation["validation/top1_is_reference"] < 0.6
