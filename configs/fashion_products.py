@@ -2,8 +2,8 @@
 
     python -m dqe_jax.main --config=configs/fashion_products.py --data_dir=DIR
 
-`DIR` holds `styles.csv` and `images/` or `images.tar`. The reference and the target agree on all but
-one or two of colour, article, gender, usage and season. Variant `:smoke`: a few steps in seconds.
+`DIR` holds `styles.csv` and `images/` or `images.tar`. The reference and the target agree on all
+but one or two of colour, article, gender, usage and season. Variant `:smoke`: a few steps.
 """
 
 from configs import common

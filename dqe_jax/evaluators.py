@@ -123,12 +123,12 @@ class RetrievalEvaluator:
         parts = []
         for i, images in enumerate(self.split.gallery.batches(rows, self._batch)):
             here = slice(i * self._batch, i * self._batch + len(images))
-            padded = [
-                parallel.pad_rows(x, self._batch) for x in (images, *(c[here] for c in columns))
-            ]
-            out = encode(params, *parallel.shard(padded, self._n))
-            parts.append(jax.tree.map(lambda x: x[: len(images)], parallel.unshard(out)))
-        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+            inputs = (images, *(column[here] for column in columns))
+            padded = [parallel.pad_rows(x, self._batch) for x in inputs]
+            out = parallel.unshard(encode(params, *parallel.shard(padded, self._n)))
+            parts.append(out)
+        # Only the last batch is padded.
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(rows)], *parts)
 
     def draw(
         self, result: Result, path: os.PathLike[str] | str, count: int, names: Sequence[str]

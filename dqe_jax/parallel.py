@@ -37,7 +37,7 @@ def pmap(
 
 
 def shard(tree: Any, num_devices: int) -> Any:
-    """Splits the leading axis of every array: `[B, ...]` to `[num_devices, B / num_devices, ...]`."""
+    """Splits the leading axis of arrays: `[B, ...]` to `[num_devices, B / num_devices, ...]`."""
     return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), tree)
 
 

@@ -75,7 +75,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Any) -> epath.Path:
     file = path / "config.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if file.exists() and _has_trained(path):
             held = json.loads(file.read_text())
             changed = differences(config.to_dict(), held)
             if changed:
@@ -93,6 +93,12 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Any) -> epath.Path:
             f"{file} is not JSON ({error}); remove it or take another --workdir."
         ) from error
     return path
+
+
+def _has_trained(workdir: epath.Path) -> bool:
+    """Whether there is a checkpoint: a run that ended before its first one is no obstacle."""
+    root = workdir / "checkpoints"
+    return root.is_dir() and any(child.name.isdigit() for child in root.iterdir())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ Negatives come only from the mid-zone `lower < delta <= upper` of its distributi
 `lower` a candidate is as good as the target and probably a false negative; above `upper` it is easy
 and teaches nothing (DQE-CIR, arXiv:2603.04037).
 
-All functions are pure and jit-able. Symbols: `B` queries, `N` candidates of the pool, `M` tokens of a
-gallery embedding, `d` its width.
+All functions are pure and jit-able. Symbols: `B` queries, `N` candidates of the pool, `M` tokens of
+a gallery embedding, `d` its width.
 """
 
 from __future__ import annotations

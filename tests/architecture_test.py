@@ -93,6 +93,7 @@ CONSTANT_CALLS = (
     "range",
     "re.compile",
     "set",
+    "similarity.defvjp",
     "sorted",
     "sum",
     "tuple",

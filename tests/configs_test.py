@@ -328,7 +328,6 @@ def test_raw_data_that_is_not_named_is_asked_for(tmp_path):
         datasets.open_dataset(config.data)
 
 
-@pytest.mark.xfail(strict=True, reason="shapes ignores the size; training fails with a traceback")
 def test_a_size_that_a_generated_data_set_does_not_have_is_refused(tmp_path):
     config = config_of("shapes", "smoke")
     config.data.image_size = 32

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dqe_jax.data import examples
 from dqe_jax.data.builders import fashion_products as fp
+from dqe_jax.data.builders import fashion_texts
 from dqe_jax.utils import errors
 
 REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fashion_products"
@@ -120,7 +121,7 @@ def check_properties(data):
         for query in queries:
             reference, target = query["reference"], query["target"]
             old, new = tuples[reference], tuples[target]
-            changed = fp.changes(old, new)
+            changed = fashion_texts.changes(old, new)
             assert 1 <= len(changed) <= 2
             assert query["attributes"] == [f"{fp.ATTRIBUTES[i]}={new[i]}" for i in changed]
             one = fp.KINDS[fp.ATTRIBUTES[changed[0]]]
@@ -338,7 +339,7 @@ def test_neighbours_equal_brute_force():
     for values in tuples:
         expected = collections.defaultdict(list)
         for other in sorted(tuples):
-            if len(changed := fp.changes(values, other)) in (1, 2):
+            if len(changed := fashion_texts.changes(values, other)) in (1, 2):
                 expected[changed].append(other)
         assert found[values] == expected
 
@@ -373,13 +374,16 @@ def test_split_fractions():
 
 
 def test_words():
-    assert fp.article_words("Tshirts") == ("a t-shirt", "t-shirts")
-    assert fp.article_words("Watches") == ("a watch", "watches")
-    assert fp.article_words("Dresses") == ("a dress", "dresses")
-    assert fp.article_words("Flip Flops") == ("a pair of flip flops", "flip flops")
-    assert fp.article_words("Umbrellas") == ("an umbrella", "umbrellas")
-    assert fp.article_words("Mobile Pouch") == ("a mobile pouch", "mobile pouches")
-    assert fp.article_words("Travel Accessory") == ("a travel accessory", "travel accessories")
+    assert fashion_texts.article_words("Tshirts") == ("a t-shirt", "t-shirts")
+    assert fashion_texts.article_words("Watches") == ("a watch", "watches")
+    assert fashion_texts.article_words("Dresses") == ("a dress", "dresses")
+    assert fashion_texts.article_words("Flip Flops") == ("a pair of flip flops", "flip flops")
+    assert fashion_texts.article_words("Umbrellas") == ("an umbrella", "umbrellas")
+    assert fashion_texts.article_words("Mobile Pouch") == ("a mobile pouch", "mobile pouches")
+    assert fashion_texts.article_words("Travel Accessory") == (
+        "a travel accessory",
+        "travel accessories",
+    )
 
 
 def test_texts_vary_and_say_the_change():
@@ -393,7 +397,7 @@ def test_texts_vary_and_say_the_change():
         (4, "Winter", ("winter",)),
     ):
         new = (*old[:position], value, *old[position + 1 :])
-        texts = {fp.modification(old, new, rng) for _ in range(300)}
+        texts = {fashion_texts.modification(old, new, rng) for _ in range(300)}
         assert len(texts) >= 8
         assert all(any(word in text for word in words) for text in texts)
         named = [f" {old[position].lower().replace('tsh', 't-sh')[:4]}" in text for text in texts]
@@ -401,11 +405,11 @@ def test_texts_vary_and_say_the_change():
         assert not all(named)
         # A value that is not stated is said so, and never named as the old one.
         unstated = (*old[:position], fp.NA, *old[position + 1 :])
-        for text in [fp.modification(old, unstated, rng) for _ in range(20)]:
+        for text in [fashion_texts.modification(old, unstated, rng) for _ in range(20)]:
             assert any(word in text for word in ("stated", "any given"))
-        for text in [fp.modification(unstated, new, rng) for _ in range(50)]:
+        for text in [fashion_texts.modification(unstated, new, rng) for _ in range(50)]:
             assert " na" not in text.replace("navy", "")
-    both = {fp.modification(old, ("Blue", *old[1:4], "Winter"), rng) for _ in range(50)}
+    both = {fashion_texts.modification(old, ("Blue", *old[1:4], "Winter"), rng) for _ in range(50)}
     assert len(both) > 40
     assert all("blue" in text and "winter" in text for text in both)
 
@@ -621,5 +625,5 @@ def test_real_photos(tmp_path):
             for name, value in zip(fp.ATTRIBUTES, values_of(item)):
                 values[name].add(value)
     for name, those in values.items():
-        words = {tuple(fp._words(name, value).values()) for value in those}
+        words = {tuple(fashion_texts._words(name, value).values()) for value in those}
         assert len(words) == len(those)

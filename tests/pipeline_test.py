@@ -330,7 +330,6 @@ def test_known_positives_hold_the_image_id_where_the_target_is_a_copy():
     assert {5, 14} <= set(batch["known_positives"].ravel().tolist())
 
 
-@pytest.mark.xfail(strict=True, reason="rows of the other targets are not mapped to image ids")
 def test_known_positives_hold_the_image_ids_of_other_targets_that_are_copies():
     split = split_of([(0, 10)], photos={14: 6}, targets={0: [10, 14]})
     batch = next(batches_of(split, references=1, queries=1))

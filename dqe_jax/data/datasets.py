@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -19,7 +20,8 @@ def _shapes(data: Any, prepared_dir: str) -> Any:
     size = builder.builder_config.image_size
     if data.image_size != size:
         raise UserError(
-            f"config.data.image_size is {data.image_size}: shapes has images of {size} pixels a side."
+            f"config.data.image_size is {data.image_size}: shapes has images of {size} pixels "
+            "a side."
         )
     return builder
 
@@ -40,7 +42,6 @@ def _fashion_products(data: Any, prepared_dir: str) -> Any:
     )
 
 
-# Builders are imported when asked for: TFDS is slow to import.
 DATASETS = {"shapes": _shapes, "fashion_products": _fashion_products}
 
 
@@ -58,10 +59,15 @@ def open_dataset(data: Any) -> Any:
             f"config.data.prepared_dir: cannot make {prepared_dir} ({error.strerror}); name a "
             "directory that is writable."
         ) from error
+    # Imported when asked for, as the builders are: TFDS is slow to import.
+    import tensorflow_datasets as tfds
+
     builder = DATASETS[data.dataset](data, os.fspath(prepared_dir))
     if not (builder.data_path / "dataset_info.json").exists():
         logging.info("Preparing %s in %s, once.", data.dataset, builder.data_dir)
         start = time.time()
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
         builder.download_and_prepare()
         logging.info("Prepared in %.0f s.", time.time() - start)
     return builder

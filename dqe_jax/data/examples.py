@@ -1,8 +1,9 @@
 """The one schema of every data set: queries and galleries, as splits of one TFDS builder.
 
-A data set has, for each of `train`, `validation` and `test`, a split of queries (`test`) and a split
-of the gallery they rank (`test_gallery`). An image is stored once, in the gallery; a query names its
-images by **row**, the position in its gallery's split, so that both are read by random access.
+A data set has, for each of `train`, `validation` and `test`, a split of queries (`test`) and a
+split of the gallery they rank (`test_gallery`). An image is stored once, in the gallery; a query
+names its images by **row**, the position in its gallery's split, so that both are read by random
+access.
 
 | field | gallery record | query record |
 | --- | --- | --- |

@@ -186,8 +186,8 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """An endless iterator over training batches whose state can be saved and restored.
 
-    References are shuffled anew in every epoch; each brings up to `queries_per_reference` consecutive
-    ones of its queries from a random start. The stream depends on the seed alone.
+    References are shuffled anew in every epoch; each brings up to `queries_per_reference`
+    consecutive ones of its queries from a random start. The stream depends on the seed alone.
 
     Args:
       split: the training split.

@@ -1,4 +1,4 @@
-"""Learnable attribute weights (method, section 1): which features of the reference a query stresses.
+"""Learnable attribute weights (method, section 1): which features of an image a query stresses.
 
 `K` attribute queries attend over the tokens of an image, conditioned on the modification text, and
 give the attribute features `a_k`; the weights `w` are a function of the text alone. Which attribute

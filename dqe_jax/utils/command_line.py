@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging as python_logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +12,13 @@ from absl import app, flags, logging
 
 from dqe_jax.utils.errors import UserError
 
-_MISSING_FIELD = re.compile(r"Key \"?'?(?P<name>[\w.]+)")
+_HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
+_NAME_ALONE = re.compile(r"""[\\'"]*(?P<name>\w+)[\\'"]*""")
+_OLD_NEWS = (
+    "OpenCV is not installed",  # an optional speed-up
+    "CheckpointManagerOptions.read_only=True",  # what evaluation asks for
+    "Given directory is read only",
+)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -22,8 +28,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         logging.use_absl_handler()
         logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
         logging.set_verbosity(logging.INFO)
-        python_logging.getLogger("absl").addFilter(_is_news)
+        logging.get_absl_handler().addFilter(_is_news)  # of the handler: for all libraries
         try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}: flags start with --.")
             main(argv)
         except UserError as error:
             _end(str(error))
@@ -32,38 +40,52 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _is_news(record: python_logging.LogRecord) -> bool:
-    """Keeps dqe_jax's own lines, and the warnings of libraries but one about an optional speed-up."""
-    if "OpenCV is not installed" in record.getMessage():
+    """Keeps dqe_jax's own lines, and the warnings of libraries but those of `_OLD_NEWS`."""
+    if any(text in record.getMessage() for text in _OLD_NEWS):
         return False
-    own = "dqe_jax" in (record.pathname or "")
+    own = (record.pathname or "").startswith(os.path.dirname(os.path.dirname(__file__)))
     return own or record.levelno >= python_logging.WARNING
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses flags; a config file that fails to load ends in one sentence too."""
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
+        config = flags.FLAGS["config"].value
+        if config is not None:
+            config.to_dict()  # a missing file is reported only when the config is used
+        return rest
     except flags.Error as error:
-        _end(str(error).splitlines()[0])
+        _end(_sentence(str(error)))
+    except OSError:
+        _end(f"--config: no config at {_config_file(argv)!r}; see configs/ for those that exist.")
     except (ImportError, SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
-        _end(f"--config: {_sentence(error)}")
-    except OSError as error:
-        config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
-        reason = error.strerror or "it cannot be loaded"
-        _end(f"--config: no config at {config!r} ({reason}); see configs/ for those that exist.")
+        _end(f"--config: {_sentence(str(error.args[0] if error.args else error))}")
     raise AssertionError  # _end does not return
 
 
-def _sentence(error: BaseException) -> str:
-    text = error.args[0] if error.args else str(error)
-    return " ".join(str(text).split())
+def _config_file(argv: Sequence[str]) -> str:
+    for i, argument in enumerate(argv):
+        if argument in ("--config", "-config"):
+            return argv[i + 1]
+        if argument.startswith(("--config=", "-config=")):
+            return argument.partition("=")[2]
+    return ""
+
+
+def _sentence(text: str) -> str:
+    """What an error of a flag or a config file says, without its traceback and quotes of quotes."""
+    hint, name = _HINT.search(text), _NAME_ALONE.fullmatch(text.strip())
+    if hint:
+        return f"the config has no field {hint['name']!r}; did you mean {hint['near']!r}?"
+    if name:
+        return f"the config has no field {name['name']!r}."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    head, failed, _ = lines[0].partition("Error whilst parsing config file")
+    # The message then ends in the last line of a traceback: "ValueError: what is wrong".
+    return head + (lines[-1].partition(": ")[2] or lines[-1]) if failed else lines[0]
 
 
 def _end(sentence: str) -> None:
     sys.stderr.write(f"error: {sentence}\n")
     sys.exit(2)
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The known name that is most like `name`, or ""."""
-    return next(iter(difflib.get_close_matches(name, known, 1)), "")

@@ -40,11 +40,15 @@ class MetricLog:
 
 
 def _lines_until(path: epath.Path, step: int) -> list[str]:
-    """The lines of steps up to `step`; a half-written last line is dropped."""
+    """The lines of steps up to `step`; a half-written last line is dropped.
+
+    So is the line of the test split: every run that reaches its end writes it anew.
+    """
     kept = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if values["step"] <= step and not any(name.startswith("test/") for name in values):
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue

@@ -6,8 +6,8 @@ objects, leaves things open ("add a red circle": any free cell, either size) and
 Everything follows from a fixed seed: no download, the same records on every machine.
 
 Every reference comes with several edits, most of them in pairs that differ in one value only, so
-that galleries are full of near misses; those of validation and test hold further ones. `valid` lists *all* gallery
-scenes that satisfy a query. Scenes of different splits are disjoint.
+that galleries are full of near misses; those of validation and test hold further ones. `valid`
+lists *all* gallery scenes that satisfy a query. Scenes of different splits are disjoint.
 """
 
 from __future__ import annotations
