@@ -23,8 +23,8 @@ if both are there) or a folder `images/` of `<id>.jpg`. The rules:
     the `valid` rows of the attributes that they state.
 -   **Queries.** At most 8 a reference in train and 2 in validation and test, with distinct
     attributes asked for. The kind of change is chosen before the values, so that frequent kinds do
-    not dominate; at most about a third change two attributes. A value is asked for only where a
-    product of the split has it.
+    not dominate; at most about a third change two attributes. Within a kind, attributes are asked
+    for in proportion to the products of the split that have them.
 -   **Rare values.** A query of validation or test is dropped if a value that it asks for is asked
     for by no query of train.
 """
@@ -367,23 +367,36 @@ def ambiguous_photos(products: Sequence[Product]) -> set[int]:
 
 
 def _choose(
-    found: Mapping[tuple[int, ...], list[Values]], count: int, rng: random.Random
+    found: Mapping[tuple[int, ...], list[Values]],
+    sizes: Mapping[Values, int],
+    count: int,
+    rng: random.Random,
 ) -> list[Values]:
     """Up to `count` distinct tuples, one or two changes away: the kind first, then the values."""
     # A third of two changes in expectation, and no more than half as many as of one change.
     two = count // 3 + (rng.random() < (count % 3) / 3)
-    singles = _cycle({k: v for k, v in found.items() if len(k) == 1}, count - two, rng)
+    singles = _cycle({k: v for k, v in found.items() if len(k) == 1}, sizes, count - two, rng)
     two = min(two, -(-len(singles) // 2))
-    return singles + _cycle({k: v for k, v in found.items() if len(k) == 2}, two, rng)
+    return singles + _cycle({k: v for k, v in found.items() if len(k) == 2}, sizes, two, rng)
 
 
 def _cycle(
-    found: Mapping[tuple[int, ...], list[Values]], count: int, rng: random.Random
+    found: Mapping[tuple[int, ...], list[Values]],
+    sizes: Mapping[Values, int],
+    count: int,
+    rng: random.Random,
 ) -> list[Values]:
-    """Takes random tuples from each kind in turn, kinds in random order, until `count`."""
+    """Takes random tuples from each kind in turn, kinds in random order, until `count`.
+
+    Within a kind, in proportion to the products of a tuple (`sizes`) and without replacement: the
+    largest of `uniform ** (1 / size)` (Efraimidis and Spirakis, 2006).
+    """
     kinds = sorted(found)
     rng.shuffle(kinds)
-    samples = [rng.sample(found[kind], min(count, len(found[kind]))) for kind in kinds]
+    samples = []
+    for kind in kinds:
+        keys = {values: rng.random() ** (1 / sizes[values]) for values in found[kind]}
+        samples.append(sorted(keys, key=keys.__getitem__, reverse=True)[:count])
     turns = itertools.chain.from_iterable(itertools.zip_longest(*samples))
     return list(itertools.islice((values for values in turns if values is not None), count))
 
@@ -417,6 +430,7 @@ def make_queries(
         if (usable := [row for row in those if products[row].photo not in ambiguous])
     }
     near = neighbours(clear)
+    sizes = {values: len(usable) for values, usable in clear.items()}
 
     drafts: list[tuple[int, int, str, Values]] = []  # reference, target, text, values asked for
     dropped = 0
@@ -424,7 +438,7 @@ def make_queries(
         if product.photo in ambiguous:
             continue
         rng = random.Random(f"{_QUERY_SALT}:{product.id}")
-        for values in _choose(near[product.values], queries_per_reference, rng):
+        for values in _choose(near[product.values], sizes, queries_per_reference, rng):
             target = rng.choice(clear[values])
             text = modification(product.values, values, rng)
             asked = [(ATTRIBUTES[i], values[i]) for i in changes(product.values, values)]
