@@ -15,8 +15,11 @@ def get_config(arg: str = ""):
     config = common.get_config()
     config.data.dataset = "fashion_products"
     config.data.augment = "flip_shift"
+    config.data.max_length = 24
+    # The photos have a white background.
+    config.model.tiny.pixel_mean = 255.0
     config.model.attributes.names = ("color", "article", "gender", "usage", "season")
-    config.total_steps = 1000
+    config.total_steps = 1250
     if "smoke" in variants:
         common.make_smoke(config)
     return config

@@ -38,12 +38,15 @@ def pmap(
 
 def shard(tree: Any, num_devices: int) -> Any:
     """Splits the leading axis of arrays: `[B, ...]` to `[num_devices, B / num_devices, ...]`."""
-    return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), tree)
+    # Lengths are spelled out: with -1 an array without elements would be ambiguous.
+    return jax.tree.map(lambda x: x.reshape(num_devices, len(x) // num_devices, *x.shape[1:]), tree)
 
 
 def unshard(tree: Any) -> Any:
     """Undoes `shard`: `[num_devices, B / num_devices, ...]` to `[B, ...]`, as NumPy arrays."""
-    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+    return jax.tree.map(
+        lambda x: np.asarray(x).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree
+    )
 
 
 def pad_rows(array: np.ndarray, multiple: int) -> np.ndarray:

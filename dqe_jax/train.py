@@ -41,6 +41,7 @@ def train_and_evaluate(
     Raises:
       UserError: for everything that a user can put right, before training starts.
     """
+    began = time.time()
     check_config(config)
     devices = run_setup.devices_of(config.num_devices)
     check_batch(config, len(devices))
@@ -55,6 +56,7 @@ def train_and_evaluate(
     try:
         if start == 0:
             _log_start(run, state.params)
+        logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
         state, measured = _loop(run, state, end, manager, log, seconds)
         manager.wait_until_finished()
         if end < config.total_steps:

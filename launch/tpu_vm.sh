@@ -39,8 +39,8 @@ run() {
 where=(--project="${PROJECT}" --zone="${ZONE}")
 tpu=(gcloud compute tpus tpu-vm)
 
-printf -v remote 'git clone --depth=1 %q dqe_jax && cd dqe_jax && python3 -m venv .venv &&' "${SOURCE}"
-remote+=" .venv/bin/pip install -q -e '.[tpu]' && .venv/bin/python -m dqe_jax.main --workdir=run"
+printf -v remote 'git clone --depth=1 %q checkout && cd checkout && python3 -m venv .venv &&' "${SOURCE}"
+remote+=" .venv/bin/pip install -q -e '.[tpu]' && .venv/bin/python -m dqe_jax.main --workdir=runs/vm"
 for arg in "${main_args[@]}"; do printf -v remote '%s %q' "${remote}" "${arg}"; done
 
 run "${tpu[@]}" create "${NAME}" "${where[@]}" --accelerator-type="${TYPE}" --version="${VERSION}"
@@ -48,4 +48,4 @@ run "${tpu[@]}" create "${NAME}" "${where[@]}" --accelerator-type="${TYPE}" --ve
 trap 'run "${tpu[@]}" delete "${NAME}" "${where[@]}" --quiet' EXIT
 run "${tpu[@]}" ssh "${NAME}" "${where[@]}" --command="${remote}"
 run mkdir -p "${RESULTS}"
-run "${tpu[@]}" scp --recurse "${NAME}:dqe_jax/run" "${RESULTS}" "${where[@]}"
+run "${tpu[@]}" scp --recurse "${NAME}:checkout/runs/vm" "${RESULTS}" "${where[@]}"

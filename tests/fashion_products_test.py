@@ -610,8 +610,8 @@ def test_real_photos(tmp_path):
     check_properties(data)
     for split, products, queries in (
         ("train", 5777, 45429),
-        ("validation", 621, 1191),
-        ("test", 1602, 3168),
+        ("validation", 621, 1192),
+        ("test", 1602, 3169),
     ):
         assert splits[split]["products"] == products
         assert splits[split]["queries"] == len(data[split]) == queries

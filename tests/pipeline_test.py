@@ -16,10 +16,10 @@ from dqe_jax.utils.errors import UserError
 
 SIZE = 16
 SHAPES_OF_A_BATCH = {
-    "reference_image": ((4, 64, 64, 3), np.uint8),
+    "reference_image": ((4, 72, 72, 3), np.uint8),
     "reference_photo": ((4,), np.int32),
     "text": ((4, 3, 5), np.int32),
-    "target_image": ((4, 3, 64, 64, 3), np.uint8),
+    "target_image": ((4, 3, 72, 72, 3), np.uint8),
     "target_photo": ((4, 3), np.int32),
     "known_positives": ((4, 3, 2), np.int32),
     "mentions": ((4, 3, 2), np.float32),
@@ -122,7 +122,7 @@ def smoke(tmp_path_factory):
 
 
 def test_load_split_reads_columns(smoke):
-    split = pipeline.load_split(smoke, "test", 64)
+    split = pipeline.load_split(smoke, "test", 72)
     queries, source = split.queries, smoke.as_data_source(split="test")
     assert split.name == "test"
     assert len(queries) == len(source) == 64
@@ -161,7 +161,7 @@ def test_truth_may_be_unknown():
 
 def test_an_unknown_split_is_named_with_those_that_exist(smoke):
     with pytest.raises(UserError, match=r"no split 'dev'; it has \w+, \w+, \w+\.$") as error:
-        pipeline.load_split(smoke, "dev", 64)
+        pipeline.load_split(smoke, "dev", 72)
     assert all(split in str(error.value) for split in examples.SPLITS)
     assert "gallery" not in str(error.value)
 
@@ -175,10 +175,10 @@ def test_an_empty_split_is_an_error():
 
 
 def test_gallery_items(smoke):
-    gallery = pipeline.load_split(smoke, "test", 64).gallery
+    gallery = pipeline.load_split(smoke, "test", 72).gallery
     source = smoke.as_data_source(split="test_gallery")
     assert len(gallery) == len(source)
-    assert gallery.image_shape == (64, 64, 3)
+    assert gallery.image_shape == (72, 72, 3)
     image, photo = gallery[5]
     assert type(photo) is int
     assert image.dtype == np.uint8
@@ -187,7 +187,7 @@ def test_gallery_items(smoke):
 
 
 def test_the_cache_changes_nothing(smoke):
-    with_cache, without = (pipeline.load_split(smoke, "test", 64, c).gallery for c in (True, False))
+    with_cache, without = (pipeline.load_split(smoke, "test", 72, c).gallery for c in (True, False))
     for row in (3, 0, 3):
         np.testing.assert_array_equal(with_cache[row][0], without[row][0])
         assert with_cache[row][1] == without[row][1]
@@ -239,7 +239,7 @@ def test_gallery_batches_can_be_left_early():
 
 
 def test_a_batch_has_the_documented_arrays(smoke):
-    split = pipeline.load_split(smoke, "train", 64)
+    split = pipeline.load_split(smoke, "train", 72)
     count = len(split.queries)
     batches = pipeline.train_batches(
         split,
