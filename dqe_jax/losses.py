@@ -91,4 +91,4 @@ def attribute_alignment(
 def _unit(x: jax.Array) -> jax.Array:
     """The last axis at length 1; next to zero it is left short, so that gradients stay bounded."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-8)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
