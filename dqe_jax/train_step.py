@@ -121,7 +121,7 @@ def make_loss_fn(
       apply_fn: `model.apply`.
       negatives: `config.negatives`.
       weights: `config.loss`, the weight of each term.
-      margin: `config.loss.margin`.
+      margin: `config.loss.margin_size`.
       axis_name: the mapped axis; None for one device without a map.
 
     Returns:
@@ -150,8 +150,8 @@ def make_loss_fn(
         scores = trns.similarity(q, pool.embeddings)  # [B, N]
         terms = {}
         forward = losses.info_nce(target_score, scores, ~forbidden, out.tau)
-        num_targets = pool.ids.shape[0] // (1 + batch["valid"].shape[1])
-        num_targets = num_targets * batch["valid"].shape[1]  # the pool's targets come first
+        queries = batch["valid"].shape[1]  # Q; of each 1 + Q candidates Q are targets, which lead
+        num_targets = pool.ids.shape[0] // (1 + queries) * queries
         backward = _column_info_nce(
             scores[:, :num_targets] / out.tau,
             target_score / out.tau,
