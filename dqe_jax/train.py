@@ -18,6 +18,7 @@ from dqe_jax import checkpoint, evaluators, parallel, run_setup
 from dqe_jax.config import check_batch, check_config, differences
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.examples import gallery_split
 from dqe_jax.optimizer import make_optimizer, make_schedule
 from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
 from dqe_jax.utils.errors import UserError
@@ -120,6 +121,7 @@ class Run:
 
 def _prepare(config: Any, builder: Any, devices: list[jax.Device]) -> Run:
     data = config.data
+    _check_test_gallery(builder, config.eval.top_k)
     split = pipeline.load_split(builder, "train", data.image_size, data.cache_images)
     words = lexicon.load_lexicon(data.lexicon)
     names = config.model.attributes.names
@@ -154,6 +156,15 @@ def _prepare(config: Any, builder: Any, devices: list[jax.Device]) -> Run:
     )
     validation = run_setup.make_evaluator(config, model, tokenizer, held_out, devices)
     return Run(config, devices, builder, tokenizer, model, tx, step, batches, validation)
+
+
+def _check_test_gallery(builder: Any, top_k: int) -> None:
+    """Raises now what the evaluation at the end would raise after all the training."""
+    size = builder.info.splits[gallery_split("test")].num_examples
+    if size < top_k:
+        raise UserError(
+            f"config.eval.top_k is {top_k}: the gallery of test has only {size} images."
+        )
 
 
 def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:

@@ -146,7 +146,7 @@ def test_unknown_and_missing_fields_of_a_config_file():
         ({"batch.references": 7}, r"config\.batch\.references is 7: .*multiple of the 2 devices"),
         (
             {"eval.top_k": 1000},
-            r"config\.eval\.top_k is 1000: the gallery of validation has only 1",
+            r"config\.eval\.top_k is 1000: the gallery of test has only 1",
         ),
         ({"model.attributes.names": ("color", "smell")}, r"'smell' has no section.*color.*shape"),
         ({"data.lexicon": "/no/such/file"}, r"config\.data\.lexicon: there is no file /no/such"),

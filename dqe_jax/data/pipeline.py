@@ -75,10 +75,6 @@ class Gallery:
             self._photos[row] = record["photo"]  # last: it marks the row as read
         return self._images[row], int(self._photos[row])
 
-    def ids(self, rows: Sequence[int]) -> list[str]:
-        """Ids of the images in these rows."""
-        return [self._source[int(row)]["id"].decode() for row in rows]
-
     def batches(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         """Images of `rows` in order, `[<= size, H, W, 3]` at a time, read by threads ahead."""
         with ThreadPoolExecutor(4) as pool:
