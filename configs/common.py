@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.num_devices = 0
 
     config.data = data = ConfigDict()
-    # Data set: "shapes" (generated) or "fashion_products" (needs data_dir).
+    # Data set: "shapes" (generated), "fashion_products" (needs data_dir), or "fashioniq" or "cirr".
     data.dataset = "shapes"
     # Variant of a generated data set: "plain", "hard", "smoke" or "hard_smoke".
     data.variant = "plain"
@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     data.prepared_dir = "~/.cache/dqe_jax"
     # Pixels a side; images are stored and used at this size.
     data.image_size = 64
+    # How photos become square images: "pad" (the whole photo on white), "squash" (BLIP-2's way),
+    # "crop" (the centre: CLIP's way) or "target_pad" (padded to a ratio of 1.25, then the centre).
+    data.preprocess = "pad"
     # Share of the raw data that may be lost to missing or corrupt photos.
     data.max_bad_fraction = 0.01
     # Keep decoded images in memory once read: gallery images x image_size^2 x 3 bytes.
@@ -44,18 +47,38 @@ def get_config() -> ConfigDict:
     batch.queries_per_reference = 4
 
     config.model = model = ConfigDict()
-    # Backbone: "tiny".
+    # Backbone: "tiny" (from scratch), or the pretrained "clip" or "blip2".
     model.backbone = "tiny"
-    # Compute dtype of matrix products: "float32" or "bfloat16". Parameters are float32.
+    # Compute dtype of matrix products: "float32" or "bfloat16". Norms and softmax are float32.
     model.dtype = "float32"
+    # Weights that a pretrained backbone starts from: a Hugging Face model directory or safetensors
+    # file, an id on its hub, or a directory written by dqe_jax.convert; "" for random ones.
+    model.weights = ""
+    # Tokenizer of a pretrained backbone: a directory or an id; "" for that of the weights.
+    model.tokenizer = ""
+    # Parts of the model that do not train, such as ("vision",): the names are those of the table
+    # of parameters that a run prints first.
+    model.frozen = ()
+    # Dtype in which frozen parameters are kept; those that train are float32.
+    model.frozen_dtype = "float32"
+    # Recompute each layer of a pretrained backbone in the backward pass: less memory, more time.
+    model.remat = False
+    # Compile one layer of a pretrained tower and loop over it: compiles faster.
+    model.scan_layers = False
+    # Attention of pretrained backbones: "xla", "cudnn" (flash attention: NVIDIA GPU, bfloat16), or
+    # "auto": cudnn where it works.
+    model.attention = "auto"
     # Temperature at the start; it is learned.
     model.initial_tau = 0.07
     model.tiny = tiny = ConfigDict()
     # Brightness of the background (becomes 0), and the unit of brightness, of 0 to 255.
     tiny.pixel_mean = 222.0
     tiny.pixel_std = 64.0
-    # Pixels a side of a patch.
+    # Pixels a side of a patch, and of the cells that a patch is embedded from.
     tiny.patch_size = 16
+    tiny.cell_size = 8
+    # Width of an embedded cell.
+    tiny.cell_width = 64
     # Width of the tokens, and attention heads.
     tiny.width = 128
     tiny.heads = 4
@@ -68,11 +91,28 @@ def get_config() -> ConfigDict:
     tiny.embed_dim = 256
     # Dropout on patch and word embeddings.
     tiny.dropout = 0.0
+    model.clip = clip = ConfigDict()
+    # Variant: "vit_b_32", "vit_b_16", "vit_l_14", "vit_l_14_336", or "auto": as the weights say.
+    clip.variant = "vit_l_14"
+    # Patch tokens that composer and attribute weights see: of the "penultimate" or "last" layer.
+    clip.features = "penultimate"
+    # Width of the composer, its blocks and attention heads.
+    clip.composer_width = 512
+    clip.composer_depth = 2
+    clip.composer_heads = 8
+    model.blip2 = blip2 = ConfigDict()
+    # Variant, named by its vision tower: "vit_g_14" (EVA), "vit_l_14" (CLIP's), or "auto".
+    blip2.variant = "vit_g_14"
+    # Dropout of the Q-Former.
+    blip2.dropout = 0.1
     model.attributes = attributes = ConfigDict()
     # Attribute weighting (method, section 1); without it the model is the plain composer.
     attributes.enabled = True
     # Names of the attributes; each is a section of the lexicon.
     attributes.names = ("color", "shape")
+    # Width of the attribute features, and attention heads of the attribute queries.
+    attributes.width = 128
+    attributes.heads = 4
     # Weights: "sigmoid" (independent) or "softmax" (they sum to 1).
     attributes.activation = "sigmoid"
 
@@ -140,6 +180,33 @@ def parse_variants(arg: str, known: tuple[str, ...]) -> set[str]:
         unknown = ", ".join(sorted(variants - set(known)))
         raise ValueError(f"unknown variant {unknown} of the config; it has {', '.join(known)}")
     return variants
+
+
+def use_blip2(config: ConfigDict) -> None:
+    """BLIP-2 with EVA ViT-g/14: Q-Former, projections and attributes train, the tower does not."""
+    config.data.image_size = 224
+    config.data.preprocess = "target_pad"
+    config.data.augment = "flip"
+    # As the CIR papers on BLIP-2 do.
+    config.data.max_length = 32
+    config.data.cache_images = False
+    config.batch.references = 64
+    config.batch.queries_per_reference = 2
+    config.model.backbone = "blip2"
+    config.model.weights = "Salesforce/blip2-itm-vit-g"
+    config.model.dtype = "bfloat16"
+    config.model.frozen = ("vision", "itm_head")
+    config.model.frozen_dtype = "bfloat16"
+    config.model.scan_layers = True
+    config.model.attributes.width = 256
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 500
+
+
+def use_products(config: ConfigDict) -> None:
+    """Trains a FashionIQ model on `fashion_products`: real photos at hand."""
+    config.data.dataset = "fashion_products"
+    config.model.attributes.names = ("color", "article", "gender", "usage", "season")
 
 
 def make_smoke(config: ConfigDict) -> None:

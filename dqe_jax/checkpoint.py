@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -92,3 +93,9 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str,
         for name, tree in like.items()
     }
     return dict(manager.restore(step, args=ocp.args.Composite(**args)))
+
+
+def restore_params(manager: ocp.CheckpointManager, step: int) -> Any:
+    """The parameters of a checkpoint as NumPy arrays, whatever their shapes."""
+    args = ocp.args.Composite(params=ocp.args.StandardRestore())
+    return jax.tree.map(np.asarray, manager.restore(step, args=args)["params"])

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dqe_jax import trns
+from dqe_jax import models, trns
+from dqe_jax.data import preprocess
 from dqe_jax.utils.errors import UserError
 
 
@@ -41,17 +42,19 @@ _WEIGHT = _number(0, words="a number of at least 0")
 _POSITIVE = Check(float, lambda value: 0 < value < math.inf, "a number above 0")
 _TEXT = Check(str, lambda value: True, "a string")
 _FLAG = Check(bool, lambda value: True, "True or False")
+_ANY_NAMES = Check(tuple, lambda v: all(isinstance(n, str) for n in v), "a tuple of names, or ()")
 _NAMES = Check(tuple, lambda v: bool(v) and all(isinstance(n, str) for n in v), "a tuple of names")
 
 FIELDS: dict[str, Check] = {
     "seed": _integer(0),
     "total_steps": _integer(1),
     "num_devices": _integer(0),
-    "data.dataset": _one_of("shapes", "fashion_products"),
+    "data.dataset": _one_of("shapes", "fashion_products", "fashioniq", "cirr"),
     "data.variant": _one_of("plain", "hard", "smoke", "hard_smoke"),
     "data.data_dir": _TEXT,
     "data.prepared_dir": _TEXT,
     "data.image_size": _integer(16),
+    "data.preprocess": _one_of(*preprocess.PREPROCESS),
     "data.max_bad_fraction": _SHARE,
     "data.cache_images": _FLAG,
     "data.num_threads": _integer(1),
@@ -60,12 +63,21 @@ FIELDS: dict[str, Check] = {
     "data.lexicon": _TEXT,
     "batch.references": _integer(1),
     "batch.queries_per_reference": _integer(1),
-    "model.backbone": _one_of("tiny"),
-    "model.dtype": _one_of("float32", "bfloat16"),
+    "model.backbone": _one_of(*models.BACKBONES),
+    "model.dtype": _one_of(*models.DTYPES),
+    "model.weights": _TEXT,
+    "model.tokenizer": _TEXT,
+    "model.frozen": _ANY_NAMES,
+    "model.frozen_dtype": _one_of(*models.DTYPES),
+    "model.remat": _FLAG,
+    "model.scan_layers": _FLAG,
+    "model.attention": _one_of("auto", "xla", "cudnn"),
     "model.initial_tau": _POSITIVE,
     "model.tiny.pixel_mean": _number(0, 255, "a number from 0 to 255"),
     "model.tiny.pixel_std": _POSITIVE,
     "model.tiny.patch_size": _integer(1),
+    "model.tiny.cell_size": _integer(1),
+    "model.tiny.cell_width": _integer(1),
     "model.tiny.width": _integer(1),
     "model.tiny.heads": _integer(1),
     "model.tiny.image_depth": _integer(0),
@@ -74,8 +86,17 @@ FIELDS: dict[str, Check] = {
     "model.tiny.token_dim": _integer(1),
     "model.tiny.embed_dim": _integer(1),
     "model.tiny.dropout": Check(float, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    "model.clip.variant": _one_of("auto", *models.VARIANTS["clip"]),
+    "model.clip.features": _one_of("penultimate", "last"),
+    "model.clip.composer_width": _integer(1),
+    "model.clip.composer_depth": _integer(0),
+    "model.clip.composer_heads": _integer(1),
+    "model.blip2.variant": _one_of("auto", *models.VARIANTS["blip2"]),
+    "model.blip2.dropout": Check(float, lambda v: 0 <= v < 1, "a number from 0 to below 1"),
     "model.attributes.enabled": _FLAG,
     "model.attributes.names": _NAMES,
+    "model.attributes.width": _integer(1),
+    "model.attributes.heads": _integer(1),
     "model.attributes.activation": _one_of("sigmoid", "softmax"),
     "negatives.rule": _one_of(*trns.RULES),
     "negatives.per_query": _integer(1),
@@ -120,8 +141,10 @@ FREE_FIELDS = (
     "eval.batch_size",
     "eval.sheet_queries",
 )
+# Fields that say how training starts and is computed: evaluation does not need them.
+START_FIELDS = ("model.weights", "model.tokenizer", "model.attention", "model.remat")
 # Fields that decide the shapes and the input of the model.
-MODEL_FIELDS = ("model.", "data.image_size", "data.max_length")
+MODEL_FIELDS = ("model.", "data.image_size", "data.preprocess", "data.max_length")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -155,16 +178,7 @@ def check_config(config: Any) -> None:
         fits = number or type(value) is check.kind
         if not fits or value != value or not check.test(value):
             raise UserError(f"config.{name} is {flat[name]!r}: it must be {check.words}.")
-    tiny, size = config.model.tiny, config.data.image_size
-    for value, name, divisor, by in (
-        (size, "data.image_size", tiny.patch_size, "model.tiny.patch_size"),
-        (tiny.width, "model.tiny.width", tiny.heads, "model.tiny.heads"),
-        (tiny.embed_dim, "model.tiny.embed_dim", tiny.heads, "model.tiny.heads"),
-    ):
-        if value % divisor:
-            raise UserError(
-                f"config.{name} is {value}: it must be a multiple of config.{by}, {divisor}."
-            )
+    _check_sizes(config)
     negatives = config.negatives
     if negatives.lower >= negatives.upper:
         raise UserError(
@@ -178,6 +192,32 @@ def check_config(config: Any) -> None:
         )
 
 
+def _check_sizes(config: Any) -> None:
+    """Raises a `UserError` for sizes of the model that do not divide one another."""
+    model, size = config.model, config.data.image_size
+    attributes = model.attributes
+    width = (attributes.width, "model.attributes.width")
+    shared = [(*width, attributes.heads, "model.attributes.heads")]
+    if model.backbone == "tiny":
+        tiny = model.tiny
+        patch = (tiny.patch_size, "model.tiny.patch_size")
+        rows = [
+            (size, "data.image_size", *patch),
+            (*patch, tiny.cell_size, "model.tiny.cell_size"),
+            (tiny.width, "model.tiny.width", tiny.heads, "model.tiny.heads"),
+        ]
+    elif model.backbone == "clip":
+        composer = (model.clip.composer_width, "model.clip.composer_width")
+        rows = [(*composer, model.clip.composer_heads, "model.clip.composer_heads")]
+    else:
+        rows = []
+    for value, name, divisor, by in rows + shared:
+        if value % divisor:
+            raise UserError(
+                f"config.{name} is {value}: it must be a multiple of config.{by}, {divisor}."
+            )
+
+
 def check_batch(config: Any, num_devices: int) -> None:
     """Raises a `UserError` if the batch does not divide by the devices."""
     if config.batch.references % num_devices:
@@ -188,7 +228,10 @@ def check_batch(config: Any, num_devices: int) -> None:
 
 
 def differences(
-    one: Mapping[str, Any], other: Mapping[str, Any], only: tuple[str, ...] = ("",)
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    only: tuple[str, ...] = ("",),
+    free: tuple[str, ...] = (),
 ) -> list[str]:
     """Fields in which two configs differ, as `name: 1 (not 2)`, apart from `FREE_FIELDS`.
 
@@ -196,10 +239,13 @@ def differences(
       one: a config as a nested dict.
       other: another.
       only: prefixes of the fields to compare.
+      free: fields to leave out, beside `FREE_FIELDS`.
     """
     a, b = flatten(one), flatten(other)
     return [
         f"{name}: {a.get(name)!r} (not {b.get(name)!r})"
         for name in sorted(a.keys() | b.keys())
-        if name.startswith(only) and name not in FREE_FIELDS and a.get(name) != b.get(name)
+        if name.startswith(only)
+        and name not in (*FREE_FIELDS, *free)
+        and a.get(name) != b.get(name)
     ]

@@ -27,12 +27,12 @@ _DATA_DIR = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
     """Evaluates one checkpoint."""
     del argv
-    import jax
     from etils import epath
 
     from dqe_jax import checkpoint, parallel, run_setup
-    from dqe_jax.config import MODEL_FIELDS, check_config, differences
+    from dqe_jax.config import MODEL_FIELDS, START_FIELDS, check_config, differences
     from dqe_jax.data import datasets, pipeline, tokenizer
+    from dqe_jax.weights import sizes as size_files
 
     config = _CONFIG.value
     if _DATA_DIR.value is not None:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     manager = checkpoint.open_for_reading(directory)
     step = checkpoint.choose_step(manager, _STEP.value)
     meta = checkpoint.read_meta(manager, step)
-    changed = differences(config.to_dict(), meta["config"], MODEL_FIELDS)
+    changed = differences(config.to_dict(), meta["config"], MODEL_FIELDS, START_FIELDS)
     if changed:
         raise UserError(
             f"the checkpoint in {manager.directory} is of another model; --config differs in "
@@ -52,13 +52,14 @@ def main(argv: Sequence[str]) -> None:
         )
     devices = run_setup.devices_of(config.num_devices)
     words = tokenizer.tokenizer_from_json(meta["tokenizer"])
-    model = run_setup.model_of(config, words)
+    sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
+    model = run_setup.model_of(config, words, sizes)
     builder = datasets.open_dataset(config.data)
     split = pipeline.load_split(
         builder, _SPLIT.value, config.data.image_size, config.data.cache_images
     )
     evaluator = run_setup.make_evaluator(config, model, words, split, devices)
-    shapes = jax.eval_shape(lambda: run_setup.init_params(model, config))
+    shapes = run_setup.param_shapes(model, config)
     params = checkpoint.restore(manager, step, params=shapes)["params"]
     output = epath.Path(_OUTPUT.value) if _OUTPUT.value else manager.directory.parent / "eval"
     run_setup.evaluate_and_report(

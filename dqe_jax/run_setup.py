@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
+from dqe_jax import partition
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.pipeline import Split
 from dqe_jax.evaluators import Result, RetrievalEvaluator, table, write_result
-from dqe_jax.models import DQE, build_model
+from dqe_jax.models import DQE, DTYPES, build_model, parts_of
 from dqe_jax.utils.errors import UserError
+from dqe_jax.weights.initial import Pretrained, open_pretrained
+from dqe_jax.weights.transfer import fit
+
+BACKBONE = "backbone/"
 
 
 def devices_of(num_devices: int) -> list[jax.Device]:
@@ -34,29 +41,114 @@ def devices_of(num_devices: int) -> list[jax.Device]:
 
 def encode_texts(tokenizer: Tokenizer, split: Split) -> np.ndarray:
     """Ids of a split's texts, int32 `[Q, L]`; says how many texts were cut."""
-    ids = text_tokens.encode(tokenizer, split.queries.texts)
-    full = np.flatnonzero(ids[:, -1])
-    cut = [row for row in full if text_tokens.is_cut(tokenizer, split.queries.texts[row])]
-    if cut:
+    ids, cut = text_tokens.encode(tokenizer, split.queries.texts)
+    rows = np.flatnonzero(cut)
+    if len(rows):
         logging.warning(
             "%d of %d texts of %s are cut to %d tokens, such as %r: raise config.data.max_length.",
-            *(len(cut), len(ids), split.name, ids.shape[1], split.queries.texts[cut[0]]),
+            *(len(rows), len(ids), split.name, ids.shape[1], split.queries.texts[rows[0]]),
         )
     return ids
 
 
-def model_of(config: Any, tokenizer: Tokenizer) -> DQE:
-    """The model of a config over a tokenizer's vocabulary."""
+def open_weights(config: Any) -> Pretrained | None:
+    """The pretrained weights of a config, found but not read; None for the tiny backbone.
+
+    Raises:
+      UserError: they cannot be found, or do not fit the config.
+    """
+    if config.model.backbone == "tiny":
+        return None
+    pretrained = open_pretrained(config.model)
+    longest = pretrained.sizes.max_length
+    if config.data.max_length > longest:
+        raise UserError(
+            f"config.data.max_length is {config.data.max_length}: {config.model.backbone} takes "
+            f"at most {longest} tokens."
+        )
+    if config.data.image_size % pretrained.sizes.vision.patch_size:
+        raise UserError(
+            f"config.data.image_size is {config.data.image_size}: it must be a multiple of the "
+            f"patch size of the backbone, {pretrained.sizes.vision.patch_size}."
+        )
+    return pretrained
+
+
+def describe_weights(config: Any) -> Pretrained | None:
+    """As `open_weights`; weights are looked for only if they decide the sizes of the model."""
+    if config.model.backbone != "tiny" and config.model[config.model.backbone].variant != "auto":
+        config = config.copy_and_resolve_references()
+        config.model.weights = ""
+    return open_weights(config)
+
+
+def tokenizer_of(config: Any, pretrained: Pretrained) -> Tokenizer:
+    """The tokenizer of a pretrained backbone.
+
+    Raises:
+      UserError: it cannot be found, or does not fit the model.
+    """
+    length = config.data.max_length
+    named = config.model.tokenizer
+    if named:
+        tokenizer = text_tokens.pretrained_tokenizer(named, length)
+    elif pretrained.tokenizer:
+        tokenizer = text_tokens.tokenizer_from_json(pretrained.tokenizer)
+        padding = tokenizer.padding
+        text_tokens.set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
+    elif pretrained.source is not None:
+        tokenizer = text_tokens.pretrained_tokenizer(pretrained.source.directory, length)
+    else:
+        raise UserError(
+            f"config.model.tokenizer is empty: {config.model.backbone} needs a tokenizer; name a "
+            "directory with its files, or config.model.weights that come with one."
+        )
+    # Without added tokens: published BLIP-2 files add some that no text contains.
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    if size > pretrained.sizes.vocab_size:
+        raise UserError(
+            f"the tokenizer has {size} words: the text embeddings of {config.model.backbone} have "
+            f"{pretrained.sizes.vocab_size} rows; name the tokenizer of the weights in "
+            "config.model.tokenizer."
+        )
+    if config.model.backbone == "blip2" and tokenizer.padding["pad_id"] != 0:
+        raise UserError(
+            f"the tokenizer pads with id {tokenizer.padding['pad_id']}: blip2 needs BERT's, which "
+            "pads with 0; name it in config.model.tokenizer."
+        )
+    return tokenizer
+
+
+def model_of(config: Any, tokenizer: Tokenizer, sizes: Any = None) -> DQE:
+    """The model of a config over a tokenizer's vocabulary; `sizes` are those of its weights."""
     return build_model(
         config.model,
         vocab_size=tokenizer.get_vocab_size(),
         max_length=config.data.max_length,
         image_size=config.data.image_size,
+        sizes=sizes,
     )
 
 
-def init_params(model: DQE, config: Any, seed: int = 0) -> Any:
-    """Fresh parameters; call it under `jax.eval_shape` for their shapes alone."""
+def param_shapes(model: DQE, config: Any) -> Any:
+    """Shapes and dtypes of a model's parameters."""
+    return jax.eval_shape(lambda: init_params(model, config))
+
+
+def init_params(
+    model: DQE, config: Any, seed: int = 0, pretrained: Pretrained | None = None
+) -> Any:
+    """Parameters to start from: pretrained where there are weights, random elsewhere.
+
+    Args:
+      model: of the config.
+      config: of the run.
+      seed: of the random ones.
+      pretrained: weights of the backbone; without an origin, all is random.
+
+    Raises:
+      UserError: the weights do not fit the model.
+    """
     size = config.data.image_size
     image = np.zeros((1, size, size, 3), np.uint8)
     text = np.ones((1, 1, config.data.max_length), np.int32)
@@ -64,7 +156,24 @@ def init_params(model: DQE, config: Any, seed: int = 0) -> Any:
     def init(key: jax.Array) -> Any:
         return model.init(key, image, text, image[:, None], train=False)["params"]
 
-    return jax.jit(init)(jax.random.key(seed))
+    given = {}
+    if pretrained is not None and pretrained.origin:
+        shapes = flatten_dict(jax.eval_shape(init, jax.random.key(seed)), sep="/")
+        held = pretrained.read()
+        if config.model.scan_layers:
+            held = partition.stack_layers(held)
+        own = {p.removeprefix(BACKBONE): x for p, x in shapes.items() if p.startswith(BACKBONE)}
+        fitted = fit(held, own, pretrained.origin)
+        given = {BACKBONE + path: x for path, x in fitted.items()}
+
+    def missing(key: jax.Array) -> Any:  # what is given is not drawn at all
+        return {p: x for p, x in flatten_dict(init(key), sep="/").items() if p not in given}
+
+    flat = jax.jit(missing)(jax.random.key(seed)) | given
+    parts = parts_of(config.model.backbone)
+    dtype = DTYPES[config.model.frozen_dtype]
+    training, frozen = partition.split(unflatten_dict(flat, sep="/"), config.model.frozen, parts)
+    return partition.merge(training, partition.cast(frozen, dtype))
 
 
 def make_evaluator(
@@ -89,21 +198,34 @@ def make_evaluator(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class ParameterCount:
-    """Parameters of one part of the model."""
+def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Number of parameters of each part, in the order of `parts`; parts without any are left out.
 
-    part: str
-    count: int
+    Args:
+      params: of a model, or their shapes.
+      parts: as `models.parts_of` gives.
+    """
+    counts = dict.fromkeys(parts, 0)
+    for path, leaf in flatten_dict(params, sep="/").items():
+        counts[partition.part_of(path, parts)] += math.prod(leaf.shape)
+    return {part: count for part, count in counts.items() if count}
 
 
-def count_parameters(params: Any, depth: int = 2) -> list[ParameterCount]:
-    """Parameters by part, the parts being the first `depth` names of a parameter's path."""
-    counts: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        part = "/".join(str(key.key) for key in path[:depth])
-        counts[part] = counts.get(part, 0) + leaf.size
-    return [ParameterCount(part, count) for part, count in counts.items()]
+def parameter_table(params: Any, config: Any) -> str:
+    """Parameters of each part and whether they train, as lines of text.
+
+    Args:
+      params: of a model, or their shapes.
+      config: `config.model`.
+    """
+    counts = count_parameters(params, parts_of(config.backbone))
+    frozen = set(config.frozen) & set(counts)
+    rows = [(p, f"{n:,}", "frozen" if p in frozen else "trains") for p, n in counts.items()]
+    training = sum(n for part, n in counts.items() if part not in frozen)
+    rows.append(("total", f"{sum(counts.values()):,}", f"{training:,} train"))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows]
+    return "\n".join(["Parameters:", *lines])
 
 
 def evaluate_and_report(

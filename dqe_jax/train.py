@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import tqdm
 from absl import logging
 from etils import epath
+from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, evaluators, parallel, run_setup
+from dqe_jax import checkpoint, evaluators, models, parallel, partition, run_setup
 from dqe_jax.config import check_batch, check_config, differences
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
@@ -23,6 +25,8 @@ from dqe_jax.optimizer import make_optimizer, make_schedule
 from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.metric_log import MetricLog
+from dqe_jax.weights import sizes as size_files
+from dqe_jax.weights.initial import Pretrained
 
 
 def train_and_evaluate(
@@ -44,11 +48,14 @@ def train_and_evaluate(
     """
     began = time.time()
     check_config(config)
+    partition.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
     devices = run_setup.devices_of(config.num_devices)
     check_batch(config, len(devices))
     workdir = claim_workdir(workdir, config)
+    pretrained = run_setup.open_weights(config)
+    tokenizer = run_setup.tokenizer_of(config, pretrained) if pretrained else None
     builder = datasets.open_dataset(config.data)
-    run = _prepare(config, builder, devices)
+    run = _prepare(config, builder, devices, pretrained, tokenizer)
 
     manager = checkpoint.open_for_training(workdir, config.keep_checkpoints)
     state, seconds = _restore_or_init(run, manager)
@@ -111,6 +118,7 @@ class Run:
     config: Any
     devices: list[jax.Device]
     builder: Any
+    pretrained: Pretrained | None
     tokenizer: Any
     model: Any
     tx: Any
@@ -119,17 +127,24 @@ class Run:
     validation: evaluators.RetrievalEvaluator
 
 
-def _prepare(config: Any, builder: Any, devices: list[jax.Device]) -> Run:
+def _prepare(
+    config: Any,
+    builder: Any,
+    devices: list[jax.Device],
+    pretrained: Pretrained | None,
+    tokenizer: Tokenizer | None,
+) -> Run:
     data = config.data
     _check_test_gallery(builder, config.eval.top_k)
     split = pipeline.load_split(builder, "train", data.image_size, data.cache_images)
     words = lexicon.load_lexicon(data.lexicon)
     names = config.model.attributes.names
     mentions = lexicon.mentions(split.queries.texts, names, words)
-    tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, data.max_length)
+    if tokenizer is None:
+        tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, data.max_length)
     text = run_setup.encode_texts(tokenizer, split)
     held_out = pipeline.load_split(builder, "validation", data.image_size, data.cache_images)
-    model = run_setup.model_of(config, tokenizer)
+    model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
     tx = make_optimizer(config.optimizer, config.total_steps)
     loss_fn = make_loss_fn(
         apply_fn=model.apply,
@@ -138,7 +153,7 @@ def _prepare(config: Any, builder: Any, devices: list[jax.Device]) -> Run:
         margin=config.loss.margin_size,
     )
     step = parallel.pmap(
-        make_train_step(loss_fn=loss_fn, tx=tx, seed=config.seed),
+        make_train_step(loss_fn=loss_fn, tx=tx, seed=config.seed, split=splitter(config.model)),
         in_axes=(None, 0),
         out_axes=None,
         donate_argnums=(0,),
@@ -155,7 +170,15 @@ def _prepare(config: Any, builder: Any, devices: list[jax.Device]) -> Run:
         num_threads=data.num_threads,
     )
     validation = run_setup.make_evaluator(config, model, tokenizer, held_out, devices)
-    return Run(config, devices, builder, tokenizer, model, tx, step, batches, validation)
+    return Run(
+        config, devices, builder, pretrained, tokenizer, model, tx, step, batches, validation
+    )
+
+
+def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
+    """Splits parameters into those that train and those that do not, by `config.model`."""
+    parts = models.parts_of(model_config.backbone)
+    return lambda params: partition.split(params, model_config.frozen, parts)
 
 
 def _check_test_gallery(builder: Any, top_k: int) -> None:
@@ -169,12 +192,14 @@ def _check_test_gallery(builder: Any, top_k: int) -> None:
 
 def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     """The state of the newest checkpoint, or a fresh one; and the seconds trained before."""
-    params = run_setup.init_params(run.model, run.config, run.config.seed)
-    opt_state = jax.jit(run.tx.init)(params)
-    newest = manager.latest_step()
+    split, newest = splitter(run.config.model), manager.latest_step()
     if newest is None:
+        params = run_setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
+        opt_state = jax.jit(run.tx.init)(split(params)[0])
         step, seconds = 0, 0.0
     else:
+        params = run_setup.param_shapes(run.model, run.config)
+        opt_state = jax.eval_shape(run.tx.init, split(params)[0])
         meta = checkpoint.read_meta(manager, newest)
         items = checkpoint.restore(manager, newest, params=params, opt_state=opt_state)
         params, opt_state = items["params"], items["opt_state"]
@@ -186,12 +211,8 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
 
 
 def _log_start(run: Run, params: Any) -> None:
-    counts = run_setup.count_parameters(params)
-    width = max(len(c.part) for c in counts)
     logging.info("Devices: %s", ", ".join(str(device) for device in run.devices))
-    for c in counts:
-        logging.info("  %s  %9s", c.part.ljust(width), f"{c.count:,}")
-    logging.info("  %s  %9s parameters", "total".ljust(width), f"{sum(c.count for c in counts):,}")
+    logging.info("%s", run_setup.parameter_table(params, run.config.model))
 
 
 def _loop(
@@ -246,6 +267,7 @@ def _meta(run: Run, seconds: float) -> dict[str, Any]:
     return {
         "config": run.config.to_dict(),
         "tokenizer": run.tokenizer.to_str(),
+        "sizes": run.pretrained and size_files.to_json(run.pretrained.sizes),
         "data_state": run.batches.get_state(),
         "train_seconds": seconds,
     }

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dqe_jax import losses, trns
+from dqe_jax import losses, partition, trns
 from dqe_jax.parallel import AXIS
 
 
@@ -28,8 +28,8 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, the steps taken.
-      params: of the model.
-      opt_state: of the optimiser.
+      params: of the model, those that do not train included.
+      opt_state: of the optimiser, for those that train.
     """
 
     step: jax.Array
@@ -258,6 +258,7 @@ def make_train_step(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     seed: int,
+    split: Callable[[Any], tuple[Any, Any]] = lambda params: (params, {}),
     axis_name: str | None = AXIS,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the per-device step `(state, batch) -> (state, metrics)`; all it closes over is here.
@@ -266,17 +267,24 @@ def make_train_step(
       loss_fn: from `make_loss_fn`, of the same axis.
       tx: the optimiser.
       seed: of everything random in the step.
+      split: parameters to those that train and those that do not, as `partition.split`; the
+        optimiser and the backward pass see the first alone.
       axis_name: the mapped axis; None for one device without a map.
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        training, frozen = split(state.params)
+
+        def loss_of(training):
+            return loss_fn(partition.merge(training, frozen), batch, key)
+
+        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
         if axis_name is not None:
             # A sum: the losses of the devices add up to the global mean.
             grads = lax.psum(grads, axis_name)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = tx.update(grads, state.opt_state, training)
+        params = partition.merge(optax.apply_updates(training, updates), frozen)
         metrics["grad_norm"] = optax.global_norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -27,6 +27,7 @@ UNITS_OF_BINARIES = (
     "config",
     "data",
     "parallel",
+    "weights",
     "utils",
 )
 # Module or package of dqe_jax (longest prefix wins) -> what of dqe_jax it may import.
@@ -34,6 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ROOT_INIT: (),
     "utils": ("utils",),
     "trns": (),
+    "partition": ("utils",),
     "losses": (),
     "metrics": ("utils",),
     "parallel": ("utils",),
@@ -43,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("data", "utils"),
     "optimizer": ("utils",),
     "checkpoint": ("utils",),
-    "train_step": ("losses", "trns", "parallel", "utils"),
+    "train_step": ("losses", "trns", "partition", "parallel", "utils"),
     "evaluators": (
         "evaluators",
         "data",
@@ -53,13 +55,24 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "parallel",
         "utils",
     ),
-    "config": ("utils", "trns"),
-    "run_setup": ("evaluators", "models", "data", "utils"),
+    "config": ("models", "data", "utils", "trns"),
+    "weights": ("weights", "models", "data", "partition", "utils"),
+    "run_setup": ("evaluators", "models", "partition", "data", "weights", "utils"),
     "main": UNITS_OF_BINARIES,
     "evaluate": UNITS_OF_BINARIES,
+    "convert": UNITS_OF_BINARIES,
+    "export": UNITS_OF_BINARIES,
+    "describe": UNITS_OF_BINARIES,
 }
 # The training loop puts everything together: anything but the binaries.
-ALLOWED["train"] = (*(unit for unit in ALLOWED if unit not in ("main", "evaluate")), "train")
+ALLOWED["train"] = (
+    *(
+        unit
+        for unit in ALLOWED
+        if unit not in ("main", "evaluate", "convert", "export", "describe")
+    ),
+    "train",
+)
 
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 WITHOUT_JAX = ("metrics", "contact_sheet", "data")
@@ -71,6 +84,8 @@ CONSTANT_CALLS = (
     # The checks of the config's fields.
     "_integer",
     "_number",
+    # Sizes of a variant of a backbone.
+    "_variant",
     "_one_of",
     "collections.namedtuple",
     "config_flags.DEFINE_config_file",
@@ -84,6 +99,7 @@ CONSTANT_CALLS = (
     "flags.DEFINE_string",
     "float",
     "frozenset",
+    "functools.partial",
     "int",
     "itertools.product",
     "len",

@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from dqe_jax import train
+from dqe_jax import models, run_setup, train
 from dqe_jax.config import (
     FIELDS,
     FREE_FIELDS,
@@ -34,6 +34,14 @@ NAMES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem not in ("__init__",
 NOT_READ = {
     "data.data_dir": "raw data: fashion_products",
     "data.max_bad_fraction": "raw data: fashion_products",
+    "data.preprocess": "raw data: fashion_products",
+}
+# Fields that a run of the tiny backbone does not read.
+OF_PRETRAINED = {
+    name
+    for name in FIELDS
+    if name.startswith(("model.clip.", "model.blip2."))
+    or name.removeprefix("model.") in ("weights", "tokenizer", "attention", "remat", "scan_layers")
 }
 
 
@@ -171,7 +179,8 @@ def test_what_a_field_may_not_be(name, value):
     [
         ("data.image_size", 65, r"data\.image_size is 65.*multiple of config\.model\.tiny\.patch"),
         ("model.tiny.width", 130, r"model\.tiny\.width is 130.*multiple of .*heads, 4"),
-        ("model.tiny.embed_dim", 255, r"embed_dim is 255.*multiple of .*heads, 4"),
+        ("model.tiny.cell_size", 6, r"patch_size is 16.*multiple of .*cell_size, 6"),
+        ("model.attributes.width", 255, r"width is 255.*multiple of .*heads, 4"),
         ("negatives.lower", 0.6, r"negatives\.lower is 0\.6.*below"),
         ("negatives.upper", 1.5, r"quantile.*0 to 1"),
         ("negatives.lower", -0.1, r"quantile.*0 to 1"),
@@ -278,7 +287,30 @@ def test_every_field_is_read_by_a_run(tmp_path, quick_compilation, monkeypatch):
         metrics = train.train_and_evaluate(config, tmp_path / "run")
     assert metrics["gallery"] > config.eval.top_k
     unread = set(FIELDS) - reads
-    assert unread == set(NOT_READ), "a field that nothing reads, or one that is read after all"
+    assert unread == set(NOT_READ) | OF_PRETRAINED, (
+        "a field that nothing reads, or one that is read after all"
+    )
+
+
+def test_fields_of_the_pretrained_backbones_are_read_by_them():
+    read = set()
+    for backbone in ("clip", "blip2"):
+        config = common.get_config()
+        config.model.backbone = backbone
+        config.data.image_size = 224
+        with recorded_reads(config) as reads:
+            pretrained = run_setup.open_weights(config)
+            models.build_model(
+                config.model,
+                vocab_size=1,
+                max_length=16,
+                image_size=224,
+                sizes=pretrained.sizes,
+            )
+            with pytest.raises(UserError, match=r"config\.model\.tokenizer is empty"):
+                run_setup.tokenizer_of(config, pretrained)
+        read |= reads
+    assert read >= OF_PRETRAINED
 
 
 def test_fields_of_the_other_data_set_are_read_by_it(tmp_path, monkeypatch):

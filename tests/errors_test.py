@@ -98,7 +98,7 @@ def changed(**changes):
         ({"total_steps": True}, r"config\.total_steps is True"),
         ({"seed": "1"}, r"config\.seed is '1'"),
         ({"negatives.rule": "qure"}, r"one of in_batch, random, hardest, trns"),
-        ({"data.dataset": "cirr"}, r"one of shapes, fashion_products"),
+        ({"data.dataset": "coco"}, r"one of shapes, fashion_products"),
         ({"model.attributes.names": ()}, r"config\.model\.attributes\.names is \[\].*tuple"),
         ({"optimizer.learning_rate": float("nan")}, r"learning_rate is nan.*above 0"),
         ({"loss.margin": -1.0}, r"at least 0"),

@@ -208,19 +208,23 @@ def test_folder_gives_the_same_as_tar(made, tmp_path):
 def test_configuration_names_copy_and_size(made, tmp_path):
     raw, builder = made
     name = builder.builder_config.name
-    assert name.startswith(f"{SIZE}px-")
-    assert len(name) == len(f"{SIZE}px-") + 8
+    assert name.startswith(f"{SIZE}px-pad-")
+    assert len(name) == len(f"{SIZE}px-pad-") + 8
     rows = made_rows()
     photos = made_photos(rows)
 
-    def name_of(directory, size=SIZE):
+    def name_of(directory, size=SIZE, preprocess="pad"):
         builder = fp.make_builder(
-            raw_dir=str(directory), prepared_dir=str(tmp_path), image_size=size
+            raw_dir=str(directory),
+            prepared_dir=str(tmp_path),
+            image_size=size,
+            preprocess=preprocess,
         )
         return builder.builder_config.name
 
     assert name_of(write(tmp_path / "same", rows, photos)) == name
     assert name_of(write(tmp_path / "folder", rows, photos, tar=False)) == name
+    assert name_of(tmp_path / "same", preprocess="crop") == name.replace("pad", "crop")
     assert name_of(write(tmp_path / "fewer", rows[1:], photos)) != name
     assert name_of(write(tmp_path / "other", rows, photos | {"10000": b"other"})) != name
     assert name_of(raw, size=8) != name

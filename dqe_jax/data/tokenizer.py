@@ -1,4 +1,5 @@
-"""Text to ids. `tiny` uses a word-level vocabulary built from the training texts.
+"""Text to ids. `tiny` uses a word-level vocabulary built from the training texts, pretrained
+backbones their own tokenizers (CLIP's BPE, BERT's WordPiece), read through `transformers`.
 
 Tokenizers are those of the `tokenizers` library; their JSON is stored with each checkpoint, so that
 evaluation needs nothing but the checkpoint.
@@ -6,11 +7,17 @@ evaluation needs nothing but the checkpoint.
 
 from __future__ import annotations
 
+import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from dqe_jax.utils.errors import UserError
+
+# Any of these makes a directory one of a tokenizer.
+FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 
 
@@ -27,9 +34,7 @@ def train_word_tokenizer(texts: Iterable[str], max_length: int) -> Tokenizer:
     trainer = trainers.WordLevelTrainer(special_tokens=[PADDING, UNKNOWN], show_progress=False)
     # Sorted and distinct: the vocabulary must not depend on the order of the records.
     tokenizer.train_from_iterator(sorted(set(texts)), trainer)
-    tokenizer.enable_truncation(max_length)
-    tokenizer.enable_padding(length=max_length, pad_id=0, pad_token=PADDING)
-    return tokenizer
+    return set_length(tokenizer, max_length, 0, PADDING)
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
@@ -37,8 +42,46 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     return Tokenizer.from_str(text)
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """Ids of the texts: int32 `[len(texts), max_length]`, padded with 0.
+def set_length(tokenizer: Tokenizer, max_length: int, pad_id: int, pad_token: str) -> Tokenizer:
+    """Makes it cut and pad every text to `max_length` ids; returns the tokenizer."""
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(length=max_length, pad_id=pad_id, pad_token=pad_token)
+    return tokenizer
+
+
+def pretrained_tokenizer(origin: str | os.PathLike[str], max_length: int) -> Tokenizer:
+    """The tokenizer of a model directory or of a model on the hub.
+
+    Args:
+      origin: directory with the files of a tokenizer, or an id on the Hugging Face hub.
+      max_length: ids a text is cut or padded to, those for start and end included.
+
+    Raises:
+      UserError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer  # slow to import, and only pretrained backbones need it
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(os.fspath(origin))
+        tokenizer = loaded.backend_tokenizer
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"no tokenizer could be loaded from {origin} ({reason}); name a directory with its "
+            "files in config.model.tokenizer."
+        ) from error
+    return set_length(tokenizer, max_length, loaded.pad_token_id, loaded.pad_token)
+
+
+def tokenizer_in(directory: pathlib.Path, max_length: int) -> Tokenizer | None:
+    """The tokenizer whose files lie in a directory, or None if there are none."""
+    if not any((directory / name).exists() for name in FILES):
+        return None
+    return pretrained_tokenizer(directory, max_length)
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the texts, int32 `[len(texts), max_length]`, padded; and which texts were cut, bool.
 
     A text without any word gets one unknown word, so that no row is all padding.
     """
@@ -46,10 +89,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     ids = np.array([e.ids for e in encodings], np.int32).reshape(
         len(texts), tokenizer.truncation["max_length"]
     )
-    ids[~ids.any(axis=1), 0] = tokenizer.token_to_id(UNKNOWN)
-    return ids
-
-
-def is_cut(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether a text is longer than the tokenizer's maximum length."""
-    return bool(tokenizer.encode(text).overflowing)
+    empty = ~ids.any(axis=1)
+    if empty.any():
+        ids[empty, 0] = tokenizer.token_to_id(UNKNOWN)
+    return ids, np.array([bool(e.overflowing) for e in encodings], bool)

@@ -1,45 +1,105 @@
-"""The model and its backbones: a dict from the name in a config to a module."""
+"""The model and its backbones: a dict from the name in a config to how it is built."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from dqe_jax.models import blip2, clip
+from dqe_jax.models.blip2 import Blip2
+from dqe_jax.models.clip import Clip
 from dqe_jax.models.dqe import DQE, QueryOutput, TrainOutput
+from dqe_jax.models.encoder import Compute
 from dqe_jax.models.tiny import Tiny
 
-BACKBONES = {"tiny": Tiny}
+BACKBONES = {"tiny": Tiny, "clip": Clip, "blip2": Blip2}
+# Sizes of the pretrained backbones by name of the variant.
+VARIANTS = {"clip": clip.VARIANTS, "blip2": blip2.VARIANTS}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Parts of the model beside those of its backbone.
+PARTS = {"attributes": ("attributes/*",), "temperature": ("log_scale",)}
 
-__all__ = ["BACKBONES", "DQE", "DTYPES", "QueryOutput", "TrainOutput", "build_model"]
+__all__ = [
+    "BACKBONES",
+    "DQE",
+    "DTYPES",
+    "PARTS",
+    "VARIANTS",
+    "QueryOutput",
+    "TrainOutput",
+    "build_backbone",
+    "build_model",
+    "parts_of",
+]
 
 
-def build_model(config: Any, *, vocab_size: int, max_length: int, image_size: int) -> DQE:
+def parts_of(backbone: str) -> dict[str, tuple[str, ...]]:
+    """Patterns of parameter paths (`backbone/vision/*`) of each part of a model."""
+    own = {
+        part: tuple(f"backbone/{pattern}" for pattern in patterns)
+        for part, patterns in BACKBONES[backbone].PARTS.items()
+    }
+    return own | PARTS
+
+
+def compute_of(config: Any) -> Compute:
+    """How a model is computed; "auto" attention is cuDNN's on a GPU in bfloat16."""
+    attention = config.attention
+    if attention == "auto":
+        flash = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+        attention = "cudnn" if flash else "xla"
+    return Compute(DTYPES[config.dtype], attention, config.remat, config.scan_layers)
+
+
+def build_backbone(
+    config: Any, *, vocab_size: int, max_length: int, image_size: int, sizes: Any = None
+) -> Any:
+    """The backbone of a config; arguments as of `build_model`."""
+    fields = dict(config[config.backbone])
+    if config.backbone == "tiny":
+        return Tiny(
+            vocab_size=vocab_size,
+            max_length=max_length,
+            image_size=image_size,
+            dtype=DTYPES[config.dtype],
+            **fields,
+        )
+    variant = fields.pop("variant")
+    if sizes is None:
+        sizes = VARIANTS[config.backbone][variant]
+    return BACKBONES[config.backbone](
+        sizes=sizes, image_size=image_size, compute=compute_of(config), **fields
+    )
+
+
+def build_model(
+    config: Any, *, vocab_size: int, max_length: int, image_size: int, sizes: Any = None
+) -> DQE:
     """The model of a config.
 
     Args:
       config: `config.model`, see `configs/common.py`.
-      vocab_size: size of the text vocabulary.
+      vocab_size: size of the text vocabulary; pretrained backbones have their own.
       max_length: longest text, in tokens.
       image_size: pixels a side of the square images.
+      sizes: of a pretrained backbone; None for those of `config.<backbone>.variant`.
     """
-    dtype = DTYPES[config.dtype]
-    sizes = dict(config[config.backbone])
-    backbone = BACKBONES[config.backbone](
+    backbone = build_backbone(
+        config,
         vocab_size=vocab_size,
         max_length=max_length,
         image_size=image_size,
-        dtype=dtype,
-        **sizes,
+        sizes=sizes,
     )
     attributes = config.attributes
     return DQE(
         backbone=backbone,
         attribute_names=tuple(attributes.names) if attributes.enabled else (),
-        embed_dim=sizes["embed_dim"],
-        heads=sizes["heads"],
+        width=attributes.width,
+        heads=attributes.heads,
         activation=attributes.activation,
         initial_tau=config.initial_tau,
-        dtype=dtype,
+        dtype=DTYPES[config.dtype],
     )

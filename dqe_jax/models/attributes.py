@@ -27,6 +27,7 @@ class AttributeWeights(nn.Module):
     Attributes:
       names: the K attributes.
       embed_dim: `d`.
+      width: of the attribute features.
       heads: attention heads of the attribute queries.
       activation: `sigmoid` (independent weights) or `softmax` (weights sum to 1).
       dtype: compute dtype of the matrix products.
@@ -34,6 +35,7 @@ class AttributeWeights(nn.Module):
 
     names: Sequence[str]
     embed_dim: int
+    width: int
     heads: int
     activation: str = "sigmoid"
     dtype: jnp.dtype = jnp.float32
@@ -41,12 +43,12 @@ class AttributeWeights(nn.Module):
     def setup(self) -> None:
         """Creates the parameters."""
         self.attribute_queries = self.param(
-            "attribute_queries", nn.initializers.normal(0.02), (len(self.names), self.embed_dim)
+            "attribute_queries", nn.initializers.normal(0.02), (len(self.names), self.width)
         )
-        self.text_condition = nn.Dense(self.embed_dim, dtype=self.dtype)
+        self.text_condition = nn.Dense(self.width, dtype=self.dtype)
         self.attention = Attention(self.heads, self.dtype)
         self.norm = nn.LayerNorm()
-        self.weight_hidden = nn.Dense(self.embed_dim, dtype=self.dtype)
+        self.weight_hidden = nn.Dense(self.width, dtype=self.dtype)
         self.weight_out = nn.Dense(len(self.names), dtype=self.dtype)
         # Starts at zero: training begins as the plain composer (method, section 7). Without a
         # bias, w = 0 is exactly the composer without attribute weighting.
@@ -63,10 +65,13 @@ class AttributeWeights(nn.Module):
         return ACTIVATIONS[self.activation](logits.astype(jnp.float32))
 
     def features(self, tokens: jax.Array, text: jax.Array) -> jax.Array:
-        """`a_k`: image tokens `[B, P, D]` and pooled text `[B, D]` to `[B, K, d]`."""
-        queries = self.attribute_queries[None] + self.text_condition(text)[:, None]  # [B, K, d]
+        """`a_k`: tokens `[R, P, D]` of R images and pooled text `[B, D']` to `[B, K, width]`.
+
+        `B = R * Q`: the texts of an image stand together, Q each.
+        """
+        queries = self.attribute_queries[None] + self.text_condition(text)[:, None]
         return self.norm(queries + self.attention(queries, tokens))
 
     def contribute(self, features: jax.Array, weights: jax.Array) -> jax.Array:
-        """`sum_k w_k O(a_k)`, what is added to `h`: `[B, K, d], [B, K] -> [B, d]`."""
+        """`sum_k w_k O(a_k)`, what is added to `h`: `[B, K, width], [B, K] -> [B, d]`."""
         return self.contribution(jnp.einsum("bk,bkd->bd", weights, features))

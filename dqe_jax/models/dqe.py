@@ -1,13 +1,8 @@
 """DQE-CIR: a backbone, attribute weights on top of its composer, and the learned temperature.
 
 Two entry points serve training, evaluation and demos alike: `encode_query(image, text)` and
-`encode_gallery(image)`. A backbone is a module with
-
-    encode_image(image, train)  -> tokens [B, P, D], gallery embedding [B, M, d]
-    encode_text(text, train)    -> tokens [B, L, D], pooled [B, D]
-    compose(image_tokens, text_tokens, text) -> h [B, d]
-
-Embeddings leave this module L2-normalised in float32.
+`encode_gallery(image)`. What a backbone is: `models/features.py`. Embeddings leave this module
+L2-normalised in float32.
 """
 
 from __future__ import annotations
@@ -20,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dqe_jax.models.attributes import AttributeWeights
+from dqe_jax.models.features import ImageFeatures, TextFeatures
 from dqe_jax.models.layers import normalize
 
 
@@ -30,7 +26,7 @@ class QueryOutput:
     Attributes:
       embedding: `q`, float32 `[B, d]`, L2-normalised.
       attribute_weights: `w`, float32 `[B, K]`; K = 0 without attribute weighting.
-      attribute_features: `a_k` of the reference, `[B, K, d]`.
+      attribute_features: `a_k` of the reference, `[B, K, width]`.
     """
 
     embedding: jax.Array
@@ -46,7 +42,7 @@ class TrainOutput:
       query: of the B queries.
       reference: gallery embeddings of the references, `[R, M, d]`.
       target: gallery embeddings of the targets, `[B, M, d]`.
-      target_attribute_features: `a_k` of the targets under the query's text, `[B, K, d]`.
+      target_attribute_features: `a_k` of the targets under the query's text, `[B, K, width]`.
       tau: the temperature, float32 scalar.
     """
 
@@ -61,9 +57,9 @@ class DQE(nn.Module):
     """Distinctive query embeddings.
 
     Attributes:
-      backbone: see the module's docstring.
+      backbone: see `models/features.py`.
       attribute_names: the K attributes; none gives the plain composer.
-      embed_dim: `d` of the backbone.
+      width: of the attribute features.
       heads: attention heads of the attribute queries.
       activation: of the attribute weights, `sigmoid` or `softmax`.
       initial_tau: the temperature at the start.
@@ -72,7 +68,7 @@ class DQE(nn.Module):
 
     backbone: nn.Module
     attribute_names: Sequence[str] = ()
-    embed_dim: int = 256
+    width: int = 128
     heads: int = 4
     activation: str = "sigmoid"
     initial_tau: float = 0.07
@@ -82,7 +78,12 @@ class DQE(nn.Module):
         """Creates the attribute weights and the temperature."""
         if self.attribute_names:
             self.attributes = AttributeWeights(
-                self.attribute_names, self.embed_dim, self.heads, self.activation, self.dtype
+                self.attribute_names,
+                self.backbone.embed_dim,
+                self.width,
+                self.heads,
+                self.activation,
+                self.dtype,
             )
         # An explicit dtype: a weakly typed scalar would recompile the second step.
         start = jnp.log(jnp.asarray(1 / self.initial_tau, jnp.float32))
@@ -92,25 +93,24 @@ class DQE(nn.Module):
         """The learned temperature, at least 0.01: float32 scalar."""
         return jnp.exp(-jnp.minimum(self.log_scale, jnp.log(jnp.float32(100.0))))
 
-    def _compose(self, tokens: jax.Array, text_tokens: jax.Array, pooled: jax.Array, text):
-        h = self.backbone.compose(tokens, text_tokens, text)
+    def _compose(self, image: ImageFeatures, text: TextFeatures, train: bool) -> QueryOutput:
+        h = self.backbone.compose(image, text, train)
         if not self.attribute_names:
             none = jnp.zeros((len(h), 0), jnp.float32)
-            return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, h.shape[-1]), h.dtype))
-        weights = self.attributes.weights(pooled)
-        features = self.attributes.features(tokens, pooled)
+            return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, self.width), h.dtype))
+        weights = self.attributes.weights(text.pooled)
+        features = self.attributes.features(image.tokens, text.pooled)
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
 
     def encode_query(self, image: jax.Array, text: jax.Array) -> QueryOutput:
-        """Reference images uint8 `[B, H, W, 3]` with word ids `[B, L]` to query embeddings."""
-        tokens, _ = self.backbone.encode_image(image)
-        text_tokens, pooled = self.backbone.encode_text(text)
-        return self._compose(tokens, text_tokens, pooled, text)
+        """Reference images uint8 `[B, H, W, 3]` with token ids `[B, L]` to query embeddings."""
+        reference = self.backbone.encode_image(image)
+        return self._compose(reference, self.backbone.encode_text(text), False)
 
     def encode_gallery(self, image: jax.Array) -> jax.Array:
         """Images uint8 `[B, H, W, 3]` to gallery embeddings float32 `[B, M, d]`."""
-        return normalize(self.backbone.encode_image(image)[1])
+        return normalize(self.backbone.encode_image(image).gallery)
 
     def __call__(
         self, reference: jax.Array, text: jax.Array, target: jax.Array, train: bool = True
@@ -125,14 +125,12 @@ class DQE(nn.Module):
         """
         R, Q, L = text.shape
         images = jnp.concatenate([reference, target.reshape(-1, *target.shape[2:])])
-        tokens, gallery = self.backbone.encode_image(images, train)
-        gallery = normalize(gallery)
-        flat_text = text.reshape(R * Q, L)
-        text_tokens, pooled = self.backbone.encode_text(flat_text, train)
-        reference_tokens = jnp.repeat(tokens[:R], Q, axis=0)  # [B, P, D]
-        query = self._compose(reference_tokens, text_tokens, pooled, flat_text)
+        features = self.backbone.encode_image(images, train)
+        modification = self.backbone.encode_text(text.reshape(R * Q, L), train)
+        query = self._compose(jax.tree.map(lambda x: x[:R], features), modification, train)
         if self.attribute_names:
-            target_features = self.attributes.features(tokens[R:], pooled)
+            target_features = self.attributes.features(features.tokens[R:], modification.pooled)
         else:
             target_features = query.attribute_features
+        gallery = normalize(features.gallery)
         return TrainOutput(query, gallery[:R], gallery[R:], target_features, self.tau())

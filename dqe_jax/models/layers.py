@@ -11,7 +11,11 @@ from flax import linen as nn
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x [B, L, D]` over `context [B, S, C]` (itself when None)."""
+    """Multi-head attention of `x [B, L, D]` over `context [B, S, C]` (itself when None).
+
+    A context of fewer rows, `[R, S, C]` with `B = R * Q`, is that of `Q` consecutive rows of `x`
+    each: its keys and values are computed once. It takes no mask then.
+    """
 
     heads: int
     dtype: jnp.dtype = jnp.float32
@@ -21,11 +25,12 @@ class Attention(nn.Module):
         self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
     ) -> jax.Array:
         """Returns `[B, L, D]`. `mask` is bool `[B, S]`, false for padding."""
-        width = x.shape[-1]
+        shape, width = x.shape, x.shape[-1]
         if context is None:
             q, k, v = jnp.split(nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
         else:
             q = nn.Dense(width, dtype=self.dtype, name="query")(x)
+            q = q.reshape(len(context), -1, width)
             k, v = jnp.split(
                 nn.Dense(2 * width, dtype=self.dtype, name="key_value")(context), 2, axis=-1
             )
@@ -33,7 +38,7 @@ class Attention(nn.Module):
         out = jax.nn.dot_product_attention(
             q, k, v, mask=None if mask is None else mask[:, None, None, :]
         )  # [B, L, heads, D / heads]
-        return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(*out.shape[:2], width))
+        return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(shape))
 
 
 class Block(nn.Module):

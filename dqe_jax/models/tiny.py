@@ -1,17 +1,21 @@
 """The `tiny` backbone: small enough to train from scratch on a laptop, no pretrained weights.
 
-A ViT over patches, a text transformer over the word-level vocabulary, and a composer whose blocks
-let the image tokens attend to the text tokens. The composed embedding is the reference's own
-embedding plus a residual, so that an untrained composer already retrieves look-alikes. Embeddings
-come from a head over the flattened tokens: it keeps the positions of a scene, which pooling loses.
+A ViT over patches, each embedded from its cells; a text transformer over the word-level vocabulary;
+and a composer whose blocks let the image tokens attend to the text tokens. The composed embedding
+is the reference's own embedding plus a residual, so that an untrained composer already retrieves
+look-alikes. Embeddings come from a head over the flattened tokens: it keeps the positions of a
+scene, which pooling loses.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dqe_jax.models.features import ImageFeatures, TextFeatures
 from dqe_jax.models.layers import Block, masked_mean, normalize
 
 
@@ -32,8 +36,15 @@ class TokenHead(nn.Module):
         return out(x.reshape(x.shape[0], -1))  # [B, P * token_dim] -> [B, d]
 
 
+def split_cells(image: jax.Array, size: int) -> jax.Array:
+    """Cuts `[B, H, W, C]` into cells of `size` a side: `[B, H/size, W/size, size * size * C]`."""
+    batch, height, width, channels = image.shape
+    x = image.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // size, width // size, -1)
+
+
 class Tiny(nn.Module):
-    """Backbone interface: `encode_image`, `encode_text`, `compose` (see `models/dqe.py`).
+    """Backbone interface: see `models/features.py`. Word id 0 is padding.
 
     Attributes:
       vocab_size: size of the text vocabulary; id 0 is padding.
@@ -42,7 +53,9 @@ class Tiny(nn.Module):
       pixel_mean: brightness that becomes 0: that of the background, so that patches without content
         do not drown the others.
       pixel_std: brightness that becomes 1.
-      patch_size: pixels a side of a patch.
+      patch_size: pixels a side of a patch, a multiple of `cell_size`.
+      cell_size: pixels a side of the cells that a patch is embedded from.
+      cell_width: width of an embedded cell.
       width: `D`.
       heads: attention heads.
       image_depth: blocks of the image encoder.
@@ -60,6 +73,8 @@ class Tiny(nn.Module):
     pixel_mean: float = 222.0
     pixel_std: float = 64.0
     patch_size: int = 16
+    cell_size: int = 8
+    cell_width: int = 64
     width: int = 128
     heads: int = 4
     image_depth: int = 4
@@ -70,8 +85,16 @@ class Tiny(nn.Module):
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
+    PARTS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "vision": ("cells/*", "patches/*", "image_*"),
+        "text": ("words/*", "text_*"),
+        "composer": ("composer_*", "residual_head/*"),
+        "projections": ("gallery_head/*",),
+    }
+
     def setup(self) -> None:
         """Creates the submodules."""
+        self.cells = nn.Dense(self.cell_width, dtype=self.dtype)
         self.patches = nn.Dense(self.width, dtype=self.dtype)
         self.image_positions = nn.Embed(
             (self.image_size // self.patch_size) ** 2, self.width, dtype=self.dtype
@@ -89,34 +112,34 @@ class Tiny(nn.Module):
     def _blocks(self, depth: int) -> list[Block]:
         return [Block(self.heads, dtype=self.dtype) for _ in range(depth)]
 
-    def encode_image(self, image: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Image uint8 `[B, H, W, 3]` to tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
-        batch, height, width, _ = image.shape
-        p = self.patch_size
+    def encode_image(self, image: jax.Array, train: bool = False) -> ImageFeatures:
+        """Tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
         x = ((image.astype(jnp.float32) - self.pixel_mean) / self.pixel_std).astype(self.dtype)
-        x = x.reshape(batch, height // p, p, width // p, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patches(x.reshape(batch, -1, p * p * 3))  # [B, P, D]
+        x = nn.relu(self.cells(split_cells(x, self.cell_size)))
+        x = split_cells(x, self.patch_size // self.cell_size)
+        x = self.patches(x.reshape(len(x), -1, x.shape[-1]))  # [B, P, D]
         x = self.drop(x + self.image_positions(jnp.arange(x.shape[1])), deterministic=not train)
         for block in self.image_blocks:
             x = block(x)
-        return x, self.gallery_head(x)[:, None]
+        return ImageFeatures(x, self.gallery_head(x)[:, None])
 
-    def encode_text(self, text: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Word ids int `[B, L]`, 0 for padding, to tokens `[B, L, D]` and their mean `[B, D]`."""
-        mask = text > 0
-        x = self.words(text) + self.text_positions(jnp.arange(text.shape[1]))
+    def encode_text(self, ids: jax.Array, train: bool = False) -> TextFeatures:
+        """Tokens `[B, L, D]` and their mean `[B, D]`."""
+        mask = ids > 0
+        x = self.words(ids) + self.text_positions(jnp.arange(ids.shape[1]))
         x = self.drop(x, deterministic=not train)
         for block in self.text_blocks:
             x = block(x, mask)
         x = self.text_norm(x)
-        return x, masked_mean(x, mask)
+        return TextFeatures(ids, mask, x, masked_mean(x, mask))
 
-    def compose(
-        self, image_tokens: jax.Array, text_tokens: jax.Array, text: jax.Array
-    ) -> jax.Array:
-        """Composed embedding `h`, not normalised: `[B, P, D], [B, L, D], [B, L] -> [B, d]`."""
-        x = image_tokens
+    def compose(self, image: ImageFeatures, text: TextFeatures, train: bool = False) -> jax.Array:
+        """Composed embedding `h`, float32 `[B, d]`."""
+        del train
+        each = len(text.ids) // len(image.tokens)
+        x = jnp.repeat(image.tokens, each, axis=0)
         for block in self.composer_blocks:
-            x = block(x, context=text_tokens, context_mask=text > 0)
+            x = block(x, context=text.tokens, context_mask=text.mask)
         # At length 1 the reference does not drown the residual: edits are learned much sooner.
-        return normalize(self.gallery_head(image_tokens)) + self.residual_head(x)
+        reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
+        return reference + self.residual_head(x)

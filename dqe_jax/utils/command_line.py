@@ -51,8 +51,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses flags; a config file that fails to load ends in one sentence too."""
     try:
         rest = flags.FLAGS(list(argv))
-        config = flags.FLAGS["config"].value
-        if config is not None:
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+            config = flags.FLAGS["config"].value
             config.to_dict()  # a missing file is reported only when the config is used
         return rest
     except flags.Error as error:

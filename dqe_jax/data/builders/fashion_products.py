@@ -60,6 +60,7 @@ from dqe_jax.data.builders.fashion_texts import (
     changes,
     modification,
 )
+from dqe_jax.data.preprocess import PREPROCESS
 from dqe_jax.utils import errors
 
 # Columns that gallery records state besides, where the file has them.
@@ -209,12 +210,13 @@ def _photo_id(name: str) -> str | None:
     return base.removesuffix(".jpg")
 
 
-def decode_photo(data: bytes, image_size: int) -> tuple[np.ndarray, str]:
-    """Decodes a photo, pads it with white to a square, and reduces it.
+def decode_photo(data: bytes, image_size: int, preprocess: str = "pad") -> tuple[np.ndarray, str]:
+    """Decodes a photo, makes it square, and reduces it.
 
     Args:
         data: The encoded photo.
         image_size: Pixels a side of the result.
+        preprocess: How, a name of `preprocess.PREPROCESS`.
 
     Returns:
         The photo, uint8 `[image_size, image_size, 3]`, and a digest that is equal for photos whose
@@ -231,15 +233,7 @@ def decode_photo(data: bytes, image_size: int) -> tuple[np.ndarray, str]:
         opened.draft("RGB", (_DECODE_SIDE, _DECODE_SIDE))
         photo = opened.convert("RGB")
     digest = hashlib.sha256(f"{width}x{height}:".encode() + photo.tobytes()).hexdigest()
-    scale = image_size / max(photo.size)
-    fitted = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-    if photo.size != fitted:
-        photo = photo.resize(fitted, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    if fitted != (image_size, image_size):
-        square = Image.new("RGB", (image_size, image_size), (255, 255, 255))
-        square.paste(photo, ((image_size - fitted[0]) // 2, (image_size - fitted[1]) // 2))
-        photo = square
-    return np.asarray(photo, np.uint8), digest
+    return PREPROCESS[preprocess](photo, image_size), digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,21 +246,23 @@ class _Decoded:
     reason: str = ""
 
 
-def _decode(data: bytes, image_size: int) -> _Decoded:
+def _decode(data: bytes, image_size: int, preprocess: str) -> _Decoded:
     try:
-        image, pixels = decode_photo(data, image_size)
+        image, pixels = decode_photo(data, image_size, preprocess)
     except Exception as e:  # Decoders of damaged files raise nearly anything.
         return _Decoded(reason=f"does not decode ({' '.join(str(e).split())[:80]})")
     return _Decoded(image, pixels, hashlib.sha256(data).hexdigest())
 
 
-def _decode_all(photos: Photos, ids: Iterable[str], image_size: int) -> Iterator[_Decoded]:
+def _decode_all(
+    photos: Photos, ids: Iterable[str], image_size: int, preprocess: str
+) -> Iterator[_Decoded]:
     """Decodes photos in order, in threads (decoders release the interpreter lock)."""
     pending: collections.deque[concurrent.futures.Future[_Decoded]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(_DECODE_THREADS) as pool:
         for photo_id in ids:
             try:
-                pending.append(pool.submit(_decode, photos.read(photo_id), image_size))
+                pending.append(pool.submit(_decode, photos.read(photo_id), image_size, preprocess))
             except (ValueError, OSError) as e:
                 failed: concurrent.futures.Future[_Decoded] = concurrent.futures.Future()
                 failed.set_result(_Decoded(reason=str(e)))
@@ -509,11 +505,13 @@ class FashionProductsConfig(tfds.core.BuilderConfig):
     Attributes:
         raw_dir: Directory of `styles.csv` and the photos.
         image_size: Pixels a side of the images.
+        preprocess: How a photo becomes square, a name of `preprocess.PREPROCESS`.
         max_bad_fraction: Above this fraction of rows lost, preparing the data is an error.
     """
 
     raw_dir: str = ""
     image_size: int = 64
+    preprocess: str = "pad"
     max_bad_fraction: float = 0.01
 
 
@@ -591,7 +589,8 @@ def _load_products(
     lost_count = len(styles.incomplete_ids)
     galleries: dict[str, list[Product]] = {split: [] for split in examples.SPLITS}
     first_of: dict[str, tuple[str, int]] = {}  # Split and row of the first of identical photos.
-    decoded_all = _decode_all(photos, (row["id"] for row in styles.rows), config.image_size)
+    ids = (row["id"] for row in styles.rows)
+    decoded_all = _decode_all(photos, ids, config.image_size, config.preprocess)
     for row, decoded in zip(styles.rows, decoded_all):
         if decoded.image is None:
             lost[row["id"]] = f"images/{row['id']}.jpg {decoded.reason}"
@@ -640,6 +639,7 @@ def _load_products(
         "photos_without_row_ids": without_row,
         "duplicate_ids": styles.duplicate_ids,
         "image_size": config.image_size,
+        "preprocess": config.preprocess,
         "splits": {},
     }
     return galleries, report
@@ -656,7 +656,12 @@ def _read_text(path: epath.Path) -> str:
 
 
 def make_builder(
-    *, raw_dir: str, prepared_dir: str, image_size: int, max_bad_fraction: float = 0.01
+    *,
+    raw_dir: str,
+    prepared_dir: str,
+    image_size: int,
+    preprocess: str = "pad",
+    max_bad_fraction: float = 0.01,
 ) -> FashionProducts:
     """The builder of a copy of the data set at one size.
 
@@ -664,11 +669,12 @@ def make_builder(
         raw_dir: Directory of `styles.csv` and the photos.
         prepared_dir: Where TFDS keeps prepared data.
         image_size: Pixels a side of the images.
+        preprocess: How a photo becomes square, a name of `preprocess.PREPROCESS`.
         max_bad_fraction: Share of the rows that may be lost to missing or unreadable photos.
 
     Returns:
-        The builder; its configuration is named by the size and by a digest of `styles.csv` and of
-        the names and sizes of the photos, which is the same for an archive and for a folder.
+        The builder; its configuration is named by size, preprocessing and a digest of `styles.csv`
+        and of the names and sizes of the photos, which is the same for an archive and for a folder.
 
     Raises:
         errors.UserError: The directory is not there or not complete, or the size is out of range.
@@ -694,10 +700,11 @@ def make_builder(
     for photo_id, size in sorted(Photos(directory).sizes.items()):
         digest.update(f"\n{photo_id}:{size}".encode())
     config = FashionProductsConfig(
-        name=f"{image_size}px-{digest.hexdigest()[:8]}",
+        name=f"{image_size}px-{preprocess}-{digest.hexdigest()[:8]}",
         description="Fashion products.",
         raw_dir=str(directory),
         image_size=image_size,
+        preprocess=preprocess,
         max_bad_fraction=max_bad_fraction,
     )
     return FashionProducts(config=config, data_dir=prepared_dir, file_format="array_record")

@@ -1,0 +1,196 @@
+"""CLIP (Radford et al., 2021) as a backbone: both towers, their projections, and a composer.
+
+The composed embedding is the sum of the reference's and the text's own embeddings, each at length
+1, plus a residual that starts at zero: an untrained composer is CLIP's image + text baseline. The
+residual comes from patch tokens that attend to the text's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dqe_jax.models.encoder import Compute, Stack, VisionSizes, VisionTower
+from dqe_jax.models.features import ImageFeatures, TextFeatures
+from dqe_jax.models.layers import Block, normalize
+
+FEATURES = ("penultimate", "last")
+# This end-of-text id in a config stands for "the highest id": configs written before the id was
+# put right in `transformers`.
+LEGACY_END = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSizes:
+    """Sizes of a CLIP model; `vision` is a tower with a norm before it and no patch bias."""
+
+    vision: VisionSizes
+    text_width: int
+    text_depth: int
+    text_heads: int
+    text_mlp_dim: int
+    text_activation: str
+    text_epsilon: float
+    vocab_size: int
+    max_length: int
+    embed_dim: int
+    end_id: int
+
+
+def _variant(patch, width, depth, heads, text_width, embed_dim, image_size=224) -> ClipSizes:
+    vision = VisionSizes(
+        image_size=image_size,
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=4 * width,
+        activation="quick_gelu",
+        epsilon=1e-5,
+        pre_norm=True,
+        patch_bias=False,
+    )
+    return ClipSizes(
+        vision=vision,
+        text_width=text_width,
+        text_depth=12,
+        text_heads=text_width // 64,
+        text_mlp_dim=4 * text_width,
+        text_activation="quick_gelu",
+        text_epsilon=1e-5,
+        vocab_size=49408,
+        max_length=77,
+        embed_dim=embed_dim,
+        end_id=49407,
+    )
+
+
+# Variant: patch, width, depth, heads, width of the text tower, d, pixels a side.
+VARIANTS = {
+    "vit_b_32": _variant(32, 768, 12, 12, 512, 512),
+    "vit_b_16": _variant(16, 768, 12, 12, 512, 512),
+    "vit_l_14": _variant(14, 1024, 24, 16, 768, 768),
+    "vit_l_14_336": _variant(14, 1024, 24, 16, 768, 768, 336),
+}
+
+
+class TextTower(nn.Module):
+    """CLIP's causal text transformer."""
+
+    sizes: ClipSizes
+    compute: Compute = Compute()
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        s, dtype = self.sizes, self.compute.dtype
+        self.words = nn.Embed(s.vocab_size, s.text_width, dtype=dtype)
+        self.positions = self.param(
+            "positions", nn.initializers.normal(0.01), (s.max_length, s.text_width)
+        )
+        layer = dict(
+            heads=s.text_heads,
+            mlp_dim=s.text_mlp_dim,
+            activation=s.text_activation,
+            epsilon=s.text_epsilon,
+            causal=True,
+        )
+        self.encoder = Stack(s.text_depth, layer, self.compute)
+        self.final_norm = nn.LayerNorm(s.text_epsilon, dtype=dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Ids int `[B, L]` to tokens `[B, L, D]`. Causal: padding cannot reach the text before."""
+        x = self.words(ids) + self.positions[: ids.shape[1]].astype(self.compute.dtype)
+        return self.final_norm(self.encoder(x)[0])
+
+
+class Clip(nn.Module):
+    """Backbone interface: see `models/features.py`.
+
+    Attributes:
+      sizes: of a row of `VARIANTS`, or of any CLIP model.
+      image_size: pixels a side of the images.
+      features: which patch tokens attribute queries and composer see, of `FEATURES`.
+      composer_width: width of the composer.
+      composer_depth: its blocks.
+      composer_heads: its attention heads.
+      compute: see `encoder.Compute`.
+    """
+
+    sizes: ClipSizes
+    image_size: int
+    features: str = "penultimate"
+    composer_width: int = 512
+    composer_depth: int = 2
+    composer_heads: int = 8
+    compute: Compute = Compute()
+
+    PARTS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "vision": ("vision/*",),
+        "text": ("text/*",),
+        "projections": ("visual_projection/*", "text_projection/*"),
+        "logit_scale": ("logit_scale",),
+        "composer": ("composer_*", "residual/*"),
+    }
+
+    @property
+    def embed_dim(self) -> int:
+        """`d`."""
+        return self.sizes.embed_dim
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        dtype = self.compute.dtype
+        project = lambda: nn.Dense(self.sizes.embed_dim, use_bias=False, dtype=dtype)  # noqa: E731
+        self.vision = VisionTower(self.sizes.vision, self.image_size, self.compute)
+        self.text = TextTower(self.sizes, self.compute)
+        self.visual_projection, self.text_projection = project(), project()
+        # CLIP's own temperature: for image-text scores; composed retrieval learns one of its own.
+        start = jnp.asarray(2.6592, jnp.float32)
+        self.logit_scale = self.param("logit_scale", lambda _: start)
+        self.composer_in = nn.Dense(self.composer_width, dtype=dtype)
+        self.composer_blocks = [
+            Block(self.composer_heads, dtype=dtype) for _ in range(self.composer_depth)
+        ]
+        self.composer_norm = nn.LayerNorm()
+        self.residual = nn.Dense(
+            self.sizes.embed_dim, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype
+        )
+
+    def encode_image(self, image: jax.Array, train: bool = False) -> ImageFeatures:
+        """Patch tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
+        del train
+        last, before = self.vision(image)
+        pooled = self.vision.norm(last[:, 0])
+        tokens = last if self.features == "last" else before
+        return ImageFeatures(tokens[:, 1:], self.visual_projection(pooled)[:, None])
+
+    def encode_text(self, ids: jax.Array, train: bool = False) -> TextFeatures:
+        """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
+        del train
+        tokens = self.text(ids)
+        is_end = ids == self.sizes.end_id
+        end = ids.argmax(1) if self.sizes.end_id == LEGACY_END else is_end.argmax(1)
+        mask = jnp.arange(ids.shape[1]) <= end[:, None]
+        pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
+        return TextFeatures(ids, mask, tokens, self.text_projection(pooled))
+
+    def compose(self, image: ImageFeatures, text: TextFeatures, train: bool = False) -> jax.Array:
+        """`h`, float32 `[B, d]`."""
+        del train
+        each = len(text.ids) // len(image.tokens)
+        x = jnp.repeat(self.composer_in(image.tokens), each, axis=0)
+        for block in self.composer_blocks:
+            x = block(x, context=text.tokens, context_mask=text.mask)
+        residual = self.residual(self.composer_norm(x).mean(1))
+        reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
+        return reference + normalize(text.pooled) + residual
+
+    def __call__(self, image: jax.Array, ids: jax.Array) -> jax.Array:
+        """CLIP's image-text logits, `[images, texts]`: what CLIP was trained for."""
+        images = normalize(self.encode_image(image).gallery[:, 0])
+        texts = normalize(self.encode_text(ids).pooled)
+        return jnp.exp(self.logit_scale) * images @ texts.T

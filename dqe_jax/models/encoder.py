@@ -1,0 +1,231 @@
+"""The pre-norm transformer of CLIP's towers and of EVA ViT-g, for pretrained weights.
+
+Normalisation and softmax run in float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# Mean and standard deviation of CLIP's and BLIP-2's training images, of 0 to 1.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed, not what it computes.
+
+    Attributes:
+      dtype: of matrix products and of the residual stream.
+      attention: "xla", or "cudnn" for flash attention on NVIDIA GPUs, in bfloat16 or float16.
+      remat: recompute the inside of each layer in the backward pass, to save memory.
+      scan: one compiled layer looped over stacked parameters: compiles faster.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
+    remat: bool = False
+    scan: bool = False
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    heads: int,
+    compute: Compute,
+    *,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+) -> jax.Array:
+    """Multi-head attention of projected `q [B, L, D]` over `k, v [B, S, D]`: `[B, L, D]`.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      heads: number of heads; divides D.
+      compute: says which implementation.
+      mask: bool `[B, S]`, false for keys that none attends to.
+      causal: a query attends to keys up to its own place.
+    """
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+    q, k, v = split(q), split(k), split(v)
+    # cuDNN takes half precision and head sizes that are multiples of 8, up to 128.
+    size = q.shape[-1]
+    flash = compute.attention == "cudnn" and q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=None if mask is None else mask[:, None, None, :],
+        is_causal=causal,
+        implementation="cudnn" if flash else "xla",
+    )
+    return out.reshape(*out.shape[:2], -1)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm layer: self-attention, then an MLP.
+
+    Attributes:
+      heads: attention heads.
+      mlp_dim: width inside the MLP.
+      activation: a name of `ACTIVATIONS`.
+      epsilon: of the norms.
+      qkv_bias: whether queries, keys and values have a bias.
+      causal: whether a token attends to earlier ones only.
+      compute: see `Compute`.
+    """
+
+    heads: int
+    mlp_dim: int
+    activation: str
+    epsilon: float
+    qkv_bias: bool = True
+    causal: bool = False
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, L, D]` to `[B, L, D]`."""
+        dtype, width = self.compute.dtype, x.shape[-1]
+        y = nn.LayerNorm(self.epsilon, dtype=dtype, name="norm_attention")(x)
+        y = nn.Dense(3 * width, use_bias=self.qkv_bias, dtype=dtype, name="qkv")(y)
+        q, k, v = jnp.split(y, 3, axis=-1)
+        y = attend(q, k, v, self.heads, self.compute, causal=self.causal)
+        x = x + nn.Dense(width, dtype=dtype, name="out")(y)
+        y = nn.LayerNorm(self.epsilon, dtype=dtype, name="norm_mlp")(x)
+        y = nn.Dense(self.mlp_dim, dtype=dtype, name="mlp_in")(y)
+        return x + nn.Dense(width, dtype=dtype, name="mlp_out")(ACTIVATIONS[self.activation](y))
+
+
+class Stack(nn.Module):
+    """`depth` layers, the children `layers_0` ...; or one child `layers` with a leading axis.
+
+    Attributes:
+      depth: number of layers, at least 1.
+      layer: arguments of `EncoderLayer`, all but `compute`.
+      compute: see `Compute`.
+    """
+
+    depth: int
+    layer: dict
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns what leaves the last layer, and what enters it: `[B, L, D]` each."""
+        scan = self.compute.scan
+        cls = nn.remat(EncoderLayer, prevent_cse=not scan) if self.compute.remat else EncoderLayer
+        make = functools.partial(cls, **self.layer, compute=self.compute)
+        before = x
+        if not scan:
+            for i in range(self.depth):
+                before, x = x, make(name=f"layers_{i}")(x)
+            return x, before
+
+        def step(layer, carry, _):
+            return (layer(carry[0]), carry[0]), None
+
+        loop = nn.scan(
+            step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
+        )
+        (x, before), _ = loop(make(name="layers"), (x, before), None)
+        return x, before
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionSizes:
+    """Sizes of a vision tower.
+
+    Attributes:
+      image_size: pixels a side that the weights were trained at.
+      patch_size: pixels a side of a patch.
+      width: `D`.
+      depth: layers.
+      heads: attention heads.
+      mlp_dim: width inside the MLPs.
+      activation: a name of `ACTIVATIONS`.
+      epsilon: of the norms.
+      pre_norm: a norm before the first layer (CLIP).
+      patch_bias: the patch embedding has a bias (EVA).
+      qkv_bias: queries, keys and values have a bias.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    activation: str
+    epsilon: float
+    pre_norm: bool
+    patch_bias: bool
+    qkv_bias: bool = True
+
+
+class VisionTower(nn.Module):
+    """A ViT with a class token.
+
+    Attributes:
+      sizes: see `VisionSizes`.
+      image_size: pixels a side of the images it gets; decides the number of positions.
+      compute: see `Compute`.
+    """
+
+    sizes: VisionSizes
+    image_size: int
+    compute: Compute = Compute()
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        s, dtype = self.sizes, self.compute.dtype
+        normal = nn.initializers.normal(0.02)
+        self.patches = nn.Dense(s.width, use_bias=s.patch_bias, dtype=dtype)
+        self.class_token = self.param("class_token", normal, (s.width,))
+        count = 1 + (self.image_size // s.patch_size) ** 2
+        self.positions = self.param("positions", normal, (count, s.width))
+        if s.pre_norm:
+            self.pre_norm = nn.LayerNorm(s.epsilon, dtype=dtype)
+        layer = dict(
+            heads=s.heads,
+            mlp_dim=s.mlp_dim,
+            activation=s.activation,
+            epsilon=s.epsilon,
+            qkv_bias=s.qkv_bias,
+        )
+        self.encoder = Stack(s.depth, layer, self.compute)
+        self.post_norm = nn.LayerNorm(s.epsilon, dtype=dtype)
+
+    def __call__(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images `[B, H, W, 3]` of 0 to 255 to the tokens after and before the last layer.
+
+        Both are `[B, 1 + P, D]`, the class token first, without the norm behind the tower.
+        """
+        p, dtype = self.sizes.patch_size, self.compute.dtype
+        batch, height, width, _ = image.shape
+        x = (image.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+        x = x.astype(dtype).reshape(batch, height // p, p, width // p, p, 3)
+        x = self.patches(x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * 3))
+        first = jnp.broadcast_to(self.class_token.astype(dtype), (batch, 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1) + self.positions.astype(dtype)
+        if self.sizes.pre_norm:
+            x = self.pre_norm(x)
+        return self.encoder(x)
+
+    def norm(self, tokens: jax.Array) -> jax.Array:
+        """The norm behind the tower."""
+        return self.post_norm(tokens)

@@ -1,0 +1,99 @@
+"""Which parameters train: parts of a model by name, and splitting parameters by them."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dqe_jax.utils.errors import UserError
+
+_LAYER = re.compile(r"(.*/encoder)/layers_(\d+)/(.*)")
+
+
+def part_of(path: str, parts: Mapping[str, Sequence[str]]) -> str:
+    """The part that a parameter belongs to.
+
+    Args:
+      path: of the parameter, `backbone/vision/positions`.
+      parts: patterns of paths by part, as `models.parts_of` gives.
+
+    Raises:
+      ValueError: it belongs to none.
+    """
+    for part, patterns in parts.items():
+        if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
+            return part
+    raise ValueError(f"parameter {path} belongs to no part of {', '.join(parts)}")
+
+
+def check_frozen(frozen: Sequence[str], parts: Mapping[str, Sequence[str]]) -> None:
+    """Raises a `UserError` if `frozen` names an unknown part, or leaves nothing to train."""
+    for name in frozen:
+        if name not in parts:
+            raise UserError(
+                f"config.model.frozen names {name!r}: the parts of this model are "
+                f"{', '.join(parts)}."
+            )
+    if set(frozen) == set(parts):
+        raise UserError("config.model.frozen names every part of the model: nothing would train.")
+
+
+def split(
+    params: Any, frozen: Sequence[str], parts: Mapping[str, Sequence[str]]
+) -> tuple[Any, Any]:
+    """Parameters that train and parameters that do not, as trees without the others' branches."""
+    flat = flatten_dict(params, sep="/")
+    held = {path for path in flat if frozen and part_of(path, parts) in frozen}
+    take = lambda keep: unflatten_dict(  # noqa: E731
+        {path: x for path, x in flat.items() if keep(path)}, sep="/"
+    )
+    return take(lambda path: path not in held), take(lambda path: path in held)
+
+
+def merge(one: Any, other: Any) -> Any:
+    """What `split` took apart, put together again."""
+    flat = flatten_dict(one, sep="/") | flatten_dict(other, sep="/")
+    return unflatten_dict(flat, sep="/")
+
+
+def cast(tree: Any, dtype: jnp.dtype) -> Any:
+    """Floating-point leaves of a tree as `dtype`."""
+    flat = flatten_dict(tree, sep="/")
+    return unflatten_dict({path: x.astype(dtype) for path, x in flat.items()}, sep="/")
+
+
+def stack_layers(params: Any) -> Any:
+    """Children `layers_0` ... of encoders become one child `layers` with a leading axis.
+
+    That is how a scanned stack (`models/encoder.py`) keeps its parameters; the rest is as it was.
+    """
+    layers: dict[str, dict[int, Any]] = {}
+    out = {}
+    for path, x in flatten_dict(params, sep="/").items():
+        found = _LAYER.fullmatch(path)
+        if found:
+            before, index, after = found.groups()
+            layers.setdefault(f"{before}/layers/{after}", {})[int(index)] = x
+        else:
+            out[path] = x
+    for path, by_index in layers.items():
+        out[path] = np.stack([by_index[i] for i in range(len(by_index))])
+    return unflatten_dict(out, sep="/")
+
+
+def unstack_layers(params: Any) -> Any:
+    """The inverse of `stack_layers`."""
+    out = {}
+    for path, x in flatten_dict(params, sep="/").items():
+        before, found, after = path.partition("/encoder/layers/")
+        if found:
+            out |= {f"{before}/encoder/layers_{i}/{after}": x[i] for i in range(x.shape[0])}
+        else:
+            out[path] = x
+    return unflatten_dict(out, sep="/")

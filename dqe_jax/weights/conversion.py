@@ -1,0 +1,86 @@
+"""Writes pretrained weights as the directory that `initial.py` reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.models import VARIANTS
+from dqe_jax.utils.errors import UserError
+from dqe_jax.weights import sizes as size_files
+from dqe_jax.weights.initial import FACTS, PARAMS, Pretrained, open_pretrained
+from dqe_jax.weights.source import open_source
+
+
+def convert(
+    source: str, output: str, *, backbone: str | None = None, variant: str = "auto"
+) -> tuple[epath.Path, Pretrained, int, bool]:
+    """Converts Hugging Face weights.
+
+    Args:
+      source: as `source.open_source` takes it.
+      output: directory to write.
+      backbone: "clip" or "blip2"; None for what config.json says.
+      variant: a name of the backbone's variants, or "auto": the sizes of config.json.
+
+    Returns:
+      The directory, what was read, the number of parameters, and whether a tokenizer came with it.
+
+    Raises:
+      UserError: the weights cannot be read, or not be written.
+    """
+    opened = open_source(source)
+    backbone = backbone or size_files.backbone_of(opened.config, source)
+    known = ("auto", *VARIANTS[backbone])
+    if variant not in known:
+        raise UserError(f"--variant={variant}: it must be one of {', '.join(known)}.")
+    fields = {"variant": variant}
+    pretrained = open_pretrained(
+        ConfigDict({"backbone": backbone, "weights": source, backbone: fields})
+    )
+    words = text_tokens.tokenizer_in(opened.directory, pretrained.sizes.max_length)
+    params = pretrained.read()
+    directory = epath.Path(output).expanduser().absolute()
+    write_converted(directory, params, pretrained, words and words.to_str())
+    count = sum(math.prod(x.shape) for x in flatten_dict(params).values())
+    return directory, pretrained, count, words is not None
+
+
+def write_converted(
+    directory: epath.Path, params: Any, pretrained: Pretrained, tokenizer: str | None
+) -> None:
+    """Writes what `open_pretrained` reads: Orbax parameters, then the facts, last.
+
+    Args:
+      directory: made if it does not exist.
+      params: of the backbone, layers not scanned.
+      pretrained: says backbone and sizes.
+      tokenizer: its JSON, or None.
+
+    Raises:
+      UserError: the directory is not writable, or already holds weights.
+    """
+    if (directory / FACTS).exists() or (directory / PARAMS).exists():
+        raise UserError(f"--output: {directory} already holds weights; name another directory.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory / PARAMS, params)
+        facts = {
+            "backbone": pretrained.backbone,
+            "sizes": size_files.to_json(pretrained.sizes),
+            "origin": epath.Path(pretrained.origin).name,
+            "tokenizer": tokenizer,
+        }
+        (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write to {directory} ({error.strerror}); name a writable directory."
+        ) from error

@@ -1,0 +1,114 @@
+"""Writes a trained model in Hugging Face layout."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from dqe_jax.partition import unstack_layers
+from dqe_jax.weights import sizes as size_files
+from dqe_jax.weights.rules import LAYOUTS
+from dqe_jax.weights.transfer import write_backbone
+
+METADATA = {"format": "pt"}
+
+
+def config_of(backbone: str, sizes: Any) -> dict[str, Any] | None:
+    """A `config.json` of these sizes; None if no Hugging Face model has this shape."""
+    vision = {
+        "image_size": sizes.vision.image_size,
+        "patch_size": sizes.vision.patch_size,
+        "hidden_size": sizes.vision.width,
+        "num_hidden_layers": sizes.vision.depth,
+        "num_attention_heads": sizes.vision.heads,
+        "intermediate_size": sizes.vision.mlp_dim,
+        "hidden_act": sizes.vision.activation,
+        "layer_norm_eps": sizes.vision.epsilon,
+    }
+    if backbone == "clip":
+        text = {
+            "hidden_size": sizes.text_width,
+            "num_hidden_layers": sizes.text_depth,
+            "num_attention_heads": sizes.text_heads,
+            "intermediate_size": sizes.text_mlp_dim,
+            "hidden_act": sizes.text_activation,
+            "layer_norm_eps": sizes.text_epsilon,
+            "vocab_size": sizes.vocab_size,
+            "max_position_embeddings": sizes.max_length,
+            "eos_token_id": sizes.end_id,
+            "projection_dim": sizes.embed_dim,
+        }
+        return {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": sizes.embed_dim,
+            "text_config": text,
+            "vision_config": vision | {"projection_dim": sizes.embed_dim},
+        }
+    if sizes.vision.pre_norm:
+        return None
+    qformer = {
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "intermediate_size": sizes.mlp_dim,
+        "hidden_act": sizes.activation,
+        "layer_norm_eps": sizes.epsilon,
+        "cross_attention_frequency": sizes.cross_every,
+        "encoder_hidden_size": sizes.vision.width,
+        "vocab_size": sizes.vocab_size,
+        "max_position_embeddings": sizes.max_length,
+        "use_qformer_text_input": True,
+    }
+    return {
+        "architectures": ["Blip2ForImageTextRetrieval"],
+        "model_type": "blip-2",
+        "num_query_tokens": sizes.num_queries,
+        "image_text_hidden_size": sizes.embed_dim,
+        "qformer_config": qformer,
+        "vision_config": vision | {"qkv_bias": sizes.vision.qkv_bias},
+    }
+
+
+def write(directory: pathlib.Path, params: Any, meta: Mapping[str, Any]) -> tuple[int, int]:
+    """Writes a model; returns the numbers of tensors in Hugging Face layout and of our own.
+
+    Args:
+      directory: made if it does not exist.
+      params: of the whole model, arrays.
+      meta: of its checkpoint.
+
+    Raises:
+      OSError: the directory cannot be written to.
+    """
+    backbone = meta["config"]["model"]["backbone"]
+    sizes = size_files.from_json(backbone, meta["sizes"])
+    # The sizes say what the weights were trained at; the run may use another image size.
+    flat = flatten_dict(unstack_layers(params), sep="/")
+    prefix = "backbone/"
+    own = {path[len(prefix) :]: x for path, x in flat.items() if path.startswith(prefix)}
+    grid = round((len(own["vision/positions"]) - 1) ** 0.5)
+    tensors = write_backbone(own, backbone, sizes)
+    theirs = {prefix + rule.path for rule in LAYOUTS[backbone][0](sizes).rules}
+    ours = {
+        path: np.array(x, np.float32, order="C") for path, x in flat.items() if path not in theirs
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors", metadata=METADATA)
+    save_file(ours, directory / "dqe.safetensors")
+    config = config_of(backbone, sizes)
+    if config is None:
+        logging.warning("transformers has no model of this shape: there is no config.json.")
+    else:
+        config["vision_config"]["image_size"] = grid * sizes.vision.patch_size
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if meta.get("tokenizer"):
+        (directory / "tokenizer.json").write_text(meta["tokenizer"])
+    return len(tensors), len(ours)

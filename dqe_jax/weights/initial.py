@@ -1,0 +1,111 @@
+"""The weights that a run starts from: what `config.model.weights` names.
+
+That is a Hugging Face model (a directory, a file, or an id on the hub) or a directory written by
+`python -m dqe_jax.convert`: Orbax parameters in `params/`, and `weights.json` with their sizes and
+the tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dqe_jax.models import VARIANTS
+from dqe_jax.utils.errors import UserError
+from dqe_jax.weights import sizes as size_files
+from dqe_jax.weights.source import Source, open_source
+from dqe_jax.weights.transfer import layout_of, read_backbone
+
+FACTS, PARAMS = "weights.json", "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What is known of a run's weights before they are read.
+
+    Attributes:
+      backbone: "clip" or "blip2".
+      sizes: of the model.
+      origin: what the config names; "" for random weights.
+      tokenizer: JSON of the tokenizer, if it comes with converted weights.
+      source: opened Hugging Face weights, or None.
+    """
+
+    backbone: str
+    sizes: Any
+    origin: str = ""
+    tokenizer: str | None = None
+    source: Source | None = None
+
+    def read(self) -> Any:
+        """The backbone's parameters as a nested dict, layers not scanned.
+
+        Raises:
+          UserError: they do not fit the sizes, or cannot be read.
+        """
+        if self.source is not None:
+            return read_backbone(self.source, self.backbone, self.sizes)
+        directory = epath.Path(self.origin).expanduser().absolute() / PARAMS
+        try:
+            restored = ocp.StandardCheckpointer().restore(directory)
+        except Exception as error:
+            raise UserError(
+                f"config.model.weights: {directory} cannot be restored "
+                f"({str(error).splitlines()[0]}); convert the weights again."
+            ) from error
+        return jax.tree.map(np.asarray, restored)
+
+
+def open_pretrained(config: Any) -> Pretrained:
+    """Finds the weights of a config and their sizes; reads no tensor yet.
+
+    Args:
+      config: `config.model` of a pretrained backbone.
+
+    Raises:
+      UserError: they cannot be found, or are of another model.
+    """
+    backbone, origin = config.backbone, config.weights
+    variant = config[backbone].variant
+    named = VARIANTS[backbone].get(variant)
+    if not origin:
+        if named is None:
+            raise UserError(
+                f"config.model.{backbone}.variant is {variant!r}, which takes the sizes of "
+                "config.model.weights: name weights, or a variant."
+            )
+        return Pretrained(backbone, named)
+    facts = epath.Path(origin).expanduser() / FACTS
+    if facts.exists():
+        content = _read_facts(facts)
+        if content["backbone"] != backbone:
+            raise UserError(
+                f"config.model.weights: {origin} holds weights of {content['backbone']!r}; "
+                f"config.model.backbone is {backbone!r}."
+            )
+        held = size_files.from_json(backbone, content["sizes"])
+        if named not in (None, held):
+            raise UserError(
+                f"config.model.weights: {origin} is not of config.model.{backbone}.variant "
+                f"{variant!r}; 'auto' takes the sizes of the weights."
+            )
+        return Pretrained(backbone, held, origin, content.get("tokenizer"))
+    source = open_source(origin)
+    sizes = named or size_files.from_hugging_face(backbone, source.config, origin)
+    layout_of(source, backbone, sizes)  # raises now what reading would raise later
+    return Pretrained(backbone, sizes, origin, source=source)
+
+
+def _read_facts(file: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+        content["backbone"], content["sizes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); convert the weights again.") from error
+    return content

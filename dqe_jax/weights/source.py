@@ -1,0 +1,174 @@
+"""Where tensors come from: a safetensors file, sharded or not, a directory of them, or a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 once it is imported
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dqe_jax.utils.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FLOATS = ("F16", "BF16", "F32", "F64")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Tensors by name.
+
+    Attributes:
+      origin: what the user named.
+      files: the file that holds each tensor.
+      config: the model's `config.json`; empty if there is none.
+      directory: where the files lie.
+    """
+
+    origin: str
+    files: dict[str, pathlib.Path]
+    config: dict[str, Any]
+    directory: pathlib.Path
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Callable[[str], np.ndarray]]:
+        """Gives a function that reads a tensor as float32; files stay open in the block.
+
+        The function raises a `UserError` if a file is damaged, or a tensor is not of floating
+        point.
+        """
+        with contextlib.ExitStack() as stack:
+            handles: dict[pathlib.Path, Any] = {}
+
+            def read(name: str) -> np.ndarray:
+                file = self.files[name]
+                try:
+                    if file not in handles:
+                        handles[file] = stack.enter_context(safe_open(file, framework="np"))
+                    _check_float(handles[file], name, file)
+                    return handles[file].get_tensor(name).astype(np.float32)
+                except (SafetensorError, OSError) as error:
+                    raise UserError(f"{file} cannot be read ({error}); get it again.") from error
+
+            yield read
+
+
+def _check_float(opened: Any, name: str, file: pathlib.Path) -> None:
+    dtype = opened.get_slice(name).get_dtype()
+    if dtype not in FLOATS:
+        raise UserError(
+            f"tensor {name} of {file} is of type {dtype}: weights are {', '.join(FLOATS)}; "
+            "convert quantised weights first."
+        )
+
+
+def open_source(origin: str) -> Source:
+    """Finds the tensors that a user names.
+
+    Args:
+      origin: a safetensors file, an index of shards, a directory with either (as Hugging Face
+        models are stored), or an id on its hub, such as `openai/clip-vit-large-patch14`.
+
+    Raises:
+      UserError: there is nothing of the kind, or it cannot be read.
+    """
+    path = pathlib.Path(origin).expanduser()
+    if not path.exists():
+        if _HUB_ID.fullmatch(origin):
+            path = _from_hub(origin)
+        else:
+            raise UserError(
+                f"weights {origin!r}: there is no such file or directory, and it is not the id of "
+                "a model on the hub."
+            )
+    if path.is_dir():
+        found = [path / name for name in (INDEX, SINGLE) if (path / name).exists()]
+        found = found or sorted(path.glob("*.safetensors"))
+        if not found:
+            pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+            raise UserError(_no_pickle(path / pickles[0]) if pickles else _nothing_in(path))
+        if len(found) > 1 and found[0].name != INDEX:
+            raise UserError(
+                f"weights {path}: there is no {INDEX}, and more than one safetensors file; name "
+                "one of them."
+            )
+        path = found[0]
+    if path.suffix in PICKLES:
+        raise UserError(_no_pickle(path))
+    files = _files_of_index(path) if path.name.endswith(".json") else _names_in(path)
+    config = path.parent / "config.json"
+    return Source(origin, files, _read_json(config) if config.exists() else {}, path.parent)
+
+
+def _no_pickle(path: pathlib.Path) -> str:
+    return (
+        f"weights {path}: pickled files can run code and are never read; save the model again as "
+        "safetensors (`save_pretrained` of transformers does)."
+    )
+
+
+def _nothing_in(path: pathlib.Path) -> str:
+    return f"weights {path}: there is neither {SINGLE} nor {INDEX} in this directory."
+
+
+def _names_in(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    try:
+        with safe_open(path, framework="np") as opened:
+            return dict.fromkeys(opened.keys(), path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file ({error}); get it again.") from error
+
+
+def _files_of_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    index = _read_json(path).get("weight_map")
+    if not isinstance(index, dict):
+        raise UserError(f"{path} has no weight_map: it is not an index of safetensors shards.")
+    files: dict[str, pathlib.Path] = {}
+    for shard in sorted(set(index.values())):
+        file = path.parent / shard
+        if not file.exists():
+            raise UserError(f"{path} names the shard {shard}, which is missing; get it again.")
+        inside = _names_in(file)
+        expected = {name for name, holder in index.items() if holder == shard}
+        if expected - set(inside):
+            raise UserError(
+                f"{file} lacks {sorted(expected - set(inside))[0]}, which {path.name} says it "
+                "holds; get both again."
+            )
+        files |= {name: file for name in expected}
+    return files
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); get it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; get it again.")
+    return content
+
+
+def _from_hub(model_id: str) -> pathlib.Path:
+    """Downloads a model's safetensors and small files to the hub's cache."""
+    import huggingface_hub  # only here: everything else works without it
+
+    try:
+        directory = huggingface_hub.snapshot_download(
+            model_id, allow_patterns=["*.safetensors", "*.json", "*.txt"]
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"weights {model_id!r} are neither a local path nor could they be got from the hub "
+            f"({reason}); without a network, copy the model here and name its directory."
+        ) from error
+    return pathlib.Path(directory)

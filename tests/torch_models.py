@@ -1,0 +1,183 @@
+"""Small models of `transformers` with random weights, and what PyTorch computes with them.
+
+Needs PyTorch. `python -m tests.torch_models` writes the golden files, with which the same
+comparison runs where PyTorch is not installed.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import save_file
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+SIZE, END = 32, 49
+
+
+def small_clip(activation="quick_gelu", end_id=END, **vision):
+    """A `CLIPModel` of a few thousand parameters."""
+    text = dict(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        vocab_size=50,
+        max_position_embeddings=12,
+        projection_dim=8,
+        eos_token_id=end_id,
+        bos_token_id=48,
+        hidden_act=activation,
+    )
+    tower = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+        hidden_act=activation,
+        projection_dim=8,
+    )
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=tower | vision, projection_dim=8
+    )
+    return randomize(transformers.CLIPModel(config))
+
+
+def small_blip2(qkv_bias=True):
+    """A `Blip2ForImageTextRetrieval` of a few thousand parameters."""
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+        qkv_bias=qkv_bias,
+    )
+    qformer = dict(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        vocab_size=50,
+        max_position_embeddings=12,
+        encoder_hidden_size=16,
+        use_qformer_text_input=True,
+    )
+    config = transformers.Blip2Config(
+        vision_config=vision,
+        qformer_config=qformer,
+        num_query_tokens=4,
+        image_text_hidden_size=8,
+    )
+    return randomize(transformers.Blip2ForImageTextRetrieval(config))
+
+
+def randomize(model, seed=0, scale=0.2):
+    """Every parameter gets values: some start at zero, which would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def inputs(texts=4, images=3, size=SIZE, vocab=50, end=END, length=10, seed=0):
+    """Images uint8 and token ids of texts of different lengths, padded with 0."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (images, size, size, 3), np.uint8)
+    ids = np.zeros((texts, length), np.int64)
+    for row, count in enumerate(np.linspace(2, length, texts).astype(int)):
+        ids[row, :count] = rng.integers(1, min(vocab, end) - 1, count)
+        ids[row, count - 1] = end
+    return image, ids
+
+
+def pixels(image):
+    """What the vision towers of `transformers` get of images uint8."""
+    x = (image.astype(np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def clip_outputs(model, image, ids, **kwargs):
+    """What `CLIPModel` gives, by the names that the tests use; tensors."""
+    ids = torch.from_numpy(ids)
+    # The mask is that of a tokenizer: up to and with the end of the text.
+    ends = (ids == model.config.text_config.eos_token_id).int().argmax(1)
+    mask = (torch.arange(ids.shape[1])[None] <= ends[:, None]).long()
+    vision = model.vision_model(pixels(image), output_hidden_states=True, **kwargs)
+    text = model.text_model(ids, attention_mask=mask)
+    images = model.visual_projection(vision.pooler_output)
+    texts = model.text_projection(text.pooler_output)
+    unit = torch.nn.functional.normalize
+    return {
+        "last": vision.hidden_states[-1],
+        "penultimate": vision.hidden_states[-2],
+        "image": images,
+        "text_tokens": text.last_hidden_state * mask[..., None],
+        "text": texts,
+        "scores": model.logit_scale.exp() * unit(images, dim=-1) @ unit(texts, dim=-1).T,
+    }
+
+
+def blip2_outputs(model, image, ids):
+    """What the three paths of `Blip2ForImageTextRetrieval` give; tensors.
+
+    The multimodal path takes the first texts, one for each image.
+    """
+    ids = torch.from_numpy(ids)
+    mask = (ids > 0).long()
+    tokens = model.vision_model(pixels(image)).last_hidden_state
+    count = model.config.num_query_tokens
+    queries = model.query_tokens.expand(len(image), -1, -1)
+    gallery = model.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
+    text = model.qformer(
+        query_embeds=model.embeddings(input_ids=ids), query_length=0, attention_mask=mask
+    ).last_hidden_state
+    paired, paired_mask = ids[: len(image)], mask[: len(image)]
+    fused = model.qformer(
+        query_embeds=model.embeddings(input_ids=paired, query_embeds=queries),
+        query_length=count,
+        attention_mask=torch.cat([torch.ones(len(image), count).long(), paired_mask], 1),
+        encoder_hidden_states=tokens,
+    ).last_hidden_state[:, :count]
+    return {
+        "tokens": tokens,
+        "gallery": model.vision_projection(gallery),
+        "text_tokens": text * mask[..., None],
+        "text": model.text_projection(text[:, 0]),
+        "fused": fused,
+        "composed": model.vision_projection(fused).mean(1),
+        "scores": model(pixels(image), ids, mask).logits_per_image,
+        "matching": model(
+            pixels(image), paired, paired_mask, use_image_text_matching_head=True
+        ).logits_per_image,
+    }
+
+
+MODELS = {"clip": (small_clip, clip_outputs), "blip2": (small_blip2, blip2_outputs)}
+
+
+def main():
+    for name, (make, outputs_of) in MODELS.items():
+        model = make()
+        model.save_pretrained(GOLDEN / name)
+        image, ids = inputs()
+        with torch.no_grad():
+            outputs = outputs_of(model, image, ids)
+        arrays = {key: np.ascontiguousarray(x.numpy()) for key, x in outputs.items()}
+        save_file(
+            arrays | {"input_image": image, "input_ids": ids},
+            GOLDEN / f"{name}_outputs.safetensors",
+        )
+
+
+if __name__ == "__main__":
+    main()
