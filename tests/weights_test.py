@@ -1,8 +1,12 @@
 """Pretrained weights: sources, converting, strictness, and each error's sentence."""
 
 import json
+import os
 import pathlib
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -292,3 +296,40 @@ def test_errors_of_convert(tmp_path):
     (tmp_path / "bad" / initial.FACTS).write_text("{}")
     with pytest.raises(UserError, match=r"weights.json cannot be read.*convert the weights again"):
         read("clip", tmp_path / "bad")
+
+
+# --------------------------------------------------------------------------------------- binaries
+
+
+def binary(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", f"dqe_jax.{name}", *arguments],
+        cwd=GOLDEN.parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stderr
+
+
+def test_the_convert_binary(tmp_path):
+    arguments = (f"--source={GOLDEN / 'clip'}", f"--output={tmp_path / 'out'}")
+    status, said = binary("convert", *arguments)
+    assert status == 0, said
+    count = sum(x.size for x in load_file(GOLDEN / "clip" / source.SINGLE).values())
+    assert f"{count:,} parameters of clip, without tokenizer" in said
+    status, said = binary("convert", *arguments)
+    assert status == 2
+    assert said.startswith("error: --output: ")
+    assert "already holds weights" in said
+
+
+def test_the_describe_binary():
+    """CLIP ViT-B/32 has 151,277,313 parameters (as published); no weights are needed."""
+    status, said = binary("describe", "--config=configs/fiq_clip.py:vit_b_32")
+    assert status == 0, said
+    rows = dict(line.split()[:2] for line in said.splitlines() if line.startswith("  "))
+    parts = ("vision", "text", "projections", "logit_scale")
+    assert sum(int(rows[part].replace(",", "")) for part in parts) == 151_277_313
+    assert re.search(r"Forward: 8\.\d+ GFLOP a gallery image", said)
