@@ -63,13 +63,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "convert": UNITS_OF_BINARIES,
     "export": UNITS_OF_BINARIES,
     "describe": UNITS_OF_BINARIES,
+    "benchmark": (*UNITS_OF_BINARIES, "train_step", "optimizer"),
 }
 # The training loop puts everything together: anything but the binaries.
 ALLOWED["train"] = (
     *(
         unit
         for unit in ALLOWED
-        if unit not in ("main", "evaluate", "convert", "export", "describe")
+        if unit not in ("main", "evaluate", "convert", "export", "describe", "benchmark")
     ),
     "train",
 )
