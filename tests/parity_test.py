@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from dqe_jax.models import BACKBONES, VARIANTS
-from dqe_jax.models.encoder import Compute
+from dqe_jax.models.encoder import Compute, flash_takes
 from dqe_jax.partition import stack_layers
 from dqe_jax.weights import hugging_face, rules, sizes, transfer
 from dqe_jax.weights.source import open_source
@@ -355,3 +355,21 @@ def test_bicubic_matrix(old, new):
         torch.from_numpy(x), size=(new, new), mode="bicubic", align_corners=False
     )
     np.testing.assert_allclose(matrix @ x[0, 0] @ matrix.T, expected[0, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "size", "dtype", "masked", "expected"),
+    [
+        (257, 257, 88, "bfloat16", False, True),  # EVA ViT-g
+        (32, 257, 64, "bfloat16", False, True),  # queries over the image
+        (64, 64, 64, "bfloat16", True, True),  # queries and text
+        (33, 33, 64, "bfloat16", True, False),
+        (32, 32, 64, "float32", True, False),
+        (32, 32, 12, "bfloat16", False, False),
+        (32, 32, 136, "bfloat16", False, False),
+    ],
+)
+def test_what_flash_attention_takes(length, keys, size, dtype, masked, expected):
+    q = jax.ShapeDtypeStruct((2, length, 4, size), dtype)
+    k = jax.ShapeDtypeStruct((2, keys, 4, size), dtype)
+    assert flash_takes(q, k, np.ones((2, keys), bool) if masked else None) == expected

@@ -53,6 +53,7 @@ class Blip2Sizes:
     embed_dim: int = 256
 
 
+# The Q-Former is BERT-base with one word more (Li et al., 2023, section 3.1).
 VARIANTS = {
     # EVA ViT-g/14: Salesforce/blip2-itm-vit-g and -coco.
     "vit_g_14": Blip2Sizes(

@@ -39,6 +39,17 @@ class Compute:
     scan: bool = False
 
 
+def flash_takes(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether cuDNN's flash attention takes `q [B, L, heads, size]` over `k [B, S, heads, size]`.
+
+    It wants half precision, head sizes that are multiples of 8 up to 128, and, to train with a
+    mask, even lengths.
+    """
+    size = q.shape[-1]
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    return q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128 and (mask is None or even)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -62,16 +73,13 @@ def attend(
     """
     split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
     q, k, v = split(q), split(k), split(v)
-    # cuDNN takes half precision and head sizes that are multiples of 8, up to 128.
-    size = q.shape[-1]
-    flash = compute.attention == "cudnn" and q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
+    flash = compute.attention == "cudnn" and flash_takes(q, k, mask)
+    if mask is not None:
+        mask = mask[:, None, None, :]
+        if flash:  # cuDNN does not broadcast over the queries
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
     out = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=None if mask is None else mask[:, None, None, :],
-        is_causal=causal,
-        implementation="cudnn" if flash else "xla",
+        q, k, v, mask=mask, is_causal=causal, implementation="cudnn" if flash else "xla"
     )
     return out.reshape(*out.shape[:2], -1)
 

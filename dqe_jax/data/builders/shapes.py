@@ -13,7 +13,6 @@ lists *all* gallery scenes that satisfy a query. Scenes of different splits are 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import random
 from collections import defaultdict
@@ -494,11 +493,3 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 def make_builder(*, variant: str, prepared_dir: str) -> Shapes:
     """The builder of a variant, whose records lie (or will lie) below `prepared_dir`."""
     return Shapes(config=variant, data_dir=prepared_dir, file_format="array_record")
-
-
-def fingerprint(images: Sequence[np.ndarray]) -> str:
-    """SHA-256 of a list of images, by which a test shows that generation is deterministic."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(image.tobytes())
-    return digest.hexdigest()
