@@ -69,7 +69,8 @@ def _variant(patch, width, depth, heads, text_width, embed_dim, image_size=224) 
     )
 
 
-# As published (Radford et al., 2021, appendix F). Variant: patch, width, depth, heads, width of the text tower, d, pixels a side.
+# As published (Radford et al., 2021, appendix F). Variant: patch, width, depth, heads, width of the
+# text tower, d, pixels a side.
 VARIANTS = {
     "vit_b_32": _variant(32, 768, 12, 12, 512, 512),
     "vit_b_16": _variant(16, 768, 12, 12, 512, 512),
