@@ -207,7 +207,7 @@ def test_workdir(prepared_dir, tmp_path):
     train.claim_workdir(tmp_path / "run", same)
     other = small_config(prepared_dir, **{"seed": 3, "loss.margin": 0.5})
     with pytest.raises(
-        UserError, match=r"another config.*loss\.margin: 0\.5 \(not 0\.1\); seed: 3 \(not 0\)"
+        UserError, match=r"another config.*loss\.margin: 0\.5 \(not 0\.02\); seed: 3 \(not 0\)"
     ):
         train.claim_workdir(tmp_path / "run", other)
     (tmp_path / "run" / "config.json").write_text("{")
