@@ -20,12 +20,12 @@ setup(
         "etils[epath]>=1.13",
         "flax>=0.12",
         "grain>=0.2.15",
-        "huggingface_hub>=2.0",
+        "huggingface_hub>=2.4",
         # tensorflow-datasets imports it, and does not install it by itself.
         "importlib_resources>=6.5",
         "jax>=0.10",
         "ml_collections>=1.1",
-        "ml_dtypes>=0.5",
+        "ml_dtypes>=0.6",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
@@ -33,10 +33,10 @@ setup(
         "safetensors>=0.8",
         "tensorboardX>=2.6.4",
         "tensorflow-datasets>=4.9.9",
-        "tokenizers>=0.22",
+        "tokenizers>=0.23",
         "tqdm>=4.67",
         # Tokenizers and configs of pretrained backbones; their weights need no PyTorch.
-        "transformers>=5.20",
+        "transformers>=5.23",
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10"],

@@ -204,13 +204,13 @@ def use_blip2(config: ConfigDict) -> None:
 
 
 def use_products(config: ConfigDict) -> None:
-    """Trains a FashionIQ model on `fashion_products`: real photos at hand."""
+    """The same model on `fashion_products`: real photos too, and FashionIQ is not needed."""
     config.data.dataset = "fashion_products"
     config.model.attributes.names = ("color", "article", "gender", "usage", "season")
 
 
 def make_smoke(config: ConfigDict) -> None:
-    """Shrinks a run to a few steps of a small model: seconds, to see that everything works."""
+    """Shrinks a run to a few steps, and `tiny` to a small model: to see that everything works."""
     config.total_steps = 8
     config.log_every = 2
     config.eval_every = 4

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -50,22 +49,15 @@ def split(
     """Parameters that train and parameters that do not, as trees without the others' branches."""
     flat = flatten_dict(params, sep="/")
     held = {path for path in flat if frozen and part_of(path, parts) in frozen}
-    take = lambda keep: unflatten_dict(  # noqa: E731
-        {path: x for path, x in flat.items() if keep(path)}, sep="/"
-    )
-    return take(lambda path: path not in held), take(lambda path: path in held)
+    training = {path: x for path, x in flat.items() if path not in held}
+    frozen_ones = {path: flat[path] for path in flat if path in held}
+    return unflatten_dict(training, sep="/"), unflatten_dict(frozen_ones, sep="/")
 
 
 def merge(one: Any, other: Any) -> Any:
     """What `split` took apart, put together again."""
     flat = flatten_dict(one, sep="/") | flatten_dict(other, sep="/")
     return unflatten_dict(flat, sep="/")
-
-
-def cast(tree: Any, dtype: jnp.dtype) -> Any:
-    """Floating-point leaves of a tree as `dtype`."""
-    flat = flatten_dict(tree, sep="/")
-    return unflatten_dict({path: x.astype(dtype) for path, x in flat.items()}, sep="/")
 
 
 def stack_layers(params: Any) -> Any:

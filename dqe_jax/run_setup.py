@@ -23,6 +23,8 @@ from dqe_jax.weights.initial import Pretrained, open_pretrained
 from dqe_jax.weights.transfer import fit
 
 BACKBONE = "backbone/"
+# Tokens of the shortest text of a pretrained backbone: its start, a word, its end.
+LEAST_LENGTH = 3
 
 
 def devices_of(num_devices: int) -> list[jax.Device]:
@@ -65,6 +67,11 @@ def open_weights(config: Any) -> Pretrained | None:
         raise UserError(
             f"config.data.max_length is {config.data.max_length}: {config.model.backbone} takes "
             f"at most {longest} tokens."
+        )
+    if config.data.max_length < LEAST_LENGTH:
+        raise UserError(
+            f"config.data.max_length is {config.data.max_length}: {config.model.backbone} needs at "
+            f"least {LEAST_LENGTH}, for the start, a word and the end of a text."
         )
     if config.data.image_size % pretrained.sizes.vision.patch_size:
         raise UserError(
@@ -173,7 +180,7 @@ def init_params(
     parts = parts_of(config.model.backbone)
     dtype = DTYPES[config.model.frozen_dtype]
     training, frozen = partition.split(unflatten_dict(flat, sep="/"), config.model.frozen, parts)
-    return partition.merge(training, partition.cast(frozen, dtype))
+    return partition.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))
 
 
 def make_evaluator(

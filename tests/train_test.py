@@ -133,7 +133,7 @@ def test_a_finished_run_is_only_evaluated(base, resumed, monkeypatch):
 
 
 def test_it_learns(base, monkeypatch):
-    """600 scenes, 120 steps: random is R@1 .004, the untrained model 0 (it finds the reference)."""
+    """600 scenes, 160 steps: random is R@1 .004, the untrained model 0 (it finds the reference)."""
     variant = shapes_builder.ShapesConfig(name="learn", description="", references=(600, 24, 8))
 
     def builder(data, prepared_dir):
@@ -142,7 +142,7 @@ def test_it_learns(base, monkeypatch):
         )
 
     monkeypatch.setitem(datasets.DATASETS, "shapes", builder)
-    config = config_of(base, total_steps=120, log_every=1, eval_every=120, checkpoint_every=120)
+    config = config_of(base, total_steps=160, log_every=1, eval_every=160, checkpoint_every=160)
     config.num_devices = 1
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 10
     config.batch.references, config.batch.queries_per_reference = 16, 4
@@ -155,6 +155,6 @@ def test_it_learns(base, monkeypatch):
     validation = next(line for line in lines if "validation/R@1" in line)
     assert np.mean(losses[:2]) > 2.2
     assert np.mean(losses[-10:]) < 1.5
-    assert validation["validation/R@1"] > 0.1
+    assert validation["validation/R@1"] > 0.15
     assert validation["validation/R@10"] > 0.9
     assert validation["validation/top1_is_reference"] < 0.6

@@ -124,6 +124,12 @@ def other_activation(directory, tensors):
     (directory / "config.json").write_text(json.dumps(config))
 
 
+def refused_config(directory, tensors):
+    config = json.loads((directory / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 3
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def two_missing(directory, tensors):
     del tensors["logit_scale"], tensors["text_projection.weight"]
     save_file(tensors, directory / source.SINGLE)
@@ -177,6 +183,7 @@ def no_index(directory, tensors):
         (broken_config, ["config.json", "JSON"]),
         (other_model, ["model_type 'bert'", "clip", "blip-2"]),
         (other_activation, ["hidden_act 'silu'", "quick_gelu"]),
+        (refused_config, ["config.json is refused", "attention heads"]),
         (two_missing, ["2 tensors are missing: logit_scale, text_projection.weight."]),
         (many_missing, ["36 tensors are missing", "and 28 more"]),
         (unused, ["1 tensors are not used: head.weight."]),
@@ -206,6 +213,10 @@ def test_errors_of_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"'some/model'.*from the hub.*copy the model here"):
         read("clip", "some/model")
+    # A model that the hub has in pickled files alone.
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match=r"'some/model'.*no safetensors on the hub"):
+        read("clip", "some/model")
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="never read"):
         read("clip", tmp_path / "model.bin")
@@ -230,6 +241,9 @@ def test_a_wrong_shape_names_the_parameter():
     other = shapes | {"visual_projection/kernel": jax.ShapeDtypeStruct((16, 9), np.float32)}
     with pytest.raises(UserError, match=r"visual_projection/kernel is \[16, 8\], not \[16, 9\]"):
         transfer.fit(params, other, "here")
+    odd = params | {"vision": params["vision"] | {"positions": np.zeros((13, 16), np.float32)}}
+    with pytest.raises(UserError, match=r"vision/positions is \[13, 16\], not \[17, 16\]"):
+        transfer.fit(odd, shapes, "here")
     del shapes["logit_scale"]
     with pytest.raises(UserError, match=r"here hold what the model does not: logit_scale"):
         transfer.fit(params, shapes, "here")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 
 # Any of these makes a directory one of a tokenizer.
 FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -65,11 +65,15 @@ def pretrained_tokenizer(origin: str | os.PathLike[str], max_length: int) -> Tok
         loaded = AutoTokenizer.from_pretrained(os.fspath(origin))
         tokenizer = loaded.backend_tokenizer
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"no tokenizer could be loaded from {origin} ({reason}); name a directory with its "
-            "files in config.model.tokenizer."
+            f"no tokenizer could be loaded from {origin} ({reason_of(error)}); name a directory "
+            "with its files in config.model.tokenizer."
         ) from error
+    if loaded.pad_token_id is None:
+        raise UserError(
+            f"the tokenizer of {origin} has no token for padding; name that of the backbone in "
+            "config.model.tokenizer."
+        )
     return set_length(tokenizer, max_length, loaded.pad_token_id, loaded.pad_token)
 
 

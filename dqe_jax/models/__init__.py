@@ -13,6 +13,7 @@ from dqe_jax.models.clip import Clip
 from dqe_jax.models.dqe import DQE, QueryOutput, TrainOutput
 from dqe_jax.models.encoder import Compute
 from dqe_jax.models.tiny import Tiny
+from dqe_jax.utils.errors import UserError
 
 BACKBONES = {"tiny": Tiny, "clip": Clip, "blip2": Blip2}
 # Sizes of the pretrained backbones by name of the variant.
@@ -45,11 +46,20 @@ def parts_of(backbone: str) -> dict[str, tuple[str, ...]]:
 
 
 def compute_of(config: Any) -> Compute:
-    """How a model is computed; "auto" attention is cuDNN's on a GPU in bfloat16."""
-    attention = config.attention
+    """How a model is computed; "auto" attention is cuDNN's on a GPU in bfloat16.
+
+    Raises:
+      UserError: cuDNN's is asked for where it does not work.
+    """
+    attention, backend = config.attention, jax.default_backend()
+    flash = backend == "gpu" and config.dtype == "bfloat16"
     if attention == "auto":
-        flash = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
         attention = "cudnn" if flash else "xla"
+    if attention == "cudnn" and not flash:
+        raise UserError(
+            "config.model.attention is 'cudnn': it needs a GPU and config.model.dtype 'bfloat16'; "
+            f"this is {backend!r} and {config.dtype!r}: take 'auto'."
+        )
     return Compute(DTYPES[config.dtype], attention, config.remat, config.scan_layers)
 
 

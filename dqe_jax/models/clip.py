@@ -145,10 +145,11 @@ class Clip(nn.Module):
     def setup(self) -> None:
         """Creates the submodules."""
         dtype = self.compute.dtype
-        project = lambda: nn.Dense(self.sizes.embed_dim, use_bias=False, dtype=dtype)  # noqa: E731
+        d = self.sizes.embed_dim
         self.vision = VisionTower(self.sizes.vision, self.image_size, self.compute)
         self.text = TextTower(self.sizes, self.compute)
-        self.visual_projection, self.text_projection = project(), project()
+        self.visual_projection = nn.Dense(d, use_bias=False, dtype=dtype)
+        self.text_projection = nn.Dense(d, use_bias=False, dtype=dtype)
         # CLIP's own temperature: for image-text scores; composed retrieval learns one of its own.
         start = jnp.asarray(2.6592, jnp.float32)
         self.logit_scale = self.param("logit_scale", lambda _: start)
@@ -157,9 +158,7 @@ class Clip(nn.Module):
             Block(self.composer_heads, dtype=dtype) for _ in range(self.composer_depth)
         ]
         self.composer_norm = nn.LayerNorm()
-        self.residual = nn.Dense(
-            self.sizes.embed_dim, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype
-        )
+        self.residual = nn.Dense(d, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype)
 
     def encode_image(self, image: jax.Array, train: bool = False) -> ImageFeatures:
         """Patch tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""

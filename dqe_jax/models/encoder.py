@@ -71,8 +71,7 @@ def attend(
       mask: bool `[B, S]`, false for keys that none attends to.
       causal: a query attends to keys up to its own place.
     """
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
-    q, k, v = split(q), split(k), split(v)
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     flash = compute.attention == "cudnn" and flash_takes(q, k, mask)
     if mask is not None:
         mask = mask[:, None, None, :]

@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The binaries print it without a traceback and exit with status 2.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's error says, in one line: its first that is no mere heading, or its name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    heading = lines[0] if lines and lines[0].endswith(":") else ""
+    return " ".join([heading, *lines[bool(heading) :][:1]]).strip() or type(error).__name__

@@ -9,13 +9,12 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.models import VARIANTS
 from dqe_jax.utils.errors import UserError
 from dqe_jax.weights import sizes as size_files
-from dqe_jax.weights.initial import FACTS, PARAMS, Pretrained, open_pretrained
+from dqe_jax.weights.initial import FACTS, PARAMS, Pretrained
 from dqe_jax.weights.source import open_source
 
 
@@ -41,11 +40,10 @@ def convert(
     known = ("auto", *VARIANTS[backbone])
     if variant not in known:
         raise UserError(f"--variant={variant}: it must be one of {', '.join(known)}.")
-    fields = {"variant": variant}
-    pretrained = open_pretrained(
-        ConfigDict({"backbone": backbone, "weights": source, backbone: fields})
-    )
-    words = text_tokens.tokenizer_in(opened.directory, pretrained.sizes.max_length)
+    sizes = VARIANTS[backbone].get(variant)
+    sizes = sizes or size_files.from_hugging_face(backbone, opened.config, source)
+    pretrained = Pretrained(backbone, sizes, source, source=opened)
+    words = text_tokens.tokenizer_in(opened.directory, sizes.max_length)
     params = pretrained.read()
     directory = epath.Path(output).expanduser().absolute()
     write_converted(directory, params, pretrained, words and words.to_str())

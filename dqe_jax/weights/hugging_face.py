@@ -90,11 +90,9 @@ def write(directory: pathlib.Path, params: Any, meta: Mapping[str, Any]) -> tupl
     """
     backbone = meta["config"]["model"]["backbone"]
     sizes = size_files.from_json(backbone, meta["sizes"])
-    # The sizes say what the weights were trained at; the run may use another image size.
     flat = flatten_dict(unstack_layers(params), sep="/")
     prefix = "backbone/"
     own = {path[len(prefix) :]: x for path, x in flat.items() if path.startswith(prefix)}
-    grid = round((len(own["vision/positions"]) - 1) ** 0.5)
     tensors = write_backbone(own, backbone, sizes)
     theirs = {prefix + rule.path for rule in LAYOUTS[backbone][0](sizes).rules}
     ours = {
@@ -107,7 +105,8 @@ def write(directory: pathlib.Path, params: Any, meta: Mapping[str, Any]) -> tupl
     if config is None:
         logging.warning("transformers has no model of this shape: there is no config.json.")
     else:
-        config["vision_config"]["image_size"] = grid * sizes.vision.patch_size
+        # The sizes say what the weights were trained at; the run may use other images.
+        config["vision_config"]["image_size"] = meta["config"]["data"]["image_size"]
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if meta.get("tokenizer"):
         (directory / "tokenizer.json").write_text(meta["tokenizer"])

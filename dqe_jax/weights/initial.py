@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dqe_jax.models import VARIANTS
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.weights import sizes as size_files
 from dqe_jax.weights.source import Source, open_source
 from dqe_jax.weights.transfer import layout_of, read_backbone
@@ -57,7 +57,7 @@ class Pretrained:
         except Exception as error:
             raise UserError(
                 f"config.model.weights: {directory} cannot be restored "
-                f"({str(error).splitlines()[0]}); convert the weights again."
+                f"({reason_of(error)}); convert the weights again."
             ) from error
         return jax.tree.map(np.asarray, restored)
 

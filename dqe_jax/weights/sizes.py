@@ -9,7 +9,7 @@ from typing import Any
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import ACTIVATIONS, VisionSizes
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 
 SIZES = {"clip": ClipSizes, "blip2": Blip2Sizes}
 MODEL_TYPES = {"clip": "clip", "blip-2": "blip2"}
@@ -57,7 +57,14 @@ def from_hugging_face(backbone: str, config: Mapping[str, Any], origin: str) -> 
             f"weights {origin} are of model_type {config['model_type']!r}: config.model.backbone "
             f"is {backbone!r}."
         )
-    return {"clip": _clip, "blip2": _blip2}[backbone](dict(config), origin)
+    try:
+        return {"clip": _clip, "blip2": _blip2}[backbone](dict(config), origin)
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks fields, by errors of many kinds
+        raise UserError(
+            f"weights {origin}: its config.json is refused ({reason_of(error)}); get it again."
+        ) from error
 
 
 def _activation(name: str, origin: str) -> str:

@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  NumPy knows bfloat16 once it is imported
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -166,9 +166,14 @@ def _from_hub(model_id: str) -> pathlib.Path:
             model_id, allow_patterns=["*.safetensors", "*.json", "*.txt"]
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"weights {model_id!r} are neither a local path nor could they be got from the hub "
-            f"({reason}); without a network, copy the model here and name its directory."
+            f"({reason_of(error)}); without a network, copy the model here and name its directory."
         ) from error
-    return pathlib.Path(directory)
+    directory = pathlib.Path(directory)
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"weights {model_id!r}: this model has no safetensors on the hub, and pickled files "
+            "are never read; save it as safetensors and name the directory."
+        )
+    return directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -155,7 +156,7 @@ def fit(params: Any, shapes: Mapping[str, Any], origin: str) -> dict[str, np.nda
     for path, x in flat.items():
         want = tuple(shapes[path].shape)
         x = np.asarray(x)
-        if path == "vision/positions" and x.ndim == 2 and x.shape[1:] == want[1:]:
+        if path == "vision/positions" and x.ndim == 2 and _is_square(len(x) - 1):
             x = interpolate_positions(x, want[0])
         if x.shape != want:
             wrong.append(f"{path} is {list(x.shape)}, not {list(want)}")
@@ -163,6 +164,10 @@ def fit(params: Any, shapes: Mapping[str, Any], origin: str) -> dict[str, np.nda
     if wrong:
         raise UserError(f"weights {origin} are of another size: {listed(wrong)}.")
     return fitted
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def interpolate_positions(positions: np.ndarray, count: int) -> np.ndarray:
@@ -174,7 +179,7 @@ def interpolate_positions(positions: np.ndarray, count: int) -> np.ndarray:
     """
     if count == len(positions):
         return positions
-    old, new = round((len(positions) - 1) ** 0.5), round((count - 1) ** 0.5)
+    old, new = math.isqrt(len(positions) - 1), math.isqrt(count - 1)
     grid = positions[1:].reshape(old, old, -1)
     weights = bicubic_matrix(old, new)
     grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid)
