@@ -39,6 +39,7 @@ setup(
         "transformers>=5.23",
     ],
     extras_require={
+        "beam": ["apache-beam>=2.77"],
         "gpu": ["jax[cuda12]>=0.10"],
         # Also compiles for TPUs on a machine without one (Linux, x86-64).
         "tpu": ["jax[tpu]>=0.10"],

@@ -14,20 +14,22 @@ def get_config() -> ConfigDict:
     config.num_devices = 0
 
     config.data = data = ConfigDict()
-    # Data set: "shapes" (generated), "fashion_products" (needs data_dir), or "fashioniq" or "cirr".
+    # Data set: "shapes" (generated), "fashion_products" (needs data_dir), or one that
+    # dqe_jax.prepare has prepared: "fashioniq", "cirr", "circo" or "triplets" (your own).
     data.dataset = "shapes"
     # Variant of a generated data set: "plain", "hard", "smoke" or "hard_smoke".
     data.variant = "plain"
-    # Directory of the raw data, for data sets that are not generated; also --data_dir.
+    # Directory of the data set, also --data_dir: the raw photos of fashion_products, or what
+    # dqe_jax.prepare wrote (its own --data_dir); "" for prepared_dir.
     data.data_dir = ""
-    # Directory of prepared data sets (TFDS); a data set is prepared on first use.
+    # Directory of prepared data sets (TFDS); shapes and fashion_products are prepared on first use.
     data.prepared_dir = "~/.cache/dqe_jax"
     # Pixels a side; images are stored and used at this size.
     data.image_size = 64
     # How photos become square images: "pad" (the whole photo on white), "squash" (BLIP-2's way),
     # "crop" (the centre: CLIP's way) or "target_pad" (padded to a ratio of 1.25, then the centre).
     data.preprocess = "pad"
-    # Share of the raw data that may be lost to missing or corrupt photos.
+    # Share of the raw data of fashion_products that may be lost to missing or corrupt photos.
     data.max_bad_fraction = 0.01
     # Keep decoded images in memory once read: gallery images x image_size^2 x 3 bytes.
     data.cache_images = True
@@ -35,6 +37,9 @@ def get_config() -> ConfigDict:
     data.num_threads = 2
     # Augmentation of training images: "none", "flip" or "flip_shift".
     data.augment = "none"
+    # How several captions of a query become one text: "forward" ("a and b"), "reverse", or
+    # "random": training draws the order anew each time, evaluation takes "forward".
+    data.captions = "forward"
     # Longest modification text, in tokens; longer ones are cut, counted and reported.
     data.max_length = 16
     # File with the words of each attribute; "" for dqe_jax/data/lexicon.txt.
@@ -166,8 +171,13 @@ def get_config() -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     # Images or queries embedded at a time, over all devices.
     evaluation.batch_size = 256
-    # Length of the ranked lists: at least 50, at most the gallery.
+    # Length of the ranked lists, at least 50.
     evaluation.top_k = 50
+    # Split that the run is evaluated on at its end: "validation" where test has no labels.
+    evaluation.split = "test"
+    # Gallery of FashionIQ: "original" (the split files: CLIP4Cir, SPRC, QuRe) or "val" (only the
+    # images of the queries: VAL, DQU-CIR). Their figures are not comparable.
+    evaluation.protocol = "original"
     # Queries on the contact sheet.
     evaluation.sheet_queries = 10
     return config
@@ -187,6 +197,8 @@ def use_blip2(config: ConfigDict) -> None:
     config.data.image_size = 224
     config.data.preprocess = "target_pad"
     config.data.augment = "flip"
+    config.data.captions = "random"
+    config.eval.split = "validation"
     # As the CIR papers on BLIP-2 do.
     config.data.max_length = 32
     config.data.cache_images = False
@@ -206,6 +218,7 @@ def use_blip2(config: ConfigDict) -> None:
 def use_products(config: ConfigDict) -> None:
     """The same model on `fashion_products`: real photos too, and FashionIQ is not needed."""
     config.data.dataset = "fashion_products"
+    config.eval.split = "test"
     config.model.attributes.names = ("color", "article", "gender", "usage", "season")
 
 

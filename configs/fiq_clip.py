@@ -17,6 +17,8 @@ def get_config(arg: str = ""):
     config.data.image_size = 224
     config.data.preprocess = "target_pad"
     config.data.augment = "flip"
+    config.data.captions = "random"
+    config.eval.split = "validation"
     # CLIP's own length.
     config.data.max_length = 77
     config.data.cache_images = False

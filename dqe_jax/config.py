@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dqe_jax import models, trns
-from dqe_jax.data import preprocess
+from dqe_jax.data import datasets, preprocess, transforms
+from dqe_jax.data.examples import SPLITS
 from dqe_jax.utils.errors import UserError
 
 
@@ -49,7 +50,7 @@ FIELDS: dict[str, Check] = {
     "seed": _integer(0),
     "total_steps": _integer(1),
     "num_devices": _integer(0),
-    "data.dataset": _one_of("shapes", "fashion_products", "fashioniq", "cirr"),
+    "data.dataset": _one_of(*datasets.DATASETS),
     "data.variant": _one_of("plain", "hard", "smoke", "hard_smoke"),
     "data.data_dir": _TEXT,
     "data.prepared_dir": _TEXT,
@@ -59,6 +60,7 @@ FIELDS: dict[str, Check] = {
     "data.cache_images": _FLAG,
     "data.num_threads": _integer(1),
     "data.augment": _one_of("none", "flip", "flip_shift"),
+    "data.captions": _one_of(*transforms.CAPTION_ORDERS),
     "data.max_length": _integer(1),
     "data.lexicon": _TEXT,
     "batch.references": _integer(1),
@@ -123,6 +125,8 @@ FIELDS: dict[str, Check] = {
     "keep_checkpoints": _integer(1),
     "eval.batch_size": _integer(1),
     "eval.top_k": _integer(50),
+    "eval.split": _one_of(*SPLITS),
+    "eval.protocol": _one_of("original", "val"),
     "eval.sheet_queries": _integer(1),
 }
 
@@ -139,6 +143,8 @@ FREE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
     "eval.batch_size",
+    "eval.split",
+    "eval.protocol",
     "eval.sheet_queries",
 )
 # Fields that say how training starts and is computed: evaluation does not need them.

@@ -75,7 +75,7 @@ def sheet_row(
         image: gives the uint8 `[H, W, 3]` image of a gallery row; called for shown rows only.
         ranked: gallery rows, best first, ended by -1 if there are fewer.
         reference: gallery row of the reference.
-        target: gallery row of the target.
+        target: gallery row of the target; -1 if it is not known.
         text: the modification text.
         valid: gallery rows that are in truth valid.
         weights: attribute weights by name.
@@ -96,7 +96,7 @@ def sheet_row(
         text=text,
         results=[SheetResult(image(row), mark(row)) for row in ranked[:shown]],
         weights=dict(weights or {}),
-        target=image(target),
+        target=image(target) if target >= 0 else None,
         target_rank=ranked.index(target) + 1 if target in ranked else None,
         depth=len(ranked),
     )

@@ -1,13 +1,18 @@
-"""The evaluation binary: metrics and a contact sheet from a checkpoint's parameters alone.
+"""The evaluation binary: metrics, ranked lists, submissions, from a checkpoint's parameters.
 
 python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes [--split=test]
+
+or of a file of predictions, without a model and without images:
+
+python -m dqe_jax.evaluate --config=configs/circo.py --split=val --predictions=FILE --raw_dir=DIR
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from dqe_jax.utils import command_line
@@ -17,30 +22,49 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of checkpoints, or --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split.")
+_SPLIT = flags.DEFINE_string(
+    "split", None, "train, validation (val) or test (test1); default: config.eval.split."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Where results go; default: <run>/eval.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Directory of the raw data; short for --config.data.data_dir."
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Short for --config.data.data_dir.")
+_PREDICTIONS = flags.DEFINE_string(
+    "predictions", None, "Score this file of ranked image ids; needs --raw_dir."
+)
+_RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory of the raw annotation files.")
+_HP_FASHIONIQ = flags.DEFINE_string(
+    "hp_fashioniq", None, "Also measure the preference ratio on this hpfiq.json (FashionIQ, val)."
 )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluates one checkpoint."""
+    """Evaluates one checkpoint, or one file of predictions."""
     del argv
-    from etils import epath
-
-    from dqe_jax import checkpoint, parallel, run_setup
-    from dqe_jax.config import MODEL_FIELDS, START_FIELDS, check_config, differences
-    from dqe_jax.data import datasets, pipeline, tokenizer
-    from dqe_jax.weights import sizes as size_files
+    from dqe_jax.config import check_config
+    from dqe_jax.data import datasets
 
     config = _CONFIG.value
     if _DATA_DIR.value is not None:
         config.data.data_dir = _DATA_DIR.value
     check_config(config)
+    split = datasets.split_of(config.data.dataset, _SPLIT.value or config.eval.split)
+    if _PREDICTIONS.value is None:
+        _evaluate(config, split)
+    else:
+        _score(config, split)
+
+
+def _evaluate(config, split: str) -> None:
+    from etils import epath
+
+    from dqe_jax import checkpoint, parallel, run_setup
+    from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences
+    from dqe_jax.data import datasets, tokenizer
+    from dqe_jax.weights import sizes as size_files
+
     directory = _CHECKPOINT.value or _WORKDIR.value
     if directory is None:
         raise UserError("name what to evaluate: --workdir=DIR or --checkpoint=DIR.")
+    datasets.find_dataset(config.data)
     manager = checkpoint.open_for_reading(directory)
     step = checkpoint.choose_step(manager, _STEP.value)
     meta = checkpoint.read_meta(manager, step)
@@ -54,17 +78,35 @@ def main(argv: Sequence[str]) -> None:
     words = tokenizer.tokenizer_from_json(meta["tokenizer"])
     sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
     model = run_setup.model_of(config, words, sizes)
-    builder = datasets.open_dataset(config.data)
-    split = pipeline.load_split(
-        builder, _SPLIT.value, config.data.image_size, config.data.cache_images
-    )
-    evaluator = run_setup.make_evaluator(config, model, words, split, devices)
+    opened = run_setup.open_split(config, datasets.open_dataset(config.data), split)
+    judged = None
+    if _HP_FASHIONIQ.value is not None:
+        judged = run_setup.open_preferences(config, opened, _HP_FASHIONIQ.value)
+    evaluator = run_setup.make_evaluator(config, model, words, opened, devices)
     shapes = run_setup.param_shapes(model, config)
     params = checkpoint.restore(manager, step, params=shapes)["params"]
+    params = parallel.replicate(params, devices)
     output = epath.Path(_OUTPUT.value) if _OUTPUT.value else manager.directory.parent / "eval"
-    run_setup.evaluate_and_report(
-        config, evaluator, parallel.replicate(params, devices), step=step, directory=output
-    )
+    run_setup.evaluate_and_report(config, evaluator, params, step=step, directory=output)
+    if judged is not None:
+        path = output / f"hp_fashioniq-{step}.json"
+        run_setup.measure_preferences(evaluator, words, params, judged, path)
+
+
+def _score(config, split: str) -> None:
+    from etils import epath
+
+    from dqe_jax import predictions, protocols, report
+
+    if _RAW_DIR.value is None:
+        raise UserError("--predictions needs --raw_dir=DIR, the directory of the annotation files.")
+    dataset, variant = config.data.dataset, config.eval.protocol
+    found = predictions.score(dataset, split, _PREDICTIONS.value, _RAW_DIR.value, variant)
+    protocol = protocols.protocol_of(dataset, variant)
+    facts = {"dataset": dataset, "split": split, "protocol": protocol.name, "metrics": found}
+    logging.info("%s\n%s", json.dumps(facts, indent=2), protocol.note)
+    if _OUTPUT.value is not None:
+        report.write_json(epath.Path(_OUTPUT.value) / f"predictions-{split}.json", facts)
 
 
 if __name__ == "__main__":

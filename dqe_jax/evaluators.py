@@ -7,21 +7,15 @@ short batches are padded, and the padding is cut off again.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from dqe_jax import contact_sheet, metrics, parallel, ranking
+from dqe_jax import metrics, parallel, protocols, ranking
 from dqe_jax.data.pipeline import Split
-from dqe_jax.utils.errors import UserError
-
-# Metrics of a log line and of the table at the end, in this order where present.
-HEADLINE = ("R@1", "R@5", "R@10", "R@50", "P@10", "mAP@10", "top1_is_reference")
+from dqe_jax.protocols import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +23,37 @@ class Result:
     """What an evaluation gives.
 
     Attributes:
-      metrics: as `metrics.summarize`.
-      baselines: `random` (expected) and `reference_only` (the reference's own gallery embedding as
-        query, with the reference left out of the ranking), the same metrics; None if not asked for.
-      rows: int32 `[Q, K]`, ranked gallery rows.
+      metrics: of the protocol (`protocols.py`); empty for a split without labels.
+      baselines: `random` (expected; plain protocol) and `reference_only` (the reference's own
+        gallery embedding as query, with the reference left out of the ranking), the same metrics;
+        None if not asked for.
+      rows: int32 `[Q, K]`, ranked gallery rows, -1 where a list ends.
       scores: float32 `[Q, K]`.
+      subset_rows: int32 `[Q, S]`, the queries' subsets without the reference, best first, padded
+        with -1; None where there are none.
       attribute_weights: float32 `[Q, number of attributes]`.
+      embedded: how many gallery images were ranked.
     """
 
     metrics: dict[str, float]
     baselines: dict[str, dict[str, float]] | None
     rows: np.ndarray
     scores: np.ndarray
+    subset_rows: np.ndarray | None
     attribute_weights: np.ndarray
+    embedded: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Embedded:
+    """Gallery embeddings `[E, M, d]`, and where a row's is: int `[N]`, -1 for none."""
+
+    tokens: np.ndarray
+    place: np.ndarray
 
 
 class RetrievalEvaluator:
-    """Ranks the gallery of a split for each of its queries."""
+    """Ranks the gallery of a split for each of its queries, by the protocol of a benchmark."""
 
     def __init__(
         self,
@@ -57,6 +65,7 @@ class RetrievalEvaluator:
         batch_size: int,
         top_k: int,
         devices: Sequence[jax.Device],
+        protocol: Protocol,
     ):
         """Compiles nothing yet.
 
@@ -66,20 +75,15 @@ class RetrievalEvaluator:
           encode_query: `(params, image, text) -> QueryOutput`.
           encode_gallery: `(params, image) -> [B, M, d]`.
           batch_size: examples at a time over all devices; rounded up to a multiple of these.
-          top_k: length of the ranked lists.
+          top_k: length of the ranked lists; lists of a smaller gallery end in -1.
           devices: to run on.
-
-        Raises:
-          UserError: the gallery is smaller than `top_k`.
+          protocol: what is ranked and measured.
         """
-        if top_k > len(split.gallery):
-            raise UserError(
-                f"config.eval.top_k is {top_k}: the gallery of {split.name} has only "
-                f"{len(split.gallery)} images."
-            )
-        self.split, self.text = split, text
+        self.split, self.text, self.protocol = split, text, protocol
         self._n = len(devices)
         self._batch = -(-batch_size // self._n) * self._n
+        pools = split.pools or {"": np.arange(len(split.gallery))}
+        self._pools = protocols.pool_rows(protocol, split.queries, pools)
 
         def query(params, image, text):
             out = encode_query(params, image, text)
@@ -89,34 +93,106 @@ class RetrievalEvaluator:
         self._query = parallel.pmap(query, in_axes=(None, 0, 0), **on)
         self._gallery = parallel.pmap(encode_gallery, in_axes=(None, 0), **on)
         self._rank = ranking.make_rank_fn(top_k, devices=devices)
+        self._score = ranking.make_score_fn(devices=devices)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Positions of the queries whose target is published, int `[n]`."""
+        return np.flatnonzero(self.split.queries.target >= 0)
 
     def run(self, params: Any, *, baselines: bool = False) -> Result:
         """Evaluates parameters that are replicated over the devices."""
-        queries, images = self.split.queries, self.split.gallery
-        gallery = self._embed(self._gallery, params, np.arange(len(images)))
-        query, weights = self._embed(self._query, params, queries.reference, self.text)
-        rows, scores = self._rank(query, gallery)
-        compared = None
-        if baselines:
-            # The first token stands for the image where an embedding has several.
-            alone, _ = self._rank(
-                gallery[queries.reference, 0], gallery, excluded=queries.reference[:, None]
-            )
-            compared = {
-                "random": metrics.random_baseline(len(images), [len(v) for v in queries.valid]),
-                "reference_only": self._measure(alone),
-            }
-        return Result(self._measure(rows), compared, rows, scores, weights)
-
-    def _measure(self, rows: np.ndarray) -> dict[str, float]:
         queries = self.split.queries
-        return metrics.summarize(
-            rows,
-            target=queries.target,
-            valid=queries.valid,
-            reference=queries.reference,
-            kinds=queries.kinds,
-        ) | {"gallery": len(self.split.gallery)}
+        gallery = self._embed_gallery(params, np.concatenate([*self._pools.values()]))
+        query, weights = self._embed(self._query, params, queries.reference, self.text)
+        rows, scores = self._rank_pools(query, gallery, self.protocol.exclude_reference)
+        subset_rows = self._rank_subsets(query, gallery)
+        compared = self._baselines(gallery) if baselines and len(self.labelled) else None
+        return Result(
+            metrics=self._measure(rows, subset_rows),
+            baselines=compared,
+            rows=rows,
+            scores=scores,
+            subset_rows=subset_rows,
+            attribute_weights=weights,
+            embedded=len(gallery.tokens),
+        )
+
+    def score_rows(
+        self, params: Any, reference: np.ndarray, text: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Scores of given gallery rows for queries of one's own.
+
+        Args:
+          params: replicated over the devices.
+          reference: int `[J]`, rows of the reference images.
+          text: int32 `[J, L]`.
+          rows: int `[J, S]`, gallery rows to score.
+
+        Returns:
+          float32 `[J, S]`.
+        """
+        gallery = self._embed_gallery(params, rows.ravel())
+        query, _ = self._embed(self._query, params, reference, text)
+        return self._score(query, gallery.tokens, gallery.place[rows])
+
+    def _embed_gallery(self, params: Any, rows: np.ndarray) -> _Embedded:
+        rows = np.unique(rows)
+        place = np.full(len(self.split.gallery), -1, np.int64)
+        place[rows] = np.arange(len(rows))
+        return _Embedded(self._embed(self._gallery, params, rows), place)
+
+    def _rank_pools(
+        self, query: np.ndarray, gallery: _Embedded, exclude_reference: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks for each query the part of the gallery that is its own."""
+        queries = self.split.queries
+        pools = np.asarray(queries.pools, dtype=object)
+        parts, members = [], []
+        for name, pool in self._pools.items():
+            mine = np.flatnonzero(pools == name)
+            place = np.full(len(self.split.gallery), -1, np.int64)
+            place[pool] = np.arange(len(pool))
+            excluded = place[queries.reference[mine]][:, None] if exclude_reference else None
+            tokens = gallery.tokens[gallery.place[pool]]
+            rows, scores = self._rank(query[mine], tokens, excluded=excluded)
+            parts.append((np.where(rows < 0, -1, pool[rows]).astype(np.int32), scores))
+            members.append(mine)
+        order = np.argsort(np.concatenate(members), kind="stable")
+        return tuple(np.concatenate(columns)[order] for columns in zip(*parts))
+
+    def _rank_subsets(self, query: np.ndarray, gallery: _Embedded) -> np.ndarray | None:
+        """The queries' subsets without the reference, best first: int32 `[Q, S]`."""
+        queries = self.split.queries
+        longest = max(map(len, queries.subset))
+        if not longest:
+            return None
+        rows = np.full((len(queries), longest), -1, np.int32)
+        for i, members in enumerate(queries.subset):
+            members = members[members != queries.reference[i]]
+            rows[i, : len(members)] = members
+        scores = self._score(query, gallery.tokens, np.where(rows < 0, -1, gallery.place[rows]))
+        return ranking.order_subset(rows, scores)
+
+    def _measure(self, rows: np.ndarray, subset_rows: np.ndarray | None) -> dict[str, float]:
+        """Metrics of the queries with labels; none if there are none."""
+        known = self.labelled
+        if not len(known):
+            return {}
+        subsets = None if subset_rows is None else subset_rows[known]
+        return self.protocol.measure(self.split.queries.take(known), rows[known], subsets)
+
+    def _baselines(self, gallery: _Embedded) -> dict[str, dict[str, float]]:
+        queries = self.split.queries
+        # The first token stands for the image where an embedding has several.
+        alone = gallery.tokens[gallery.place[queries.reference], 0]
+        rows, _ = self._rank_pools(alone, gallery, exclude_reference=True)
+        compared = {"reference_only": self._measure(rows, self._rank_subsets(alone, gallery))}
+        if self.protocol.name == "plain":
+            size = len(gallery.tokens)
+            counts = [min(len(queries.valid[i]), size) for i in self.labelled]
+            compared = {"random": metrics.random_baseline(size, counts), **compared}
+        return compared
 
     def _embed(self, encode, params: Any, rows: np.ndarray, *columns: np.ndarray) -> Any:
         """Runs `encode` over the images of `rows` (and columns beside them), batch by batch."""
@@ -129,86 +205,3 @@ class RetrievalEvaluator:
             parts.append(out)
         # Only the last batch is padded.
         return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(rows)], *parts)
-
-    def draw(
-        self, result: Result, path: os.PathLike[str] | str, count: int, names: Sequence[str]
-    ) -> list[str]:
-        """Writes a contact sheet of `count` queries spread over the split.
-
-        Args:
-          result: of `run`.
-          path: a .png.
-          count: queries to draw.
-          names: of the attributes.
-
-        Returns:
-          One line a drawn query: text, attribute weights, rank of the target.
-        """
-        queries, images = self.split.queries, self.split.gallery
-        sheet = []
-        lines = []
-        for i in np.unique(np.linspace(0, len(queries) - 1, count).astype(int)):
-            weights = dict(zip(names, map(float, result.attribute_weights[i])))
-            row = contact_sheet.sheet_row(
-                lambda row: images[row][0],
-                result.rows[i],
-                reference=int(queries.reference[i]),
-                target=int(queries.target[i]),
-                text=queries.texts[i],
-                valid=queries.valid[i],
-                weights=weights,
-            )
-            sheet.append(row)
-            listed = ", ".join(f"{name} {value:.2f}" for name, value in weights.items())
-            rank = row.target_rank or f"> {result.rows.shape[1]}"
-            lines.append(f"{queries.texts[i]!r}: {listed or 'no attributes'}; target at {rank}")
-        picture = contact_sheet.draw_contact_sheet(sheet)
-        with epath.Path(path).open("wb") as file:
-            picture.save(file, "PNG")
-        return lines
-
-
-def write_result(
-    result: Result, directory: epath.Path, name: str, **facts: Any
-) -> tuple[epath.Path, epath.Path]:
-    """Writes `<name>.json`, and returns its path and the one for the contact sheet beside it.
-
-    Args:
-      result: of an evaluation.
-      directory: made if it is not there.
-      name: `<split>-<step>`.
-      **facts: what else the JSON says, such as step and split.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    report = directory / f"{name}.json"
-    content = {**facts, "metrics": result.metrics, "baselines": result.baselines}
-    report.write_text(json.dumps(content, indent=2) + "\n")
-    return report, directory / f"{name}.png"
-
-
-def table(result: Result) -> str:
-    """The metrics as text: a line each for the model, its baselines and each kind of change."""
-    keys = [key for key in HEADLINE if key in result.metrics]
-    kinds = sorted({k.split("/")[1] for k in result.metrics if k.startswith("R@1/")})
-    lines = [("", *keys, "queries")]
-
-    def line(name: str, values: dict[str, float], suffix: str = "") -> None:
-        cells = [f"{values[k + suffix]:.4f}" if k + suffix in values else "-" for k in keys]
-        lines.append((name, *cells, str(values.get("queries" + suffix, "-"))))
-
-    line("all", result.metrics)
-    for kind in kinds:
-        line(kind, result.metrics, f"/{kind}")
-    for name, values in (result.baselines or {}).items():
-        line(name, values)
-    if "P@10_ceiling" in result.metrics:
-        ceiling = {"P@10": result.metrics["P@10_ceiling"]}
-        line("ceiling", ceiling)
-    widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        for row in lines
-    )

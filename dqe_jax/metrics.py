@@ -1,9 +1,10 @@
 """Retrieval metrics on ranked lists, in NumPy.
 
 Everywhere `rows` is int `[Q, K]`: for each query the gallery rows found, best first and without
-repetition, with -1 where a list is shorter than `K` (-1 never counts as a hit). Relevant rows are
-*ragged*: one sequence of ints for each query, or int `[Q, P]` padded with -1, or int `[Q]` for one
-relevant row each. All results are float64.
+repetition, with -1 where a list is shorter than `K` (-1 never counts as a hit): a list shorter than
+a cut-off, as of a gallery smaller than it, counts what it has. Relevant rows are *ragged*: one
+sequence of ints for each query, or int `[Q, P]` padded with -1, or int `[Q]` for one relevant row
+each. All results are float64.
 
     P@k  = (relevant rows among the first k) / k
     R@k  = 1 if any relevant row is among the first k, else 0
@@ -22,6 +23,13 @@ import numpy as np
 from dqe_jax.utils.errors import UserError
 
 Ragged = Sequence[Sequence[int]] | np.ndarray
+
+
+def pad_lists(rows: np.ndarray, k: int) -> np.ndarray:
+    """Ranked lists int `[Q, max(K, k)]`: -1 is added where `K` is smaller than `k`."""
+    rows = np.asarray(rows)
+    missing = max(k - rows.shape[1], 0)
+    return np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
 
 
 def recall_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
@@ -79,9 +87,10 @@ def summarize(
     target: Sequence[int] | np.ndarray,
     valid: Ragged | None,
     reference: Sequence[int] | np.ndarray,
-    kinds: Sequence[str],
+    kinds: Sequence[Sequence[str]],
+    attributes: Sequence[Sequence[str]] | None = None,
     ks: Sequence[int] = (1, 5, 10, 50),
-    precision_k: int = 10,
+    precision_ks: Sequence[int] = (10,),
 ) -> dict[str, float]:
     """All metrics of a ranking as one flat dict: means over queries.
 
@@ -89,74 +98,97 @@ def summarize(
     | --- | --- |
     | `R@k` for each of `ks` | the single target being among the first k |
     | `R_valid@k` for each of `ks` | any valid target being among the first k |
-    | `P@10`, `P@10_ceiling` | precision over valid targets, and the best that can be reached |
-    | `mAP@10` | AP@10 over valid targets |
+    | `P@k`, `P@k_ceiling` for `precision_ks` | precision over valid targets, and its best value |
+    | `mAP@k` for `precision_ks` | AP@k over valid targets |
     | `top1_is_reference` | the first result being the query's own reference image |
     | `queries` | (the number of queries) |
     | `queries_with_valid` | (the number of queries whose valid targets are known) |
 
-    and the same for each kind of query under keys such as `R@1/color`, the kinds in sorted order; a
-    query of kind "" counts in the total only. Metrics over valid targets are means over the
-    queries whose valid targets are known, and are left out where there are none.
+    and the same for each kind of query under keys such as `R@1/color`, and for each attribute that
+    the texts change under keys such as `P@10/attribute:color`, both in sorted order. A query counts
+    once in each of its kinds and attributes; one without any counts in the total only. Metrics over
+    valid targets are means over the queries whose valid targets are known, and are left out where
+    there are none. Queries without a target are left out everywhere, and their number is
+    `queries_without_target`, if there are any.
 
     Args:
         rows: int `[Q, K]`, see the module.
-        target: int `[Q]`, the row that each query was made for.
+        target: int `[Q]`, the row that each query was made for, -1 if it has no label.
         valid: ragged rows that are in truth valid; None or empty where truth is unknown.
         reference: int `[Q]`, the row of the reference image; -1 if it is not in the gallery.
-        kinds: `Q` strings.
+        kinds: `Q` sequences of names.
+        attributes: `Q` sequences of `name=value`; None for no metrics by attribute.
         ks: cut-offs of `R@k` and `R_valid@k`.
-        precision_k: cut-off of `P@k` and `mAP@k`, 10 in the keys above.
+        precision_ks: cut-offs of `P@k` and `mAP@k`.
 
     Raises:
-        UserError: if a cut-off is larger than `K`.
-        ValueError: if there are no queries or lengths do not fit together.
+        UserError: if a cut-off is larger than `K` (see `pad_lists`).
+        ValueError: if lengths do not fit together or no query has a target: a split without labels
+            has no metrics.
     """
     rows = np.asarray(rows)
-    num_queries = len(rows)
-    if valid is None:
-        valid = [()] * num_queries
-    for name, values in (
-        ("target", target),
-        ("valid", valid),
-        ("reference", reference),
-        ("kinds", kinds),
-    ):
-        if len(values) != num_queries:
-            raise ValueError(f"{name} has {len(values)} entries for {num_queries} ranked lists")
-    if not num_queries:
-        raise ValueError("there are no queries to summarize")
+    columns = {"target": target, "valid": valid, "reference": reference}
+    columns |= {"kinds": kinds, "attributes": attributes}
+    nothing = [()] * len(rows)
+    columns = {name: nothing if values is None else values for name, values in columns.items()}
+    for name, values in columns.items():
+        if len(values) != len(rows):
+            raise ValueError(f"{name} has {len(values)} entries for {len(rows)} ranked lists")
+    if any(isinstance(entry, str) for entry in (*columns["kinds"], *columns["attributes"])):
+        raise ValueError("kinds and attributes hold a sequence of strings for each query")
+    target, reference = np.asarray(target), np.asarray(reference)
+    labelled = target >= 0
+    if not labelled.any():
+        raise ValueError("there are no queries with a target to summarize")
 
-    target = np.asarray(target).reshape(num_queries)
     values = {f"R@{k}": recall_at_k(rows, target, k) for k in ks}
-    # Looking up valid rows is what takes time: once, for all metrics.
-    hits, num_valid = _hits(rows, valid, rows.shape[1])
-    known = num_valid > 0
-    over_valid = {}
-    if known.any():
-        _check_cutoff(precision_k, rows)
-        first = hits[:, :precision_k]
-        over_valid = {
-            f"P@{precision_k}": first.sum(axis=1) / precision_k,
-            f"P@{precision_k}_ceiling": precision_ceiling(num_valid, precision_k),
-            f"mAP@{precision_k}": _average_precision(first, num_valid),
-        } | {f"R_valid@{k}": hits[:, :k].any(axis=1) for k in ks}
-    reference = np.asarray(reference)
     values["top1_is_reference"] = (rows[:, 0] >= 0) & (rows[:, 0] == reference)
+    # Looking up valid rows is what takes time: once, for all metrics.
+    hits, num_valid = _hits(rows, columns["valid"], rows.shape[1])
+    over_valid = {}
+    if num_valid.any():
+        for k in precision_ks:
+            _check_cutoff(k, rows)
+            over_valid[f"P@{k}"] = hits[:, :k].sum(axis=1) / k
+            over_valid[f"P@{k}_ceiling"] = precision_ceiling(num_valid, k)
+            over_valid[f"mAP@{k}"] = _average_precision(hits[:, :k], num_valid)
+        over_valid |= {f"R_valid@{k}": hits[:, :k].any(axis=1) for k in ks}
 
-    kinds = np.asarray(kinds, dtype=object)
-    groups = {"": np.ones(num_queries, bool)}
-    groups |= {f"/{kind}": kinds == kind for kind in sorted(set(kinds) - {""})}
+    names = [[pair.split("=")[0] for pair in pairs] for pairs in columns["attributes"]]
+    groups = {"": labelled}
+    groups |= {f"/{kind}": members for kind, members in group_members(kinds).items()}
+    groups |= {f"/attribute:{name}": members for name, members in group_members(names).items()}
     summary = {}
     for suffix, members in groups.items():
+        members = members & labelled
+        known = members & (num_valid > 0)
+        if not members.any():
+            continue
         for name, value in values.items():
             summary[name + suffix] = float(value[members].mean())
-        if (members & known).any():
+        if known.any():
             for name, value in over_valid.items():
-                summary[name + suffix] = float(value[members & known].mean())
-            summary["queries_with_valid" + suffix] = int((members & known).sum())
+                summary[name + suffix] = float(value[known].mean())
+            summary["queries_with_valid" + suffix] = int(known.sum())
         summary["queries" + suffix] = int(members.sum())
+    if not labelled.all():
+        summary["queries_without_target"] = int((~labelled).sum())
     return summary
+
+
+def group_members(names: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """Which queries belong to each group.
+
+    Args:
+        names: for each of `Q` queries the groups that it is in.
+
+    Returns:
+        For each name, in sorted order, bool `[Q]`.
+    """
+    return {
+        name: np.array([name in entry for entry in names], bool)
+        for name in sorted(set().union(*names))
+    }
 
 
 def random_baseline(
@@ -164,7 +196,7 @@ def random_baseline(
     num_valid: Sequence[int] | np.ndarray | None = None,
     *,
     ks: Sequence[int] = (1, 5, 10, 50),
-    precision_k: int = 10,
+    precision_ks: Sequence[int] = (10,),
 ) -> dict[str, float]:
     """What a uniformly random order of the gallery scores on average: exact expectations.
 
@@ -183,7 +215,7 @@ def random_baseline(
         num_valid: int `[Q]`, the number of valid targets of each query; queries with none are left
             out. None or none at all gives `R@k` only.
         ks: cut-offs of `R@k` and `R_valid@k`.
-        precision_k: cut-off of `P@k` and `mAP@k`.
+        precision_ks: cut-offs of `P@k` and `mAP@k`.
 
     Raises:
         ValueError: if the gallery is empty or holds fewer images than a query has valid targets.
@@ -199,13 +231,14 @@ def random_baseline(
     if n.max() > N:
         raise ValueError(f"{int(n.max())} valid targets in a gallery of {N} images")
 
-    i = np.arange(1, min(precision_k, N) + 1)[:, None]
-    precision = n / N
-    expected = precision / i * (1 + (i - 1) * (n - 1) / max(N - 1, 1))
-    # A list longer than the gallery is empty at its end.
-    result[f"P@{precision_k}"] = float(precision.mean() * min(precision_k, N) / precision_k)
-    result[f"P@{precision_k}_ceiling"] = float(precision_ceiling(n, precision_k).mean())
-    result[f"mAP@{precision_k}"] = float((expected.sum(axis=0) / np.minimum(n, precision_k)).mean())
+    for k in precision_ks:
+        i = np.arange(1, min(k, N) + 1)[:, None]
+        precision = n / N
+        expected = precision / i * (1 + (i - 1) * (n - 1) / max(N - 1, 1))
+        # A list longer than the gallery is empty at its end.
+        result[f"P@{k}"] = float(precision.mean() * min(k, N) / k)
+        result[f"P@{k}_ceiling"] = float(precision_ceiling(n, k).mean())
+        result[f"mAP@{k}"] = float((expected.sum(axis=0) / np.minimum(n, k)).mean())
     for k in ks:
         j = np.arange(min(k, N))[:, None]
         # A factor at or below 0 means that k draws cannot miss all n.
@@ -242,5 +275,6 @@ def _hits(rows: np.ndarray, targets: Ragged, k: int) -> tuple[np.ndarray, np.nda
 def _check_cutoff(k: int, rows: np.ndarray) -> None:
     if not 1 <= k <= rows.shape[1]:
         raise UserError(
-            f"k={k} does not fit ranked lists of {rows.shape[1]} rows: choose 1 <= k <= eval.top_k"
+            f"k={k} does not fit ranked lists of {rows.shape[1]} rows: raise eval.top_k, or choose "
+            f"1 <= k <= {rows.shape[1]}."
         )

@@ -58,8 +58,7 @@ def make_rank_fn(
     Raises:
         ValueError: if `k` or a chunk size is not positive; by the returned function, if shapes do
             not fit together or an excluded row is not in the gallery.
-        UserError: by the returned function, if `k` exceeds the number of gallery images or an
-            embedding is not finite.
+        UserError: by the returned function, if an embedding is not finite.
     """
     if min(k, chunk_rows, chunk_queries) < 1:
         raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
@@ -120,7 +119,7 @@ def make_rank_fn(
         """Ranks `gallery` for each of `queries`: see `make_rank_fn`."""
         queries = np.asarray(queries, np.float32)
         gallery = np.asarray(gallery, np.float32)
-        _check_embeddings(queries, gallery, k)
+        _check_embeddings(queries, gallery)
         excluded = _check_excluded(excluded, len(queries), len(gallery))
         if not len(queries):
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
@@ -147,13 +146,68 @@ def make_rank_fn(
     return rank
 
 
+ScoreFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def make_score_fn(
+    *, chunk_queries: int = 256, devices: Sequence[jax.Device] | None = None
+) -> ScoreFn:
+    """Makes `score(queries, gallery, rows) -> scores`: of a few gallery rows for each query.
+
+    The returned function takes `queries` float `[Q, d]`, `gallery` float `[N, M, d]` and `rows` int
+    `[Q, S]`, padded with -1, and gives float32 `[Q, S]`, -inf for padding: the score that
+    `make_rank_fn` ranks by. A score does not depend on the other queries, nor on the devices.
+
+    Args:
+        chunk_queries: queries scored at once on a device; the last chunk is padded.
+        devices: the devices to use, all local ones by default.
+    """
+    devices = list(jax.local_devices() if devices is None else devices)
+    chunk = chunk_queries * len(devices)
+
+    def score_shard(queries, tokens):
+        """Per device: `[C, d]`, `[C, S, M, d]` to `[C, S]`."""
+        return jnp.einsum(
+            "cd,csmd->csm",
+            queries,
+            tokens,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        ).max(axis=-1)
+
+    score_chunk = parallel.pmap(score_shard, in_axes=(0, 0), out_axes=0, devices=devices)
+
+    def score(queries: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Scores `rows` of `gallery` for each of `queries`: see `make_score_fn`."""
+        queries = np.asarray(queries, np.float32)
+        gallery = np.asarray(gallery, np.float32)
+        rows = np.asarray(rows)
+        _check_embeddings(queries, gallery)
+        parts = [np.zeros(rows.shape, np.float32)[:0]]
+        for start in range(0, len(queries), chunk):
+            here = rows[start : start + chunk]
+            inputs = (queries[start : start + chunk], gallery[here])
+            padded = [parallel.pad_rows(x, chunk) for x in inputs]
+            out = parallel.unshard(score_chunk(*parallel.shard(padded, len(devices))))
+            parts.append(out[: len(here)])
+        return np.where(rows >= 0, np.concatenate(parts), -np.inf).astype(np.float32)
+
+    return score
+
+
+def order_subset(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Rows `[Q, S]` of small sets, best first, equal scores by row, padding (-1) last."""
+    order = np.lexsort((rows, np.where(rows >= 0, -scores, np.inf)), axis=1)
+    return np.take_along_axis(rows, order, axis=1)
+
+
 def _top_k(scores: jax.Array, rows: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The `k` best of `[C, n]` scores and their rows; equal scores keep their order."""
     scores, index = lax.top_k(scores, k)
     return scores, jnp.take_along_axis(rows, index, axis=1)
 
 
-def _check_embeddings(queries: np.ndarray, gallery: np.ndarray, k: int) -> None:
+def _check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:
     if queries.ndim != 2 or gallery.ndim != 3 or queries.shape[1] != gallery.shape[2]:
         raise ValueError(
             "expected queries [Q, d] and a gallery [N, M, d], "
@@ -161,10 +215,6 @@ def _check_embeddings(queries: np.ndarray, gallery: np.ndarray, k: int) -> None:
         )
     if not gallery.shape[1]:
         raise ValueError("the gallery has no tokens: M = 0")
-    if k > len(gallery):
-        raise UserError(
-            f"k={k} is larger than the gallery of {len(gallery)} images: lower eval.top_k"
-        )
     for name, array in (("query", queries), ("gallery", gallery)):
         if not np.isfinite(array).all():
             raise UserError(

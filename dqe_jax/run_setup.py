@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +14,13 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax import partition
+from dqe_jax import partition, protocols, report
 from dqe_jax.data import tokenizer as text_tokens
-from dqe_jax.data.pipeline import Split
-from dqe_jax.evaluators import Result, RetrievalEvaluator, table, write_result
+from dqe_jax.data.annotations import hp_fashioniq
+from dqe_jax.data.annotations.hp_fashioniq import Judgement
+from dqe_jax.data.pipeline import Split, load_split
+from dqe_jax.data.transforms import join_captions
+from dqe_jax.evaluators import Result, RetrievalEvaluator
 from dqe_jax.models import DQE, DTYPES, build_model, parts_of
 from dqe_jax.utils.errors import UserError
 from dqe_jax.weights.initial import Pretrained, open_pretrained
@@ -39,6 +43,22 @@ def devices_of(num_devices: int) -> list[jax.Device]:
             f"config.num_devices is {num_devices}: this machine has {len(devices)} devices."
         )
     return devices[:num_devices] if num_devices else devices
+
+
+def open_split(config: Any, builder: Any, name: str) -> Split:
+    """A split of the data set of a config; captions are in order where training draws the order."""
+    data = config.data
+    order = "forward" if data.captions == "random" else data.captions
+    return load_split(builder, name, data.image_size, data.cache_images, order)
+
+
+def encode_wordings(tokenizer: Tokenizer, split: Split, captions: str) -> np.ndarray:
+    """Ids of the texts that training draws from, int32 `[Q, V, L]`: two orders for "random"."""
+    ids = [encode_texts(tokenizer, split)]
+    if captions == "random":
+        other = [join_captions(texts, "reverse") for texts in split.queries.captions]
+        ids.append(text_tokens.encode(tokenizer, other)[0])
+    return np.stack(ids, axis=1)
 
 
 def encode_texts(tokenizer: Tokenizer, split: Split) -> np.ndarray:
@@ -202,6 +222,7 @@ def make_evaluator(
         batch_size=config.eval.batch_size,
         top_k=config.eval.top_k,
         devices=devices,
+        protocol=protocols.protocol_of(config.data.dataset, config.eval.protocol),
     )
 
 
@@ -238,7 +259,7 @@ def parameter_table(params: Any, config: Any) -> str:
 def evaluate_and_report(
     config: Any, evaluator: RetrievalEvaluator, params: Any, *, step: int, directory: epath.Path
 ) -> Result:
-    """Evaluates, writes `<split>-<step>.json` and `.png`, and logs the table and the queries drawn.
+    """Evaluates, writes the files of `report.py`, and logs the table and the queries drawn.
 
     Args:
       config: of the run.
@@ -248,20 +269,68 @@ def evaluate_and_report(
       directory: where the files go.
 
     Raises:
-      UserError: the directory is not writable.
+      UserError: the directory is not writable, or a submission would be refused.
     """
-    split = evaluator.split.name
     result = evaluator.run(params, baselines=True)
-    facts = {"step": step, "split": split, "dataset": config.data.dataset}
-    try:
-        report, sheet = write_result(result, directory, f"{split}-{step}", **facts)
-        names = config.model.attributes.names if config.model.attributes.enabled else ()
-        drawn = evaluator.draw(result, sheet, config.eval.sheet_queries, names)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {directory} ({error.strerror}): name a writable directory."
-        ) from error
-    logging.info("%s, step %d:\n%s", split, step, table(result))
-    logging.info("Queries on the contact sheet:\n  %s", "\n  ".join(drawn))
-    logging.info("Metrics: %s\nContact sheet: %s", report, sheet)
+    report.write_report(
+        evaluator,
+        result,
+        directory,
+        f"{evaluator.split.name}-{step}",
+        dataset=config.data.dataset,
+        step=step,
+        attributes=config.model.attributes.names if config.model.attributes.enabled else (),
+        sheet_queries=config.eval.sheet_queries,
+    )
     return result
+
+
+def open_preferences(config: Any, split: Split, path: str) -> tuple[list[Judgement], int]:
+    """The judgements of HP-FashionIQ whose images are all at hand, and how many there are in all.
+
+    Raises:
+      UserError: the file cannot be read, or the split is not FashionIQ's validation split.
+    """
+    if (config.data.dataset, split.name) != ("fashioniq", "validation"):
+        raise UserError(
+            f"--hp_fashioniq judges images of FashionIQ's val split, not {split.name} of "
+            f"{config.data.dataset}: take --config=configs/fiq.py --split=val."
+        )
+    judgements = hp_fashioniq.read(epath.Path(path))
+    known = set(split.gallery.ids)
+    usable = [j for j in judgements if known >= {j.reference, *j.first, *j.second}]
+    if not usable:
+        raise UserError(f"{path}: none of the images it names is at hand.")
+    return usable, len(judgements)
+
+
+def measure_preferences(
+    evaluator: RetrievalEvaluator,
+    tokenizer: Tokenizer,
+    params: Any,
+    judged: tuple[list[Judgement], int],
+    path: epath.Path,
+) -> dict[str, float]:
+    """The metrics of HP-FashionIQ, written to `path` and logged.
+
+    Args:
+      evaluator: of FashionIQ's validation split.
+      tokenizer: of the model.
+      params: replicated over the devices.
+      judged: of `open_preferences`.
+      path: a .json.
+    """
+    judgements, official = judged
+    row = {image: i for i, image in enumerate(evaluator.split.gallery.ids)}
+    ids, _ = text_tokens.encode(tokenizer, [j.text for j in judgements])
+    candidates = np.array([[row[image] for image in (*j.first, *j.second)] for j in judgements])
+    reference = np.array([row[j.reference] for j in judgements])
+    scores = evaluator.score_rows(params, reference, ids, candidates)
+    first, second = np.split(scores, 2, axis=1)
+    preferred = np.array([j.preferred for j in judgements])
+    found = protocols.preference_metrics(first, second, preferred) | {"official": official}
+    report.write_json(path, found)
+    logging.info(
+        "HP-FashionIQ, %d of %d judgements:\n%s", len(judgements), official, json.dumps(found)
+    )
+    return found

@@ -20,7 +20,7 @@ from dqe_jax import checkpoint, evaluators, models, parallel, partition, run_set
 from dqe_jax.config import check_batch, check_config, differences
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
-from dqe_jax.data.examples import gallery_split
+from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.optimizer import make_optimizer, make_schedule
 from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
 from dqe_jax.utils.errors import UserError
@@ -32,7 +32,7 @@ from dqe_jax.weights.initial import Pretrained
 def train_and_evaluate(
     config: Any, workdir: str | os.PathLike[str], *, stop_at: int | None = None
 ) -> dict[str, float]:
-    """Trains by a config, resuming what the workdir holds, and evaluates on the test split.
+    """Trains by a config, resuming what the workdir holds, and evaluates on the last split.
 
     Args:
       config: see `configs/common.py`.
@@ -41,7 +41,7 @@ def train_and_evaluate(
         same command without it goes on.
 
     Returns:
-      The metrics of the test split, or of the last validation if `stop_at` ended the run.
+      The metrics of `config.eval.split`, or of the last validation if `stop_at` ended the run.
 
     Raises:
       UserError: for everything that a user can put right, before training starts.
@@ -51,6 +51,8 @@ def train_and_evaluate(
     partition.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
     devices = run_setup.devices_of(config.num_devices)
     check_batch(config, len(devices))
+    if config.data.dataset in BENCHMARKS:
+        datasets.find_dataset(config.data)  # before weights are downloaded for nothing
     workdir = claim_workdir(workdir, config)
     pretrained = run_setup.open_weights(config)
     tokenizer = run_setup.tokenizer_of(config, pretrained) if pretrained else None
@@ -117,7 +119,6 @@ class Run:
 
     config: Any
     devices: list[jax.Device]
-    builder: Any
     pretrained: Pretrained | None
     tokenizer: Any
     model: Any
@@ -125,6 +126,7 @@ class Run:
     step: Any
     batches: Any
     validation: evaluators.RetrievalEvaluator
+    last: pipeline.Split
 
 
 def _prepare(
@@ -135,15 +137,16 @@ def _prepare(
     tokenizer: Tokenizer | None,
 ) -> Run:
     data = config.data
-    _check_test_gallery(builder, config.eval.top_k)
-    split = pipeline.load_split(builder, "train", data.image_size, data.cache_images)
+    # What the end of the run needs must be there now.
+    last = run_setup.open_split(config, builder, config.eval.split)
+    split = run_setup.open_split(config, builder, "train")
     words = lexicon.load_lexicon(data.lexicon)
     names = config.model.attributes.names
     mentions = lexicon.mentions(split.queries.texts, names, words)
     if tokenizer is None:
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, data.max_length)
-    text = run_setup.encode_texts(tokenizer, split)
-    held_out = pipeline.load_split(builder, "validation", data.image_size, data.cache_images)
+    text = run_setup.encode_wordings(tokenizer, split, data.captions)
+    held_out = run_setup.open_split(config, builder, "validation")
     model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
     tx = make_optimizer(config.optimizer, config.total_steps)
     loss_fn = make_loss_fn(
@@ -171,7 +174,16 @@ def _prepare(
     )
     validation = run_setup.make_evaluator(config, model, tokenizer, held_out, devices)
     return Run(
-        config, devices, builder, pretrained, tokenizer, model, tx, step, batches, validation
+        config=config,
+        devices=devices,
+        pretrained=pretrained,
+        tokenizer=tokenizer,
+        model=model,
+        tx=tx,
+        step=step,
+        batches=batches,
+        validation=validation,
+        last=last,
     )
 
 
@@ -179,15 +191,6 @@ def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
     """Splits parameters into those that train and those that do not, by `config.model`."""
     parts = models.parts_of(model_config.backbone)
     return lambda params: partition.split(params, model_config.frozen, parts)
-
-
-def _check_test_gallery(builder: Any, top_k: int) -> None:
-    """Raises now what the evaluation at the end would raise after all the training."""
-    size = builder.info.splits[gallery_split("test")].num_examples
-    if size < top_k:
-        raise UserError(
-            f"config.eval.top_k is {top_k}: the gallery of test has only {size} images."
-        )
 
 
 def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
@@ -255,7 +258,8 @@ def _loop(
             if evaluate:
                 measured = run.validation.run(state.params).metrics
                 log.write(step, {f"validation/{k}": v for k, v in measured.items()})
-                shown = {k: round(measured[k], 4) for k in evaluators.HEADLINE if k in measured}
+                headline = run.validation.protocol.headline
+                shown = {k: round(measured[k], 4) for k in headline if k in measured}
                 bar.write(f"step {step}, validation: {shown}")
             clock = time.time()
     bar.close()
@@ -276,11 +280,12 @@ def _meta(run: Run, seconds: float) -> dict[str, Any]:
 def _final_evaluation(
     run: Run, state: TrainState, workdir: epath.Path, log: MetricLog
 ) -> dict[str, float]:
-    data, step = run.config.data, int(state.step)
-    split = pipeline.load_split(run.builder, "test", data.image_size, data.cache_images)
+    split, step = run.last, int(state.step)
     evaluator = run_setup.make_evaluator(run.config, run.model, run.tokenizer, split, run.devices)
     result = run_setup.evaluate_and_report(
         run.config, evaluator, state.params, step=step, directory=workdir / "eval"
     )
-    log.write(step, {f"test/{k}": v for k, v in result.metrics.items()})
+    # Of the validation split there is a line already.
+    if split.name != "validation":
+        log.write(step, {f"{split.name}/{k}": v for k, v in result.metrics.items()})
     return result.metrics

@@ -22,6 +22,9 @@ UNITS_OF_BINARIES = (
     "train",
     "run_setup",
     "evaluators",
+    "report",
+    "protocols",
+    "predictions",
     "checkpoint",
     "models",
     "config",
@@ -46,23 +49,29 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "optimizer": ("utils",),
     "checkpoint": ("utils",),
     "train_step": ("losses", "trns", "partition", "parallel", "utils"),
-    "evaluators": (
-        "evaluators",
-        "data",
-        "metrics",
-        "ranking",
-        "contact_sheet",
-        "parallel",
-        "utils",
-    ),
+    "protocols": ("metrics", "data", "utils"),
+    "submissions": ("protocols", "data", "utils"),
+    "predictions": ("protocols", "submissions", "data", "utils"),
+    "evaluators": ("evaluators", "data", "metrics", "protocols", "ranking", "parallel", "utils"),
+    "report": ("evaluators", "protocols", "submissions", "contact_sheet", "utils"),
     "config": ("models", "data", "utils", "trns"),
     "weights": ("weights", "models", "data", "partition", "utils"),
-    "run_setup": ("evaluators", "models", "partition", "data", "weights", "utils"),
+    "run_setup": (
+        "evaluators",
+        "report",
+        "protocols",
+        "models",
+        "partition",
+        "data",
+        "weights",
+        "utils",
+    ),
     "main": UNITS_OF_BINARIES,
     "evaluate": UNITS_OF_BINARIES,
     "convert": UNITS_OF_BINARIES,
     "export": UNITS_OF_BINARIES,
     "describe": UNITS_OF_BINARIES,
+    "prepare": UNITS_OF_BINARIES,
     "benchmark": (*UNITS_OF_BINARIES, "train_step", "optimizer"),
 }
 # The training loop puts everything together: anything but the binaries.
@@ -70,13 +79,13 @@ ALLOWED["train"] = (
     *(
         unit
         for unit in ALLOWED
-        if unit not in ("main", "evaluate", "convert", "export", "describe", "benchmark")
+        if unit not in ("main", "evaluate", "convert", "export", "describe", "benchmark", "prepare")
     ),
     "train",
 )
 
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
-WITHOUT_JAX = ("metrics", "contact_sheet", "data")
+WITHOUT_JAX = (*("metrics", "protocols", "submissions", "predictions", "contact_sheet", "data"),)
 ONLY_JAX = ("trns", "losses")  # of all third-party packages
 CONFIG_IMPORTS = ("__future__", "ml_collections", "configs")
 # Calls that only build a value: free to run when a module is imported. So are classes (CapWords)

@@ -14,6 +14,7 @@ from configs import fashion_products, shapes
 from dqe_jax import train
 from dqe_jax.config import FIELDS, check_config, flatten
 from dqe_jax.data import pipeline
+from dqe_jax.data.index import make_index
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,10 +145,7 @@ def test_unknown_and_missing_fields_of_a_config_file():
     [
         ({"num_devices": 99}, r"num_devices is 99: this machine has \d+ devices"),
         ({"batch.references": 7}, r"config\.batch\.references is 7: .*multiple of the 2 devices"),
-        (
-            {"eval.top_k": 1000},
-            r"config\.eval\.top_k is 1000: the gallery of test has only 1",
-        ),
+        ({"eval.split": "dev"}, r"config\.eval\.split is 'dev': .* train, validation, test"),
         ({"model.attributes.names": ("color", "smell")}, r"'smell' has no section.*color.*shape"),
         ({"data.lexicon": "/no/such/file"}, r"config\.data\.lexicon: there is no file /no/such"),
         ({"data.image_size": 32}, r"config\.data\.image_size is 32"),
@@ -170,14 +168,17 @@ def test_a_corrected_command_may_use_the_same_workdir(prepared_dir, tmp_path):
     train.claim_workdir(workdir, small_config(prepared_dir))  # nothing was trained: no objection
 
 
-def test_an_empty_or_unknown_split():
+def test_an_empty_or_unknown_split(tmp_path, monkeypatch):
     class Builder:
         name, data_dir = "shapes", "/data"
-        info = types.SimpleNamespace(splits=("train", "train_gallery", "test", "test_gallery"))
+        info = types.SimpleNamespace(
+            splits=("train", "train_gallery", "test", "test_gallery"), metadata={}
+        )
 
         def as_data_source(self, split):
             return []
 
+    monkeypatch.setattr(pipeline, "read_index", lambda *_: make_index([]))
     with pytest.raises(UserError, match=r"split 'train' of shapes in /data has no query"):
         pipeline.load_split(Builder(), "train", 64)
     with pytest.raises(UserError, match=r"no split 'validation'; it has train, test"):

@@ -72,7 +72,11 @@ def test_equals_the_final_evaluation_of_training(run, tmp_path, num_devices, bat
     assert report.keys() == trained.keys()
     assert (report["step"], report["split"]) == (4, "test")
     assert report["metrics"] == pytest.approx(metrics, abs=1e-6)
-    assert report["metrics"]["gallery"] == gallery_size(base, "test")
+    assert report["ranked_images"] == gallery_size(base, "test")
+    assert report["queries"]["used"] == report["queries"]["official"] == metrics["queries"]
+    ranked = json.loads((tmp_path / "test-4.ranked.json").read_text())
+    assert ranked == json.loads((workdir / "eval" / "test-4.ranked.json").read_text())
+    assert {len(ids) for ids in ranked.values()} == {50}
     for name, values in trained["baselines"].items():
         assert report["baselines"][name] == pytest.approx(values, abs=1e-6)
     assert (tmp_path / "test-4.png").read_bytes()[1:4] == b"PNG"
@@ -83,7 +87,7 @@ def test_an_earlier_step_on_validation_from_a_directory_of_checkpoints(run):
     evaluate(base, f"--checkpoint={workdir / 'checkpoints'}", "--step=2", "--split=validation")
     report = json.loads((workdir / "eval" / "validation-2.json").read_text())
     assert (report["step"], report["split"]) == (2, "validation")
-    assert report["metrics"]["gallery"] == gallery_size(base, "validation")
+    assert report["ranked_images"] == gallery_size(base, "validation")
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     logged = next(line for line in lines if line["step"] == 2 and "validation/R@1" in line)
     expected = {f"validation/{name}": value for name, value in report["metrics"].items()}
@@ -119,7 +123,13 @@ def call(monkeypatch):
             r"another model.*model\.tiny\.width: 64 \(not 32\)",
         ),
         ({"workdir": "{run}"}, {"data.max_length": 9}, r"data\.max_length: 9 \(not \d+\)"),
-        ({"workdir": "{run}"}, {"eval.top_k": 2000}, r"eval\.top_k is 2000: .* \d+ images"),
+        ({"workdir": "{run}", "split": "dev"}, {}, r"shapes has no split 'dev'; it has train"),
+        (
+            {"workdir": "{run}", "hp_fashioniq": "x"},
+            {},
+            r"FashionIQ's val split, not test of shapes",
+        ),
+        ({"predictions": "x"}, {}, r"--predictions needs --raw_dir"),
         ({"workdir": "{run}"}, {"num_devices": 99}, r"num_devices is 99"),
         (
             {"workdir": "{run}", "output": "{run}/config.json/x"},

@@ -106,27 +106,70 @@ def test_misuse_raises():
         metrics.precision_at_k(np.array([[1, 2, 1]]), [[1]], 2)
     with pytest.raises(ValueError, match="targets of Q queries"):
         metrics.precision_at_k(rows, [[1], [2]], 2)
-    with pytest.raises(ValueError, match="kinds has 2 entries for 1"):
-        metrics.summarize(rows, target=[1], valid=None, reference=[0], kinds=["a", "b"], ks=(1,))
+    args = {"valid": None, "reference": [0], "kinds": [("a",)], "ks": (1,)}
+    for name in ("kinds", "attributes"):
+        with pytest.raises(ValueError, match=f"{name} has 2 entries for 1"):
+            metrics.summarize(rows, **args | {"target": [1], name: [("a",), ("b",)]})
+        with pytest.raises(ValueError, match="a sequence of strings for each"):
+            metrics.summarize(rows, **args | {"target": [1], name: ["a"]})
     with pytest.raises(UserError, match="k=5 does not fit"):
-        metrics.summarize(rows, target=[1], valid=None, reference=[0], kinds=["a"])
-    args = {"target": [1], "reference": [0], "kinds": ["a"], "ks": (1,)}
+        metrics.summarize(rows, **args | {"target": [1], "ks": (1, 5)})
     with pytest.raises(UserError, match="k=10 does not fit"):
-        metrics.summarize(rows, valid=[[1]], **args)
-    assert "R@1" in metrics.summarize(rows, valid=None, **args)  # nothing asks for P@10
+        metrics.summarize(rows, **args | {"target": [1], "valid": [[1]]})
+    assert "R@1" in metrics.summarize(rows, target=[1], **args)  # nothing asks for P@10
+    with pytest.raises(ValueError, match="no queries with a target"):
+        metrics.summarize(rows, target=[-1], **args)
+    nothing = {"target": [], "valid": [], "reference": [], "kinds": []}
+    with pytest.raises(ValueError, match="no queries with a target"):
+        metrics.summarize(np.zeros((0, 50), int), **nothing)
+
+
+def test_cut_offs_beyond_the_gallery():
+    rows = np.array([[2, 0, 1], [0, 1, 2]])
+    padded = metrics.pad_lists(rows, 50)
+    assert padded.shape == (2, 50)
+    np.testing.assert_array_equal(padded[:, :3], rows)
+    assert (padded[:, 3:] == -1).all()
+    assert metrics.pad_lists(padded, 10).shape == (2, 50)
+    got = metrics.summarize(
+        padded, target=[1, 0], valid=[[1, 2], [0]], reference=[0, 1], kinds=[(), ()]
+    )
+    assert got["R@1"] == 0.5
+    assert got["R@5"] == got["R@50"] == got["R_valid@1"] == 1
+    # Three images cannot fill ten places.
+    assert got["P@10"] == pytest.approx((2 + 1) / 2 / 10)
+    assert got["mAP@10"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
 
 
 def test_summarize_equals_plain_statements():
     rows, valid, target = lists(2)
     reference = np.where(np.arange(60) % 3 == 0, rows[:, 0], 39)
-    kinds = [("color", "shape", "")[i % 3] for i in range(60)]
-    valid[1::3] = [[]] * 20  # truth unknown for all of "shape"
+    # Some are of no kind, some of two.
+    kinds = [(("color",), ("shape",), (), ("color", "size"))[i % 4] for i in range(60)]
+    attributes = [(("fit=a", "fit=b", "age=c=d"), (), ("fit=",))[i % 3] for i in range(60)]
+    valid[1::4] = [[]] * 15  # truth unknown for all of "shape"
+    target[::5] = -1  # no label
     got = metrics.summarize(
-        rows, target=target, valid=valid, reference=reference, kinds=kinds, ks=(1, 5, 20)
+        rows,
+        target=target,
+        valid=valid,
+        reference=reference,
+        kinds=[*kinds[:-1], list(kinds[-1])],
+        attributes=attributes,
+        ks=(1, 5, 20),
+        precision_ks=(3, 10),
     )
-    expected = {}
-    groups = {"": range(60), "/color": range(0, 60, 3), "/shape": range(1, 60, 3)}
+    expected = {"queries_without_target": 12}
+    groups = {
+        "": range(60),
+        "/color": [*range(0, 60, 4), *range(3, 60, 4)],
+        "/shape": range(1, 60, 4),
+        "/size": range(3, 60, 4),
+        "/attribute:fit": [*range(0, 60, 3), *range(2, 60, 3)],
+        "/attribute:age": range(0, 60, 3),
+    }
     for suffix, members in groups.items():
+        members = [i for i in members if target[i] >= 0]
         known = [i for i in members if valid[i]]
         expected["queries" + suffix] = len(members)
         expected["top1_is_reference" + suffix] = np.mean(
@@ -143,12 +186,13 @@ def test_summarize_equals_plain_statements():
             expected[f"R_valid@{k}{suffix}"] = np.mean(
                 [plain_recall(rows[i], valid[i], k) for i in known]
             )
-        for name, value in {
-            "P@10": [plain_precision(rows[i], valid[i], 10) for i in known],
-            "P@10_ceiling": [min(len(valid[i]), 10) / 10 for i in known],
-            "mAP@10": [plain_average_precision(rows[i], valid[i], 10) for i in known],
-        }.items():
-            expected[name + suffix] = np.mean(value)
+        for k in (3, 10):
+            for name, value in {
+                f"P@{k}": [plain_precision(rows[i], valid[i], k) for i in known],
+                f"P@{k}_ceiling": [min(len(valid[i]), k) / k for i in known],
+                f"mAP@{k}": [plain_average_precision(rows[i], valid[i], k) for i in known],
+            }.items():
+                expected[name + suffix] = np.mean(value)
     assert got == pytest.approx(expected)
     assert set(got) == set(expected)
     assert all(type(value) in (float, int) for value in got.values())
@@ -158,7 +202,7 @@ def test_summarize_equals_plain_statements():
 def test_summarize_without_truth(valid):
     rows, _, target = lists(3)
     got = metrics.summarize(
-        rows, target=target, valid=valid, reference=[-1] * 60, kinds=[""] * 60, ks=(1, 10)
+        rows, target=target, valid=valid, reference=[-1] * 60, kinds=[()] * 60, ks=(1, 10)
     )
     assert set(got) == {"R@1", "R@10", "top1_is_reference", "queries"}
     assert got["top1_is_reference"] == 0
@@ -177,10 +221,11 @@ def test_random_baseline_equals_simulation(N):
         target=[v[0] for v in valid] * runs,
         valid=valid * runs,
         reference=[-1] * len(rows),
-        kinds=[""] * len(rows),
+        kinds=[()] * len(rows),
         ks=(1, 5, 10),
+        precision_ks=(5, 10),
     )
-    exact = metrics.random_baseline(N, [0, *sizes], ks=(1, 5, 10))
+    exact = metrics.random_baseline(N, [0, *sizes], ks=(1, 5, 10), precision_ks=(5, 10))
     for name, value in exact.items():
         assert value == pytest.approx(simulated[name], abs=0.012), name
     assert set(simulated) - set(exact) == {"queries", "queries_with_valid", "top1_is_reference"}

@@ -9,9 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dqe_jax.data import examples, pipeline
+from dqe_jax.data import examples, pipeline, preparation
 from dqe_jax.data.builders import shapes
-from dqe_jax.data.transforms import AUGMENTATIONS
+from dqe_jax.data.index import from_json, make_index, read_index
+from dqe_jax.data.transforms import AUGMENTATIONS, join_captions
 from dqe_jax.utils.errors import UserError
 
 SIZE = 16
@@ -50,7 +51,17 @@ def gallery_record(row, photo=None):
     """Content, and so the image, belongs to the photo."""
     photo = row if photo is None else photo
     image = np.random.default_rng(photo).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
-    return {"id": f"item-{row}".encode(), "image": [image], "photo": photo}
+    return {
+        "id": f"item-{row}".encode(),
+        "image": [image],
+        "photo": photo,
+        "texts": [],
+        "pools": [],
+    }
+
+
+def missing_record(row):
+    return gallery_record(row) | {"image": [], "texts": [b"is missing"]}
 
 
 def query_record(number, reference, target, targets=None, texts=(b"make it red",)):
@@ -62,26 +73,30 @@ def query_record(number, reference, target, targets=None, texts=(b"make it red",
         "target": target,
         "targets": targets,
         "valid": sorted(targets),
-        "kind": b"color",
+        "kinds": [b"color"],
+        "attributes": [],
+        "subset": [],
+        "pools": [],
     }
 
 
-def builder_of(queries, gallery):
-    sources = {"train": Source(queries), "train_gallery": Source(gallery)}
-    return types.SimpleNamespace(
-        name="made",
-        data_dir="/made",
-        info=types.SimpleNamespace(splits=dict.fromkeys(sources)),
-        as_data_source=lambda split: sources[split],
+def gallery_of(records, cache=True):
+    source = Source(records)
+    return pipeline.Gallery(source, make_index(records), SIZE, cache), source
+
+
+def made_split(queries, gallery, **options):
+    """A split of these records."""
+    return pipeline.make_split(
+        "train", queries, Source(gallery), make_index(gallery), SIZE, **options
     )
 
 
-def split_of(pairs, *, images=20, targets=None, photos=None, cache=True):
+def split_of(pairs, *, images=20, targets=None, photos=None):
     """A split of queries with these (reference, target) rows."""
     targets, photos = targets or {}, photos or {}
     queries = [query_record(i, r, t, targets.get(i)) for i, (r, t) in enumerate(pairs)]
-    gallery = [gallery_record(row, photos.get(row)) for row in range(images)]
-    return pipeline.load_split(builder_of(queries, gallery), "train", SIZE, cache)
+    return made_split(queries, [gallery_record(row, photos.get(row)) for row in range(images)])
 
 
 def batches_of(split, *, references=2, queries=2, augment="none", seed=0, threads=2):
@@ -89,7 +104,7 @@ def batches_of(split, *, references=2, queries=2, augment="none", seed=0, thread
     number = np.arange(len(split.queries))
     return pipeline.train_batches(
         split,
-        text=(number + 1)[:, None].astype(np.int32),
+        text=(number + 1)[:, None, None].astype(np.int32),
         mentions=number[:, None].astype(np.float32),
         references=references,
         queries_per_reference=queries,
@@ -114,7 +129,7 @@ def assert_equal(one, other):
 def smoke(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("shapes"))
     builder = shapes.make_builder(variant="smoke", prepared_dir=directory)
-    builder.download_and_prepare()
+    preparation.prepare(builder)
     return builder
 
 
@@ -131,7 +146,7 @@ def test_load_split_reads_columns(smoke):
         record = source[row]
         assert queries.ids[row] == record["id"].decode()
         assert queries.texts[row] == record["texts"][0].decode()
-        assert queries.kinds[row] == record["kind"].decode()
+        assert queries.kinds[row] == tuple(k.decode() for k in record["kinds"])
         assert queries.reference[row] == record["reference"]
         assert queries.target[row] == record["target"]
         assert list(queries.targets[row]) == list(record["targets"])
@@ -139,23 +154,96 @@ def test_load_split_reads_columns(smoke):
         assert queries.targets[row].dtype == queries.valid[row].dtype == np.int32
 
 
-def test_load_split_joins_captions_and_keeps_order_beyond_a_chunk():
-    count = pipeline.READ_CHUNK + 3
-    queries = [query_record(i, 0, 1, texts=(b"%d" % i, b" ", b"long")) for i in range(count)]
-    split = pipeline.load_split(builder_of(queries, [gallery_record(0)] * 2), "train", SIZE)
-    assert split.queries.texts == [f"{i} and long" for i in range(count)]
-    assert split.queries.ids == [f"query-{i}" for i in range(count)]
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ("forward", ["0 and is long", "1 and is long"]),
+        ("reverse", ["is long and 0", "is long and 1"]),
+    ],
+)
+def test_captions_are_joined(captions, expected):
+    texts = [(b"%d" % i, b" ", b" is long.") for i in range(2)]
+    queries = [query_record(i, 0, 1, texts=t) for i, t in enumerate(texts)]
+    split = made_split(queries, [gallery_record(0), gallery_record(1)], captions=captions)
+    assert split.queries.texts == expected
+    assert split.queries.captions[1] == ("1", " ", " is long.")
 
 
-def test_load_split_reads_no_image():
-    builder = builder_of([query_record(0, 0, 1)], [gallery_record(0), gallery_record(1)])
-    pipeline.load_split(builder, "train", SIZE)
-    assert not builder.as_data_source("train_gallery").reads
+def test_a_single_caption_keeps_its_end():
+    assert join_captions(["is it red? "]) == "is it red?"
+    assert join_captions(["", "is it red?"]) == "is it red"
+    assert join_captions(["", " "]) == ""
+
+
+def test_queries_are_read_beyond_a_chunk(smoke, monkeypatch):
+    expected = pipeline.load_split(smoke, "test", 72).queries.ids
+    monkeypatch.setattr(pipeline, "READ_CHUNK", 7)
+    assert pipeline.load_split(smoke, "test", 72).queries.ids == expected
+
+
+def test_reading_a_split_reads_no_image():
+    source = Source([gallery_record(0), gallery_record(1)])
+    pipeline.make_split("train", [query_record(0, 0, 1)], source, make_index(source.records), SIZE)
+    assert not source.reads
+
+
+def test_what_is_missing_is_left_out_and_counted():
+    gallery = [gallery_record(0), missing_record(1), gallery_record(2), gallery_record(3, photo=2)]
+    queries = [
+        query_record(0, 0, 2, targets=[2, 1]),
+        query_record(1, 1, 2),  # no reference
+        query_record(2, 2, 1),  # no target
+        query_record(3, 3, 0) | {"subset": [3, 1, 0], "target": -1, "targets": [], "valid": [0, 1]},
+    ]
+    split = made_split(queries, gallery, official_queries=5)
+    assert split.queries.ids == ["query-0", "query-3"]
+    assert split.gallery.ids == ["item-0", "item-2", "item-3"]
+    assert split.gallery.photo.tolist() == [0, 1, 1]
+    assert split.queries.reference.tolist() == [0, 2]
+    assert split.queries.target.tolist() == [1, -1]
+    assert split.queries.targets[0].tolist() == [1]  # what is not at hand cannot be a negative
+    assert split.queries.valid[1].tolist() == [0, 4]  # but counts as valid, beyond the gallery
+    assert split.queries.subset[1].tolist() == [2, 0]
+    assert str(split.coverage) == "2 of 5 queries, 3 of 4 gallery images"
+    assert not split.coverage.complete
+    np.testing.assert_array_equal(split.gallery[1], gallery[2]["image"][0])
+
+
+def test_pools_are_rows_at_hand():
+    gallery = [gallery_record(0), missing_record(1), gallery_record(2)]
+    for record, pools in zip(gallery, ([b"a"], [b"a", b"b"], [b"a", b"b"])):
+        record["pools"] = pools
+    split = made_split([query_record(0, 0, 2) | {"pools": [b"b"]}], gallery)
+    assert {name: rows.tolist() for name, rows in split.pools.items()} == {"a": [0, 1], "b": [1]}
+    assert split.queries.pools == ["b"]
+
+
+def test_an_index_goes_through_json():
+    records = [gallery_record(0), missing_record(1), gallery_record(2, photo=0)]
+    records[2]["pools"] = [b"a"]
+    index = make_index(records)
+    again = from_json(index.to_json())
+    assert again.ids == index.ids == ["item-0", "item-1", "item-2"]
+    assert again.missing == index.missing == {1: "is missing"}
+    assert again.photo.tolist() == index.photo.tolist() == [0, 1, 0]
+    assert {k: v.tolist() for k, v in again.pools.items()} == {"a": [2]}
+
+
+def test_a_damaged_index_is_named(smoke, tmp_path):
+    builder = types.SimpleNamespace(data_path=tmp_path, data_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"test_gallery\.json is missing or damaged"):
+        read_index(builder, "test_gallery")
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "test_gallery.json").write_text('{"ids": []}')
+    with pytest.raises(
+        UserError, match=r"test_gallery\.json .*KeyError.*prepare the data set again"
+    ):
+        read_index(builder, "test_gallery")
 
 
 def test_truth_may_be_unknown():
     record = query_record(0, 0, 1) | {"valid": []}
-    split = pipeline.load_split(builder_of([record], [gallery_record(0)] * 2), "train", SIZE)
+    split = made_split([record], [gallery_record(0), gallery_record(1)])
     assert split.queries.valid[0].shape == (0,)
 
 
@@ -166,11 +254,6 @@ def test_an_unknown_split_is_named_with_those_that_exist(smoke):
     assert "gallery" not in str(error.value)
 
 
-def test_an_empty_split_is_an_error():
-    with pytest.raises(UserError, match="'train' of made in /made has no query"):
-        pipeline.load_split(builder_of([], [gallery_record(0)]), "train", SIZE)
-
-
 # ---------------------------------------------------------------------------------------- gallery
 
 
@@ -179,40 +262,36 @@ def test_gallery_items(smoke):
     source = smoke.as_data_source(split="test_gallery")
     assert len(gallery) == len(source)
     assert gallery.image_shape == (72, 72, 3)
-    image, photo = gallery[5]
-    assert type(photo) is int
+    image = gallery[5]
     assert image.dtype == np.uint8
+    assert gallery.photo.dtype == np.int32
+    assert gallery.ids[5] == source[5]["id"].decode()
     np.testing.assert_array_equal(image, source[5]["image"][0])
 
 
 def test_the_cache_changes_nothing(smoke):
     with_cache, without = (pipeline.load_split(smoke, "test", 72, c).gallery for c in (True, False))
     for row in (3, 0, 3):
-        np.testing.assert_array_equal(with_cache[row][0], without[row][0])
-        assert with_cache[row][1] == without[row][1]
+        np.testing.assert_array_equal(with_cache[row], without[row])
 
 
 @pytest.mark.parametrize(("cache", "reads"), [(True, 1), (False, 3)])
 def test_the_cache_reads_once(cache, reads):
-    source = Source([gallery_record(0), gallery_record(1)])
-    gallery = pipeline.Gallery(source, SIZE, cache)
+    gallery, source = gallery_of([gallery_record(0), gallery_record(1)], cache)
     for _ in range(3):
         gallery[1]
     assert source.reads == {1: reads}
 
 
 def test_the_image_id_of_a_copy_is_that_of_the_first():
-    source = Source([gallery_record(0), gallery_record(1), gallery_record(2, photo=0)])
-    for cache in (True, False):
-        gallery = pipeline.Gallery(source, SIZE, cache)
-        assert [gallery[row][1] for row in (0, 1, 2, 2)] == [0, 1, 0, 0]
+    gallery, _ = gallery_of([gallery_record(0), gallery_record(1), gallery_record(2, photo=0)])
+    assert gallery.photo.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("size", [1, 4, 7, 20, 64])
 def test_gallery_batches_are_complete_and_in_order(size, cache):
-    source = Source([gallery_record(row) for row in range(20)])
-    gallery = pipeline.Gallery(source, SIZE, cache)
+    gallery, source = gallery_of([gallery_record(row) for row in range(20)], cache)
     rows = np.random.default_rng(0).permutation(20)
     batches = list(gallery.batches(rows, size))
     assert [len(b) for b in batches] == [min(size, 20 - i) for i in range(0, 20, size)]
@@ -221,14 +300,14 @@ def test_gallery_batches_are_complete_and_in_order(size, cache):
 
 
 def test_gallery_batches_of_repeated_rows_and_of_none():
-    gallery = pipeline.Gallery(Source([gallery_record(row) for row in range(3)]), SIZE)
+    gallery, _ = gallery_of([gallery_record(row) for row in range(3)])
     (batch,) = gallery.batches(np.array([2, 2, 1]), 8)
     np.testing.assert_array_equal(batch[0], batch[1])
     assert list(gallery.batches(np.array([], int), 8)) == []
 
 
 def test_gallery_batches_can_be_left_early():
-    gallery = pipeline.Gallery(Source([gallery_record(row) for row in range(20)]), SIZE)
+    gallery, _ = gallery_of([gallery_record(row) for row in range(20)])
     batches = gallery.batches(np.arange(20), 2)
     assert len(next(batches)) == 2
     batches.close()
@@ -242,7 +321,7 @@ def test_a_batch_has_the_documented_arrays(smoke):
     count = len(split.queries)
     batches = pipeline.train_batches(
         split,
-        text=np.ones((count, 5), np.int32),
+        text=np.ones((count, 1, 5), np.int32),
         mentions=np.ones((count, 2), np.float32),
         references=4,
         queries_per_reference=3,
@@ -273,10 +352,10 @@ def test_what_belongs_together_stays_together():
         np.testing.assert_array_equal(reference[:, 0], batch["reference_photo"])
         np.testing.assert_array_equal(split.queries.target[number], batch["target_photo"])
         for r in range(2):
-            image = split.gallery[int(reference[r, 0])][0]
+            image = split.gallery[int(reference[r, 0])]
             np.testing.assert_array_equal(batch["reference_image"][r], image)
             for q in range(2):
-                image = split.gallery[int(batch["target_photo"][r, q])][0]
+                image = split.gallery[int(batch["target_photo"][r, q])]
                 np.testing.assert_array_equal(batch["target_image"][r, q], image)
 
 
@@ -333,6 +412,23 @@ def test_known_positives_hold_the_image_ids_of_other_targets_that_are_copies():
     split = split_of([(0, 10)], photos={14: 6}, targets={0: [10, 14]})
     batch = next(batches_of(split, references=1, queries=1))
     assert {10, 6} <= set(batch["known_positives"].ravel().tolist())
+
+
+def test_one_wording_is_drawn_for_each_query():
+    split = split_of(pairs_of_groups(2, 2))
+    number = np.arange(len(split.queries), dtype=np.int32)
+    batches = pipeline.train_batches(
+        split,
+        text=np.stack([number, number + 100], axis=1)[..., None],
+        mentions=number[:, None].astype(np.float32),
+        references=2,
+        queries_per_reference=2,
+        augment="none",
+        seed=0,
+    )
+    drawn = np.stack([batch["text"][..., 0] for batch in take(batches, 20)])
+    assert set((drawn % 100).ravel()) == set(number.tolist())
+    assert 0.3 < (drawn >= 100).mean() < 0.7
 
 
 def test_one_seed_one_stream_whatever_the_number_of_threads():
@@ -412,11 +508,11 @@ def test_flips_come_up_about_half_of_the_time():
 
 def test_training_images_are_augmented_one_by_one():
     split = split_of([(0, 10), (0, 10), (0, 10), (0, 10)])
-    plain = split.gallery[10][0]
+    plain = split.gallery[10]
     seen = {
         image.tobytes()
         for batch in take(batches_of(split, references=1, queries=4, augment="flip"), 3)
         for image in batch["target_image"][0]
     }
     assert seen == {plain.tobytes(), plain[:, ::-1].tobytes()}
-    np.testing.assert_array_equal(split.gallery[10][0], plain)
+    np.testing.assert_array_equal(split.gallery[10], plain)

@@ -159,12 +159,39 @@ def test_no_queries():
     assert rows.shape == scores.shape == (0, 2)
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_lists_of_a_small_gallery_end_in_minus_one(count):
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.normal(size=(3, 4)), rng.normal(size=(6, 2, 4))
+    rank = ranking.make_rank_fn(9, chunk_rows=4, devices=devices(count))
+    rows, scores = rank(queries, gallery, excluded=np.array([[2], [-1], [5]]))
+    np.testing.assert_array_equal((rows >= 0).sum(1), [5, 6, 5])
+    np.testing.assert_array_equal(rows >= 0, np.isfinite(scores))
+    assert [sorted(row[row >= 0]) for row in rows] == [[0, 1, 3, 4, 5], [*range(6)], [*range(5)]]
+    assert (np.diff(rows < 0, axis=1) >= 0).all()  # what is missing is at the end
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_scores_of_given_rows(count):
+    rng = np.random.default_rng(1)
+    queries = rng.normal(size=(7, 5)).astype(np.float32)
+    gallery = rng.normal(size=(20, 3, 5)).astype(np.float32)
+    rows = rng.integers(-1, 20, (7, 4))
+    scores = ranking.make_score_fn(chunk_queries=2, devices=devices(count))(queries, gallery, rows)
+    expected = (gallery[rows] @ queries[:, None, :, None])[..., 0].max(-1)
+    np.testing.assert_allclose(scores, np.where(rows < 0, -np.inf, expected), rtol=1e-5)
+    one = ranking.make_score_fn(chunk_queries=2, devices=devices(1))(queries, gallery, rows)
+    np.testing.assert_array_equal(scores, one)
+
+
+def test_order_of_a_small_set():
+    rows = np.array([[7, 3, -1, 5], [2, 9, 4, 1]])
+    scores = np.array([[0.1, 0.9, -np.inf, 0.9], [0.0, 0.0, 1.0, 0.0]])
+    expected = [[3, 5, 7, -1], [4, 1, 2, 9]]  # equal scores by row, padding last
+    np.testing.assert_array_equal(ranking.order_subset(rows, scores), expected)
+
+
 def test_errors():
-    rank = ranking.make_rank_fn(50, devices=devices(1))
-    with pytest.raises(
-        UserError, match=r"k=50 is larger than the gallery of 12 images.*eval.top_k"
-    ):
-        rank(np.zeros((2, 3)), np.zeros((12, 1, 3)))
     rank = ranking.make_rank_fn(2, devices=devices(1))
     with pytest.raises(ValueError, match=r"\[2, 3\] and \[4, 3\]"):
         rank(np.zeros((2, 3)), np.zeros((4, 3)))

@@ -1,15 +1,18 @@
-"""Data sets by name: opens the TFDS builder that a config names, preparing it on first use."""
+"""Data sets by name: opens the TFDS builder that a config names.
+
+`shapes` and `fashion_products` are prepared on first use; the benchmarks and a user's own triplets
+by `python -m dqe_jax.prepare`, since that can take long and ends in a report to be read.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
-import time
 from typing import Any
 
-from absl import logging
 from etils import epath
 
+from dqe_jax.data import annotations, preparation
+from dqe_jax.data.examples import SPLITS
 from dqe_jax.utils.errors import UserError
 
 
@@ -43,26 +46,65 @@ def _fashion_products(data: Any, prepared_dir: str) -> Any:
     )
 
 
-def _not_yet(data: Any, prepared_dir: str) -> Any:
-    raise UserError(
-        f"config.data.dataset {data.dataset!r} cannot be read yet: its builder is not written; try "
-        "the same model with the config's variant 'products', or --config.data.dataset=shapes."
+def _benchmark(data: Any, prepared_dir: str) -> Any:
+    """A benchmark, which must be prepared: in `data.data_dir` if that is given."""
+    from dqe_jax.data.builders import benchmarks
+
+    where = os.fspath(epath.Path(data.data_dir).expanduser()) if data.data_dir else prepared_dir
+    builder = benchmarks.make_builder(
+        data.dataset, where, image_size=data.image_size, preprocess=data.preprocess
     )
+    command = (
+        f"python -m dqe_jax.prepare --dataset={data.dataset} --raw_dir=DIR --data_dir={where} "
+        f"--image_size={data.image_size} --preprocess={data.preprocess}"
+    )
+    complaints = preparation.read_complaints(builder)
+    if not preparation.is_prepared(builder) or complaints is None:
+        root = epath.Path(where) / data.dataset
+        others = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+        held = f" (it has {', '.join(others)})" if others else ""
+        raise UserError(
+            f"{data.dataset} with {data.image_size} pixels and preprocessing {data.preprocess!r} "
+            f"is not prepared in {where}{held}: run `{command}`."
+        )
+    if complaints:
+        raise UserError(
+            f"{data.dataset} in {where} is not complete ({'; '.join(complaints)}): add the files "
+            f"and run `{command} --overwrite`, or accept it with --max_missing."
+        )
+    return builder
 
 
 DATASETS = {
     "shapes": _shapes,
     "fashion_products": _fashion_products,
-    "fashioniq": _not_yet,
-    "cirr": _not_yet,
+    "fashioniq": _benchmark,
+    "cirr": _benchmark,
+    "circo": _benchmark,
+    "triplets": _benchmark,
 }
 
 
-def open_dataset(data: Any) -> Any:
-    """The prepared TFDS builder of `config.data`.
+def split_of(dataset: str, name: str) -> str:
+    """Our name of a split that a user names, such as `validation` for `val`.
 
     Raises:
-      UserError: the raw data or the directory for prepared data cannot be used.
+      UserError: the data set has no such split.
+    """
+    if dataset in annotations.BENCHMARKS:
+        return annotations.split_of(dataset, name)
+    ours = {"val": "validation"}.get(name, name)
+    if ours not in SPLITS:
+        raise UserError(f"{dataset} has no split {name!r}; it has {', '.join(SPLITS)}.")
+    return ours
+
+
+def find_dataset(data: Any) -> Any:
+    """The TFDS builder of `config.data`, checked, and perhaps not prepared yet: takes no time.
+
+    Raises:
+      UserError: the raw data or the directory for prepared data cannot be used, or the data set has
+        to be prepared by a command of its own.
     """
     prepared_dir = epath.Path(data.prepared_dir).expanduser()
     try:
@@ -72,15 +114,11 @@ def open_dataset(data: Any) -> Any:
             f"config.data.prepared_dir: cannot make {prepared_dir} ({error.strerror}); name a "
             "directory that is writable."
         ) from error
-    # Imported when asked for, as the builders are: TFDS is slow to import.
-    import tensorflow_datasets as tfds
+    return DATASETS[data.dataset](data, os.fspath(prepared_dir))
 
-    builder = DATASETS[data.dataset](data, os.fspath(prepared_dir))
-    if not (builder.data_path / "dataset_info.json").exists():
-        logging.info("Preparing %s in %s, once.", data.dataset, builder.data_dir)
-        start = time.time()
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()
-        builder.download_and_prepare()
-        logging.info("Prepared in %.0f s.", time.time() - start)
+
+def open_dataset(data: Any) -> Any:
+    """The prepared TFDS builder of `config.data`; raises as `find_dataset`."""
+    builder = find_dataset(data)
+    preparation.prepare(builder)
     return builder

@@ -1,29 +1,31 @@
 """The one schema of every data set: queries and galleries, as splits of one TFDS builder.
 
-A data set has, for each of `train`, `validation` and `test`, a split of queries (`test`) and a
-split of the gallery they rank (`test_gallery`). An image is stored once, in the gallery; a query
-names its images by **row**, the position in its gallery's split, so that both are read by random
-access.
+A data set has, for each of its splits (of `SPLITS`), a split of queries (`test`) and the gallery
+that they rank: `test_gallery`, or `gallery` where all splits share one. An image is stored once,
+in the gallery; a query names its images by **row**, the position in that gallery, so that both are
+read by random access.
 
 | field | gallery record | query record |
 | --- | --- | --- |
 | `id` | id of the image | id of the query |
-| `image` | one encoded image, uint8 `[H, W, 3]` | none |
-| `photo` | row of the first image with identical content (its own row if unique) | -1 |
+| `image` | one encoded image, uint8 `[H, W, 3]`; none if there is no readable photo | none |
+| `photo` | number of the photo: images with identical content share one | -1 |
 | `attributes` | `name=value` strings, or none | `name=value` strings the text changes, or none |
-| `texts` | none | captions of the modification, in their published order |
+| `texts` | why there is no image, or none | captions of the modification, in published order |
 | `reference` | -1 | row of the reference image |
-| `target` | -1 | row of the target that the query was made for |
+| `target` | -1 | row of the target that the query was made for; -1 if it is not published |
 | `targets` | none | rows annotated as targets, `target` first: what training may know |
 | `valid` | none | rows that are in truth valid, `target` included; none where truth is unknown |
-| `kind` | "" | kind of change, by which results are broken down |
+| `subset` | none | rows of a small set that are ranked among themselves too (CIRR), or none |
+| `pools` | parts of the gallery it belongs to, or none | the part that it ranks; none for all |
+| `kinds` | none | kinds of change, by which results are broken down |
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +34,18 @@ from PIL import Image
 SPLITS = ("train", "validation", "test")
 
 
-def gallery_split(split: str) -> str:
-    """Name of the split that holds the gallery of the queries of `split`."""
-    return f"{split}_gallery"
+# The gallery of all splits, where they share one.
+GALLERY = "gallery"
+
+
+def gallery_split(split: str, known: Container[str] = ()) -> str:
+    """Name of the split that holds the gallery of the queries of `split`.
+
+    Args:
+      split: of `SPLITS`.
+      known: splits of the data set; with `gallery` among them all splits share that one.
+    """
+    return GALLERY if GALLERY in known else f"{split}_gallery"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,40 +58,101 @@ class Query:
     target: int
     targets: Sequence[int]
     valid: Sequence[int]
-    kind: str = ""
+    kinds: Sequence[str] = ()
     attributes: Sequence[str] = ()
+    subset: Sequence[int] = ()
+    pools: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
         """The TFDS record of this query."""
-        return dict(dataclasses.asdict(self), image=[], photo=-1)
+        fields = dataclasses.asdict(self)
+        lists = {k: list(v) for k, v in fields.items() if not isinstance(v, (str, int))}
+        return {**fields, **lists, "image": [], "photo": -1}
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryItem:
-    """One gallery image: see the module's table. `image` is uint8 `[H, W, 3]`."""
+    """One gallery image: see the module's table.
+
+    Attributes:
+      image: uint8 `[H, W, 3]`, an encoded PNG, or None if there is none.
+    """
 
     id: str
-    image: np.ndarray
+    image: np.ndarray | bytes | None
     photo: int
     attributes: Sequence[str] = ()
+    pools: Sequence[str] = ()
+    reason: str = ""
 
     def record(self) -> dict[str, Any]:
-        """The TFDS record of this image, losslessly encoded as PNG."""
-        encoded = io.BytesIO()
-        Image.fromarray(self.image).save(encoded, "PNG", compress_level=1)
-        encoded.seek(0)
+        """The TFDS record of this image."""
+        image = self.image
+        encoded = encode_png(image) if isinstance(image, np.ndarray) else image
         return {
             "id": self.id,
-            "image": [encoded],
+            "image": [] if encoded is None else [io.BytesIO(encoded)],
             "photo": self.photo,
             "attributes": list(self.attributes),
-            "texts": [],
+            "texts": [self.reason] if self.reason else [],
             "reference": -1,
             "target": -1,
             "targets": [],
             "valid": [],
-            "kind": "",
+            "subset": [],
+            "pools": list(self.pools),
+            "kinds": [],
         }
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """An image uint8 `[H, W, 3]`, losslessly encoded."""
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """The queries of a split, as columns of length `n`; rows index the split's gallery.
+
+    Attributes:
+      ids: of the queries.
+      texts: the modification texts.
+      reference: int32 `[n]`.
+      target: int32 `[n]`; -1 where the split has no labels.
+      targets: `n` arrays of rows: annotated targets.
+      valid: `n` arrays of rows: all that are in truth valid.
+      kinds: `n` tuples of names.
+      attributes: `n` tuples of `name=value`: what the text changes.
+      pools: `n` names of the parts of the gallery that are ranked; "" for all of it.
+      subset: `n` arrays of rows, as in the module's table.
+      captions: `n` tuples: what `texts` are joined of.
+    """
+
+    ids: Sequence[str]
+    texts: Sequence[str]
+    reference: np.ndarray
+    target: np.ndarray
+    targets: Sequence[np.ndarray]
+    valid: Sequence[np.ndarray]
+    kinds: Sequence[Sequence[str]]
+    attributes: Sequence[Sequence[str]]
+    pools: Sequence[str]
+    subset: Sequence[np.ndarray]
+    captions: Sequence[Sequence[str]] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> Queries:
+        """The queries at these positions."""
+
+        def of(column: Any) -> Any:
+            return column[rows] if isinstance(column, np.ndarray) else [column[i] for i in rows]
+
+        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Queries(**{k: of(v) if len(v) else v for k, v in columns.items()})
 
 
 def features(image_size: int) -> Any:
@@ -101,6 +173,8 @@ def features(image_size: int) -> Any:
             "target": np.int64,
             "targets": tfds.features.Sequence(np.int64),
             "valid": tfds.features.Sequence(np.int64),
-            "kind": tfds.features.Text(),
+            "subset": tfds.features.Sequence(np.int64),
+            "pools": tfds.features.Sequence(tfds.features.Text()),
+            "kinds": tfds.features.Sequence(tfds.features.Text()),
         }
     )

@@ -6,10 +6,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+# Orders in which captions are joined; "random" is one of the others, drawn anew in training.
+CAPTION_ORDERS = ("forward", "reverse", "random")
 
-def join_captions(captions: Sequence[str]) -> str:
-    """Captions of one modification as one text, as the FashionIQ papers join them: "a and b"."""
-    return " and ".join(caption.strip() for caption in captions if caption.strip())
+
+def join_captions(captions: Sequence[str], order: str = "forward") -> str:
+    """Captions of one modification as one text, as the FashionIQ papers join them: "a and b".
+
+    Blanks, full stops, commas and question marks at the ends of captions go when several are
+    joined, and empty captions are left out. Case stays: the tokenizers lower it.
+
+    Args:
+      captions: in their published order.
+      order: "forward" or "reverse".
+    """
+    if len(captions) > 1:
+        captions = [caption.strip(" .?,\t\n") for caption in captions]
+    captions = [caption.strip() for caption in captions if caption.strip()]
+    return " and ".join(captions if order == "forward" else captions[::-1])
 
 
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

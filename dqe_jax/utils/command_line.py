@@ -18,6 +18,7 @@ _OLD_NEWS = (
     "OpenCV is not installed",  # an optional speed-up
     "CheckpointManagerOptions.read_only=True",  # what evaluation asks for
     "Given directory is read only",
+    "Using custom data configuration",
 )
 
 

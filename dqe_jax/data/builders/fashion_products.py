@@ -35,7 +35,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import itertools
 import random
 import statistics
@@ -48,7 +47,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from PIL import Image
 
 from dqe_jax.data import examples
 from dqe_jax.data.builders.fashion_texts import (
@@ -60,7 +58,7 @@ from dqe_jax.data.builders.fashion_texts import (
     changes,
     modification,
 )
-from dqe_jax.data.preprocess import PREPROCESS
+from dqe_jax.data.photos import MAX_BYTES, decode_photo
 from dqe_jax.utils import errors
 
 # Columns that gallery records state besides, where the file has them.
@@ -73,8 +71,6 @@ _SPLIT_ENDS = (("train", 0.72), ("validation", 0.80), ("test", 1.0))
 # Photos are decoded at the smallest JPEG scale of at least this many pixels a side, whatever the
 # size asked for, so that which photos are identical does not depend on that size.
 _DECODE_SIDE = 512
-_MAX_PIXELS = 50_000_000
-_MAX_BYTES = 64 * 2**20
 _DECODE_THREADS = 4
 
 
@@ -186,7 +182,7 @@ class Photos:
         """
         if photo_id not in self.sizes:
             raise ValueError("is missing")
-        if self.sizes[photo_id] > _MAX_BYTES:
+        if self.sizes[photo_id] > MAX_BYTES:
             raise ValueError(f"has {self.sizes[photo_id]} bytes")
         if self._offsets is None:
             return (self._folder / f"{photo_id}.jpg").read_bytes()
@@ -210,32 +206,6 @@ def _photo_id(name: str) -> str | None:
     return base.removesuffix(".jpg")
 
 
-def decode_photo(data: bytes, image_size: int, preprocess: str = "pad") -> tuple[np.ndarray, str]:
-    """Decodes a photo, makes it square, and reduces it.
-
-    Args:
-        data: The encoded photo.
-        image_size: Pixels a side of the result.
-        preprocess: How, a name of `preprocess.PREPROCESS`.
-
-    Returns:
-        The photo, uint8 `[image_size, image_size, 3]`, and a digest that is equal for photos whose
-        pixels are, before they are reduced.
-
-    Raises:
-        Exception: The photo does not decode; decoders raise many types.
-    """
-    # Other formats than those of photos have decoders that are better not fed unknown files.
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
-        width, height = opened.size
-        if width * height > _MAX_PIXELS:
-            raise ValueError(f"has {width} x {height} pixels")
-        opened.draft("RGB", (_DECODE_SIDE, _DECODE_SIDE))
-        photo = opened.convert("RGB")
-    digest = hashlib.sha256(f"{width}x{height}:".encode() + photo.tobytes()).hexdigest()
-    return PREPROCESS[preprocess](photo, image_size), digest
-
-
 @dataclasses.dataclass(frozen=True)
 class _Decoded:
     """A decoded photo, or the reason why there is none."""
@@ -248,7 +218,7 @@ class _Decoded:
 
 def _decode(data: bytes, image_size: int, preprocess: str) -> _Decoded:
     try:
-        image, pixels = decode_photo(data, image_size, preprocess)
+        image, pixels = decode_photo(data, image_size, preprocess, _DECODE_SIDE)
     except Exception as e:  # Decoders of damaged files raise nearly anything.
         return _Decoded(reason=f"does not decode ({' '.join(str(e).split())[:80]})")
     return _Decoded(image, pixels, hashlib.sha256(data).hexdigest())
@@ -463,7 +433,7 @@ def make_queries(
                 target=target,
                 targets=[target, *others],
                 valid=rows[values],
-                kind=KINDS[ATTRIBUTES[changed[0]]] if len(changed) == 1 else TWO_CHANGES,
+                kinds=(KINDS[ATTRIBUTES[changed[0]]] if len(changed) == 1 else TWO_CHANGES,),
                 attributes=[f"{ATTRIBUTES[i]}={values[i]}" for i in changed],
             )
         )
@@ -481,6 +451,7 @@ def summary(
 ) -> dict[str, Any]:
     """Counts of a split, for the metadata."""
     valid = [len(query.valid) for query in queries] or [0]
+    kinds = collections.Counter(kind for query in queries for kind in query.kinds)
     return {
         "products": len(products),
         "distinct_photos": len({product.photo for product in products}),
@@ -488,7 +459,7 @@ def summary(
         "distinct_attributes": len({product.values for product in products}),
         "queries": len(queries),
         "references": len({query.reference for query in queries}),
-        "kinds": dict(sorted(collections.Counter(query.kind for query in queries).items())),
+        "kinds": dict(sorted(kinds.items())),
         "median_valid": float(statistics.median(valid)),
         "mean_valid": round(statistics.fmean(valid), 3),
         "dropped_rare_values": dropped,
@@ -518,8 +489,8 @@ class FashionProductsConfig(tfds.core.BuilderConfig):
 class FashionProducts(tfds.core.GeneratorBasedBuilder):
     """Fashion products with queries made from their attributes; see the module."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"2.0.0": "Kinds, subsets and pools.", "1.0.0": "First version."}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(

@@ -439,7 +439,7 @@ def _near_misses(world, rng, reference, edits, used, row) -> None:
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder; see the module's docstring."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS = CONFIGS
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -484,7 +484,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                     target=target,
                     targets=[target],
                     valid=valid,
-                    kind=edit.kind,
+                    kinds=(edit.kind,),
                     attributes=edit.attributes,
                 ).record(),
             )

@@ -1,0 +1,79 @@
+"""FashionIQ's annotations: three categories, each with its own gallery.
+
+Files of a category (`dress`, `shirt`, `toptee`) and a split (`train`, `val`, `test`), from
+github.com/XiaoxiaoGuo/fashion-iq:
+
+-   `split.<category>.<split>.json`: a list of image ids, the gallery in its order.
+-   `cap.<category>.<split>.json`: a list of records; `target` is not in the test files.
+
+        {"target": "B0084Y8XIU", "candidate": "B005X4PL1G",
+         "captions": ["is shiny and silver with shorter sleeves", "fit and flare"]}
+
+The rules:
+
+-   A category is a pool of its own, and the kind of its queries. An id may be in several pools.
+-   A query's id is its category, split and index in the file: `dress-val-17`.
+-   Both captions are kept as published, an empty one or a placeholder (`na`) too.
+-   Ids are strings; some are all digits.
+-   A record is malformed if a field is missing or of another type, if an id is empty, or if it has
+    other than two captions.
+-   Which images are valid in truth is not known: other images may show what the captions ask for.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from dqe_jax.data.annotations.schema import (
+    AnnotatedQuery,
+    Annotations,
+    Collector,
+    filled,
+    gallery,
+    strings,
+)
+from dqe_jax.data.raw_files import RawFiles, read_json
+
+CATEGORIES = ("dress", "shirt", "toptee")
+SPLITS = {"train": "train", "validation": "val", "test": "test"}
+
+
+def read(files: RawFiles, split: str) -> Annotations:
+    """Reads a split.
+
+    Args:
+      files: with the captions and image splits of all categories.
+      split: a key of `SPLITS`.
+
+    Raises:
+      UserError: a file is missing, is no JSON list, or a gallery's list holds something else than
+        ids.
+    """
+    official = SPLITS[split]
+    pools = {}
+    for category in CATEGORIES:
+        path = files.find(f"split.{category}.{official}.json")
+        pools[category] = gallery(path, read_json(path, list))
+    collector = Collector(pools)
+    for category in CATEGORIES:
+        path = files.find(f"cap.{category}.{official}.json")
+        query_of = functools.partial(_query, category=category, official=official)
+        collector.add_records(path.name, enumerate(read_json(path, list)), query_of)
+    return collector.finish()
+
+
+def _query(index: int, record: Any, *, category: str, official: str) -> AnnotatedQuery:
+    texts = strings(record, "captions")
+    if len(texts) != 2:
+        raise ValueError("captions must be two")
+    target = "" if official == "test" else filled(record, "target")
+    return AnnotatedQuery(
+        id=f"{category}-{official}-{index}",
+        texts=texts,
+        reference=filled(record, "candidate"),
+        target=target,
+        targets=(target,) if target else (),
+        pool=category,
+        kinds=(category,),
+    )

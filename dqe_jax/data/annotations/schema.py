@@ -1,0 +1,219 @@
+"""What the readers of all benchmarks give: one split's queries and galleries, by image id.
+
+A record that is not sound is left out, counted under one of `REASONS`, and named by its file and
+its place in it: `cap.dress.val.json:17`. The others are kept. A gallery's list that is not sound is
+an error, since ranks depend on all of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from dqe_jax.utils.errors import UserError
+
+# Why a record is left out. Each is counted, named, and limited by --max_missing.
+MALFORMED = "malformed record"  # not an object, a field is missing or of another type
+UNKNOWN_IMAGE = "unknown image id"  # an image that the gallery's list does not hold
+NO_REFERENCE = "reference missing"  # no file, or it cannot be read
+NO_TARGET = "target missing"
+REASONS = (MALFORMED, UNKNOWN_IMAGE, NO_REFERENCE, NO_TARGET)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotatedQuery:
+    """One query of a benchmark; images are named by their ids.
+
+    Attributes:
+      id: unique within the split.
+      texts: captions of the modification, as published, in their order.
+      reference: the reference image.
+      target: the target image; "" where the split has no labels.
+      targets: images annotated as targets, `target` first: what training may know.
+      valid: images that are in truth valid, `target` included; () where truth is unknown.
+      pool: the gallery that it ranks, a key of `Annotations.pools`.
+      subset: images of a small set that are ranked among themselves too (CIRR), or ().
+      kinds: by which results are broken down.
+      attributes: `name=value` strings that the text changes.
+    """
+
+    id: str
+    texts: tuple[str, ...]
+    reference: str
+    target: str = ""
+    targets: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
+    pool: str = ""
+    subset: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotations:
+    """A split as annotated.
+
+    Attributes:
+      queries: the records that are sound.
+      pools: galleries by name, image ids in the published order, each once.
+      dropped: records that are not sound: reason (of `REASONS`) to their names.
+      repeated_ids: image ids that a gallery's list holds more than once; the first place counts.
+    """
+
+    queries: Sequence[AnnotatedQuery]
+    pools: Mapping[str, Sequence[str]]
+    dropped: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    repeated_ids: Sequence[str] = ()
+
+    @property
+    def images(self) -> list[str]:
+        """All images of the pools, each once, in the order of first mention."""
+        return list(dict.fromkeys(image for pool in self.pools.values() for image in pool))
+
+    @property
+    def official_queries(self) -> int:
+        """Queries of the published file, sound or not."""
+        return len(self.queries) + sum(len(names) for names in self.dropped.values())
+
+
+class Collector:
+    """Collects the sound records of a split, and why others are not."""
+
+    def __init__(self, pools: Mapping[str, Sequence[str]]):
+        """Starts with the galleries."""
+        self.pools = {name: list(dict.fromkeys(images)) for name, images in pools.items()}
+        self._known = {name: frozenset(images) for name, images in self.pools.items()}
+        self.repeated = [
+            image
+            for images in pools.values()
+            for image, count in collections.Counter(images).items()
+            if count > 1
+        ]
+        self.queries: list[AnnotatedQuery] = []
+        self.dropped: dict[str, list[str]] = {}
+        self._ids: set[str] = set()
+
+    def drop(self, reason: str, name: str) -> None:
+        """Leaves a record out."""
+        self.dropped.setdefault(reason, []).append(name)
+
+    def add(self, query: AnnotatedQuery, name: str = "") -> None:
+        """Adds a query, unless an earlier one has its id or its pool lacks one of its images.
+
+        Args:
+          query: to be added.
+          name: of its record, where it is left out; its id by default.
+        """
+        target = filter(None, [query.target])
+        named = (query.reference, *target, *query.targets, *query.valid, *query.subset)
+        if query.id in self._ids:
+            self.drop(MALFORMED, name or query.id)
+        elif not self._known[query.pool].issuperset(named):
+            self.drop(UNKNOWN_IMAGE, name or query.id)
+        else:
+            self.queries.append(query)
+        self._ids.add(query.id)
+
+    def add_records(
+        self,
+        file: str,
+        records: Iterable[tuple[int, Any]],
+        query_of: Callable[[int, Any], AnnotatedQuery],
+    ) -> None:
+        """Adds the queries of records.
+
+        Args:
+          file: name of the file that holds them.
+          records: each with its number in the file.
+          query_of: makes the query of a number and a record; by a ValueError it says that the
+            record is malformed.
+        """
+        for number, record in records:
+            name = f"{file}:{number}"
+            try:
+                query = query_of(number, record)
+            except ValueError:
+                self.drop(MALFORMED, name)
+            else:
+                self.add(query, name)
+
+    def finish(self) -> Annotations:
+        """The split; targets of queries with the same reference and texts are shared.
+
+        Such queries are one question to a model: a target of one is never a negative of another.
+        """
+        shared: dict[Any, dict[str, None]] = collections.defaultdict(dict)
+        for query in self.queries:
+            shared[_question(query)].update(dict.fromkeys(query.targets))
+        queries = [
+            dataclasses.replace(
+                query, targets=tuple(dict.fromkeys((*query.targets, *shared[_question(query)])))
+            )
+            for query in self.queries
+        ]
+        return Annotations(queries, self.pools, self.dropped, self.repeated)
+
+
+def _question(query: AnnotatedQuery) -> tuple[str, str, tuple[str, ...]]:
+    return query.pool, query.reference, query.texts
+
+
+def field(record: Any, name: str, kind: type) -> Any:
+    """A field of a record.
+
+    Raises:
+      ValueError: the record is not an object, lacks the field, or it is of another type.
+    """
+    if not isinstance(record, dict) or type(record.get(name)) is not kind:
+        raise ValueError(f"{name} must be a {kind.__name__}")
+    if kind is str:
+        _check_text(record[name])
+    return record[name]
+
+
+def filled(record: Any, name: str) -> str:
+    """A field that is a string, not the empty one.
+
+    Raises:
+      ValueError: it is not.
+    """
+    value = field(record, name, str)
+    if not value:
+        raise ValueError(f"{name} must not be empty")
+    return value
+
+
+def strings(record: Any, name: str) -> tuple[str, ...]:
+    """A field that is a list of strings.
+
+    Raises:
+      ValueError: it is not.
+    """
+    values = field(record, name, list)
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be a list of strings")
+    _check_text("".join(values))
+    return tuple(values)
+
+
+def gallery(path: os.PathLike[str], ids: Iterable[Any]) -> list[str]:
+    """The image ids of a gallery's list, checked.
+
+    Raises:
+      UserError: one is not a string, or is empty.
+    """
+    checked = list(ids)
+    for index, image in enumerate(checked):
+        if not isinstance(image, str) or not image:
+            raise UserError(
+                f"{path}: item {index} must be an image id, not {image!r}; get the file again."
+            )
+    return checked
+
+
+def _check_text(text: str) -> None:
+    # JSON can escape half of a surrogate pair, which no UTF-8 holds: that is a ValueError too.
+    text.encode()

@@ -1,0 +1,221 @@
+"""TFDS builders of the benchmarks and of a user's own triplets, from raw files.
+
+What a data set's files look like, and what becomes of a bad record, is said in
+`dqe_jax/data/annotations/`; what becomes of a bad photo in `dqe_jax/data/photos.py`. A gallery
+record stays in its place even if its photo is missing or unreadable: then it holds the reason in
+place of an image, so that rows, counts and galleries are those of the published lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from dqe_jax.data import examples
+from dqe_jax.data.annotations import BENCHMARKS
+from dqe_jax.data.annotations.schema import AnnotatedQuery, Annotations
+from dqe_jax.data.photos import Photo, load_photo, load_photos
+from dqe_jax.data.raw_files import RawFiles
+from dqe_jax.utils.errors import UserError
+
+
+@dataclasses.dataclass(kw_only=True)
+class BenchmarkConfig(tfds.core.BuilderConfig):
+    """How a copy of the raw data is prepared.
+
+    Attributes:
+      raw_dir: directory of the raw files; needed to prepare, not to read.
+      image_size: pixels a side of the images.
+      preprocess: how a photo becomes square, a name of `preprocess.PREPROCESS`.
+      splits: of `examples.SPLITS`, those to prepare.
+      num_workers: processes that decode photos, 0 for one a core.
+      beam: decode photos in a Beam pipeline instead.
+    """
+
+    raw_dir: str = ""
+    image_size: int = 224
+    preprocess: str = "target_pad"
+    splits: tuple[str, ...] = ()
+    num_workers: int = 0
+    beam: bool = False
+
+
+class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What the builders share: one for each key of `annotations.BENCHMARKS`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=examples.features(self.builder_config.image_size),
+            disable_shuffling=True,  # queries name images by their position
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing to download
+        benchmark, config = BENCHMARKS[self.name], self.builder_config
+        files = RawFiles(config.raw_dir)
+        read = {split: benchmark.read(files, split) for split in config.splits}
+        for split, part in read.items():
+            if not part.queries:
+                why = [f"{len(v)} have {reason}: {v[0]}" for reason, v in part.dropped.items()]
+                raise UserError(
+                    f"split {split!r} of {self.name} in {files.root} has no sound record "
+                    f"({'; '.join(why) or 'none is of this split'}): mend the file, or leave the "
+                    "split out by --splits."
+                )
+        self.info.metadata.update(official={s: _facts(a) for s, a in read.items()})
+        generators = {}
+        for name, parts in _galleries(read, benchmark.shared_gallery).items():
+            generators[name] = self._gallery(files, parts)
+        for split, part in read.items():
+            parts = read if benchmark.shared_gallery else {split: part}
+            generators[split] = self._generate_examples(_queries(part, _images(parts)))
+        return generators
+
+    def _gallery(self, files: RawFiles, parts: Mapping[str, Annotations]) -> Any:
+        """Records of a gallery, as a generator or a Beam transform."""
+        config, images = self.builder_config, _images(parts)
+        stem = BENCHMARKS[self.name].stem
+        pools: dict[str, list[str]] = {}
+        for part in parts.values():
+            for pool, members in part.pools.items():
+                if pool:
+                    for image in members:
+                        pools.setdefault(image, []).append(pool)
+        paths = [files.image(stem(image)) for image in images]
+        how = (str(files.root), config.image_size, config.preprocess)
+        if config.beam:
+            import apache_beam as beam
+
+            rows = zip(range(len(images)), images, paths, map(pools.get, images))
+            return beam.Create(list(rows)) | beam.Map(_beam_record, how)
+        photos = load_photos(paths, *how, num_workers=config.num_workers)
+        return self._generate_examples(
+            _item(image, photo, pools.get(image)) for image, photo in zip(images, photos)
+        )
+
+    def _generate_examples(self, records: Iterable[dict]) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(records)
+
+
+def _images(parts: Mapping[str, Annotations]) -> list[str]:
+    """Images of a gallery that these splits rank, each once, in the order of first mention."""
+    return list(dict.fromkeys(image for part in parts.values() for image in part.images))
+
+
+def _galleries(
+    read: Mapping[str, Annotations], shared: bool
+) -> dict[str, Mapping[str, Annotations]]:
+    """The splits that rank each gallery, by the gallery's name."""
+    if shared:
+        return {examples.GALLERY: read}
+    return {examples.gallery_split(split): {split: part} for split, part in read.items()}
+
+
+def _facts(annotations: Annotations) -> dict[str, Any]:
+    """What the metadata say of a published split."""
+    return {
+        "queries": annotations.official_queries,
+        "gallery": len(annotations.images),
+        "dropped": {reason: list(names) for reason, names in annotations.dropped.items()},
+        "repeated_ids": list(annotations.repeated_ids),
+    }
+
+
+def _queries(part: Annotations, images: Iterable[str]) -> Iterator[dict[str, Any]]:
+    row_of = {image: row for row, image in enumerate(images)}
+    for query in part.queries:
+        yield _query(query, row_of).record()
+
+
+def _query(query: AnnotatedQuery, row_of: Mapping[str, int]) -> examples.Query:
+    def rows(images: Iterable[str]) -> list[int]:
+        return [row_of[image] for image in images if image in row_of]
+
+    return examples.Query(
+        id=query.id,
+        texts=query.texts,
+        reference=row_of[query.reference],
+        target=row_of[query.target] if query.target else -1,
+        targets=rows(query.targets),
+        valid=rows(query.valid),
+        kinds=query.kinds,
+        attributes=query.attributes,
+        subset=rows(query.subset),
+        pools=[query.pool] if query.pool else [],
+    )
+
+
+def _item(image: str, photo: Photo, pools: Iterable[str] | None) -> dict[str, Any]:
+    return examples.GalleryItem(
+        image, photo.png, photo.number, pools=list(pools or ()), reason=photo.reason
+    ).record()
+
+
+def _beam_record(
+    item: tuple[int, str, str | None, Any], how: tuple[str, int, str]
+) -> tuple[int, dict[str, Any]]:
+    row, image, path, pools = item
+    return row, _item(image, load_photo(path, *how), pools)
+
+
+class FashionIQ(Benchmark):
+    """FashionIQ (Wu et al., CVPR 2021)."""
+
+    name = "fashioniq"
+
+
+class CIRR(Benchmark):
+    """CIRR (Liu et al., ICCV 2021)."""
+
+    name = "cirr"
+
+
+class CIRCO(Benchmark):
+    """CIRCO (Baldrati et al., ICCV 2023)."""
+
+    name = "circo"
+
+
+class Triplets(Benchmark):
+    """A user's own triplets."""
+
+    name = "triplets"
+
+
+BUILDERS = {cls.name: cls for cls in (FashionIQ, CIRR, CIRCO, Triplets)}
+
+
+def make_builder(
+    dataset: str,
+    prepared_dir: str,
+    *,
+    image_size: int,
+    preprocess: str,
+    raw_dir: str = "",
+    splits: tuple[str, ...] = (),
+    num_workers: int = 0,
+    beam: bool = False,
+) -> Benchmark:
+    """The builder of a data set of `BUILDERS`, prepared or not; see `BenchmarkConfig`."""
+    config = BenchmarkConfig(
+        name=f"{image_size}px-{preprocess}",
+        description=f"{image_size} pixels a side, {preprocess}.",
+        raw_dir=raw_dir,
+        image_size=image_size,
+        preprocess=preprocess,
+        splits=splits,
+        num_workers=num_workers,
+        beam=beam,
+    )
+    directory = os.fspath(epath.Path(prepared_dir).expanduser())
+    return BUILDERS[dataset](config=config, data_dir=directory, file_format="array_record")

@@ -1,0 +1,115 @@
+"""What is known of a gallery without reading its images: made once, after it is prepared.
+
+Reads every record back, without decoding its image, and keeps the answer beside the records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dqe_jax.utils.errors import UserError
+
+_FIELDS = ("id", "photo", "texts", "pools")
+_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class GalleryIndex:
+    """A gallery of `N` records.
+
+    Attributes:
+      ids: of the images.
+      photo: int32 `[N]`, the row of the first image with the same content.
+      missing: why there is no image, by row; rows with an image are not named.
+      pools: rows of each named part of the gallery, ascending; empty if it has no parts.
+    """
+
+    ids: list[str]
+    photo: np.ndarray
+    missing: dict[int, str]
+    pools: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to_json(self) -> str:
+        """As it is stored."""
+        pools = {name: rows.tolist() for name, rows in self.pools.items()}
+        content = {"ids": self.ids, "photo": self.photo.tolist(), "pools": pools}
+        return json.dumps({**content, "missing": {str(k): v for k, v in self.missing.items()}})
+
+
+def from_json(text: str) -> GalleryIndex:
+    """The index that `to_json` gave."""
+    content = json.loads(text)
+    return GalleryIndex(
+        ids=content["ids"],
+        photo=np.array(content["photo"], np.int32),
+        missing={int(row): reason for row, reason in content["missing"].items()},
+        pools={name: np.array(rows, np.int32) for name, rows in content["pools"].items()},
+    )
+
+
+def make_index(records: list[dict[str, Any]]) -> GalleryIndex:
+    """The index of a gallery's records, in order; of these only `_FIELDS` are read."""
+    numbers = np.array([record["photo"] for record in records], np.int64)
+    _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    pools: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        for pool in record["pools"]:
+            pools.setdefault(pool.decode(), []).append(row)
+    return GalleryIndex(
+        ids=[record["id"].decode() for record in records],
+        photo=first[inverse].astype(np.int32),
+        missing={
+            r: record["texts"][0].decode() for r, record in enumerate(records) if record["texts"]
+        },
+        pools={name: np.array(rows, np.int32) for name, rows in pools.items()},
+    )
+
+
+def path_of(builder: Any, split: str) -> epath.Path:
+    """Where the index of a gallery split lies."""
+    return epath.Path(builder.data_path) / "index" / f"{split}.json"
+
+
+def write_index(builder: Any, split: str) -> GalleryIndex:
+    """Reads the records of a prepared gallery and writes its index; images are not decoded."""
+    import tensorflow_datasets as tfds  # slow to import
+
+    fields = tfds.features.FeaturesDict({k: builder.info.features[k] for k in _FIELDS})
+    source = builder.as_data_source(
+        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    records = []
+    for start in range(0, len(source), _CHUNK):
+        rows = list(range(start, min(start + _CHUNK, len(source))))
+        records.extend(map(fields.deserialize_example_np, source.__getitems__(rows)))
+    index = make_index(records)
+    path = path_of(builder, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f"{path.name}.partial"
+    partial.write_text(index.to_json())
+    partial.replace(path)  # a half-written index is never read
+    return index
+
+
+def read_index(builder: Any, split: str) -> GalleryIndex:
+    """The index of a gallery split of a prepared builder.
+
+    Raises:
+      UserError: it is not there or damaged.
+    """
+    path = path_of(builder, split)
+    try:
+        return from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({type(error).__name__}); remove {builder.data_dir} and "
+            "prepare the data set again."
+        ) from error

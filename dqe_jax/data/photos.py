@@ -1,0 +1,143 @@
+"""From a photo's file to the square image that is stored, on all cores.
+
+A photo is refused, with a reason, if it is no JPEG, PNG or WebP, does not decode completely, has
+more than 50 million pixels (a decompression bomb, or no photo) or more than 64 MiB. Transparency is
+dropped and rotation tags are ignored, as the scripts of the benchmarks do.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, UnidentifiedImageError
+
+from dqe_jax.data.examples import encode_png
+from dqe_jax.data.preprocess import PREPROCESS
+
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 64 * 2**20
+_CHUNK = 32
+_MISSING = "is missing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Photo:
+    """A photo as it is stored, or the reason why there is none.
+
+    Attributes:
+      png: the encoded image, or None.
+      number: 63 bits of a digest of the photo's pixels before they are reduced: photos with
+        identical content share it. Of a photo that is not there, of its path: it shares with none.
+      reason: why there is no image; "" if there is one.
+    """
+
+    png: bytes | None
+    number: int
+    reason: str = ""
+
+
+def decode_photo(
+    data: bytes, image_size: int, preprocess: str, decode_side: int | None = None
+) -> tuple[np.ndarray, str]:
+    """Decodes a photo, makes it square, and reduces it.
+
+    Args:
+      data: the encoded photo.
+      image_size: pixels a side of the result.
+      preprocess: how, a name of `preprocess.PREPROCESS`.
+      decode_side: decode a JPEG at the smallest of its scales with at least this many pixels a
+        side; None decodes it whole.
+
+    Returns:
+      The photo, uint8 `[image_size, image_size, 3]`, and a digest that is equal for photos whose
+      pixels are, before they are reduced.
+
+    Raises:
+      Exception: the photo does not decode; decoders raise many types.
+    """
+    # Other formats than those of photos have decoders that are better not fed unknown files.
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"has {width} x {height} pixels")
+        if decode_side is not None:
+            opened.draft("RGB", (decode_side, decode_side))
+        photo = opened.convert("RGB")
+    digest = hashlib.sha256(f"{width}x{height}:".encode() + photo.tobytes()).hexdigest()
+    return PREPROCESS[preprocess](photo, image_size), digest
+
+
+def load_photo(path: str | None, root: str, image_size: int, preprocess: str) -> Photo:
+    """Reads the photo at a path below `root`; None is a photo that is not there."""
+    try:
+        if path is None:
+            raise FileNotFoundError(_MISSING)
+        file = epath.Path(root) / path
+        if (size := file.stat().length) > MAX_BYTES:
+            raise ValueError(f"has {size} bytes")
+        image, digest = decode_photo(file.read_bytes(), image_size, preprocess)
+    except FileNotFoundError:
+        return Photo(None, _number(f"{root}/{path}"), _MISSING)
+    except UnidentifiedImageError:  # its text holds an address in memory
+        return Photo(None, _number(f"{root}/{path}"), "is no JPEG, PNG or WebP")
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        reason = f"does not decode ({' '.join(str(error).split())[:80]})"
+        return Photo(None, _number(f"{root}/{path}"), reason)
+    return Photo(encode_png(image), int(digest[:16], 16) >> 1)
+
+
+def _number(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) >> 1
+
+
+def _load_some(paths: Sequence[str | None], *how: object) -> list[Photo]:
+    return [load_photo(path, *how) for path in paths]
+
+
+def load_photos(
+    paths: Iterable[str | None],
+    root: str,
+    image_size: int,
+    preprocess: str,
+    num_workers: int = 0,
+) -> Iterator[Photo]:
+    """`load_photo` of each path, in order, by processes.
+
+    Args:
+      paths: relative to `root`; None for a photo that is not there.
+      root: directory of the raw data.
+      image_size: pixels a side.
+      preprocess: a name of `preprocess.PREPROCESS`.
+      num_workers: processes; 0 for one a core, 1 works in this one.
+    """
+    how = (root, image_size, preprocess)
+    workers = num_workers or os.cpu_count() or 1
+    if workers == 1:
+        for path in paths:
+            yield load_photo(path, *how)
+        return
+    # Spawned: a fork of a process with threads (JAX, array_record) may hang.
+    context = multiprocessing.get_context("spawn")
+    pending: collections.deque[concurrent.futures.Future[list[Photo]]] = collections.deque()
+    iterator = iter(paths)
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            while chunk := list(itertools.islice(iterator, _CHUNK)):
+                pending.append(pool.submit(_load_some, chunk, *how))
+                if len(pending) >= 4 * workers:  # a bounded number of images in memory
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

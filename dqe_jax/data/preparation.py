@@ -1,0 +1,270 @@
+"""Prepares a data set once, and says what of it is at hand: `preparation.json` and a table.
+
+A query without its reference's or its target's photo is dropped, and so is a record that is not
+sound; a gallery image without a photo is not ranked. All are counted by split and named. The share
+of a split that may be missing is limited (`max_missing`): above it the data set counts as not
+prepared, though nothing is thrown away: preparing again with a higher limit takes seconds.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from dqe_jax.data import index
+from dqe_jax.data.annotations.schema import (
+    MALFORMED,
+    NO_REFERENCE,
+    NO_TARGET,
+    REASONS,
+    UNKNOWN_IMAGE,
+)
+from dqe_jax.data.examples import GALLERY, gallery_split
+from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.text_table import text_table
+
+REPORT = "preparation.json"
+# Shares of a split that may be missing unless --max_missing says otherwise.
+MAX_MISSING = {"train": 0.1, "validation": 0.0, "test": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitReport:
+    """Counts of a split.
+
+    Attributes:
+      official_queries: records of the published file.
+      queries: of these, with all that is needed.
+      dropped: the others by reason, of `annotations.schema.REASONS`.
+      empty_captions: queries of which a caption is blank; they are kept.
+      duplicates: queries with the reference and the captions of an earlier one; they are kept.
+      official_gallery: images of the published list.
+      missing: of these, without a readable photo.
+      repeated_ids: ids that the list holds more than once; the first place counts.
+      copies: images with the content of an earlier one; they are kept.
+    """
+
+    official_queries: int
+    queries: int
+    dropped: Mapping[str, int]
+    empty_captions: int
+    duplicates: int
+    official_gallery: int
+    missing: int
+    repeated_ids: int
+    copies: int
+
+    @property
+    def share_missing(self) -> float:
+        """The larger of the shares of queries and of gallery images that are not at hand."""
+        queries = 1 - self.queries / max(self.official_queries, 1)
+        return max(queries, self.missing / max(self.official_gallery, 1))
+
+
+COLUMNS: dict[str, Any] = {
+    "queries": lambda r: r.official_queries,
+    "kept": lambda r: r.queries,
+    "no reference": lambda r: r.dropped.get(NO_REFERENCE, 0),
+    "no target": lambda r: r.dropped.get(NO_TARGET, 0),
+    "malformed": lambda r: r.dropped.get(MALFORMED, 0),
+    "unknown id": lambda r: r.dropped.get(UNKNOWN_IMAGE, 0),
+    "empty caption": lambda r: r.empty_captions,
+    "duplicates": lambda r: r.duplicates,
+    "gallery": lambda r: r.official_gallery,
+    "missing": lambda r: r.missing,
+    "repeated id": lambda r: r.repeated_ids,
+    "copies": lambda r: r.copies,
+}
+
+
+def prepare(builder: Any, **download: Any) -> None:
+    """Runs a builder, unless it has run, and indexes its galleries.
+
+    An interrupted run leaves nothing that counts as prepared: the same call starts again.
+
+    Args:
+      builder: a TFDS builder of the schema in `examples.py`.
+      **download: fields of `tfds.download.DownloadConfig`, such as `beam_runner`.
+
+    Raises:
+      UserError: the raw data cannot be used, or the directory cannot be written.
+    """
+    # Imported when asked for: TFDS is slow to import.
+    import tensorflow_datasets as tfds
+
+    if not is_prepared(builder):
+        logging.info("Preparing %s in %s, once.", builder.name, builder.data_dir)
+        start = time.time()
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
+        config = tfds.download.DownloadConfig(**download) if download else None
+        try:
+            builder.download_and_prepare(download_config=config)
+        except OSError as error:
+            raise UserError(
+                f"cannot prepare {builder.name} in {builder.data_dir} ({reason_of(error)}); make "
+                "room there or name another directory."
+            ) from error
+        logging.info("Prepared in %.0f s.", time.time() - start)
+    for split in builder.info.splits:
+        if is_gallery(split) and not index.path_of(builder, split).exists():
+            index.write_index(builder, split)
+
+
+def is_prepared(builder: Any) -> bool:
+    """Whether a builder's records are there, complete."""
+    return (builder.data_path / "dataset_info.json").exists()
+
+
+def is_gallery(split: str) -> bool:
+    """Whether a split of a builder is a gallery."""
+    return split == GALLERY or split.endswith("_gallery")
+
+
+def report(builder: Any) -> dict[str, Any]:
+    """What of a prepared benchmark is at hand, as `preparation.json` says it.
+
+    Returns:
+      `{"splits": {split: fields of SplitReport}, "dropped": {split: {reason: names}},
+      "missing": {gallery: {image: reason}}}`.
+    """
+    splits, dropped, missing = {}, {}, {}
+    for split, facts in builder.info.metadata["official"].items():
+        gallery = gallery_split(split, builder.info.splits)
+        known = index.read_index(builder, gallery)
+        source = builder.as_data_source(split=split)
+        splits[split], dropped[split] = _split_report(facts, list(source), known)
+        missing[gallery] = {known.ids[row]: reason for row, reason in known.missing.items()}
+    return {
+        "splits": {name: dataclasses.asdict(value) for name, value in splits.items()},
+        "dropped": dropped,
+        "missing": missing,
+    }
+
+
+def _split_report(
+    facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]], known: index.GalleryIndex
+) -> tuple[SplitReport, dict[str, list[str]]]:
+    dropped = {reason: list(names) for reason, names in facts["dropped"].items()}
+    seen: collections.Counter[Any] = collections.Counter()
+    empty = kept = 0
+    for record in records:
+        seen[record["reference"], tuple(record["texts"]), tuple(record["pools"])] += 1
+        empty += not record["texts"] or any(not text.strip() for text in record["texts"])
+        lacking = [
+            reason
+            for reason, row in ((NO_REFERENCE, record["reference"]), (NO_TARGET, record["target"]))
+            if row in known.missing
+        ]
+        if lacking:
+            dropped.setdefault(lacking[0], []).append(record["id"].decode())
+        kept += not lacking
+    at_hand = [row for row in range(len(known)) if row not in known.missing]
+    counts = SplitReport(
+        official_queries=facts["queries"],
+        queries=kept,
+        dropped={reason: len(dropped[reason]) for reason in REASONS if reason in dropped},
+        empty_captions=empty,
+        duplicates=len(records) - len(seen),
+        official_gallery=facts["gallery"],
+        missing=len(known.missing),
+        repeated_ids=len(facts["repeated_ids"]),
+        copies=sum(int(known.photo[row]) != row for row in at_hand),
+    )
+    return counts, dropped
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """A report as text: a line for each split."""
+    lines = [("split", *COLUMNS)]
+    for split, fields in found["splits"].items():
+        counts = SplitReport(**fields)
+        lines.append((split, *(f"{value(counts):,}" for value in COLUMNS.values())))
+    return text_table(lines)
+
+
+def write_report(builder: Any, found: dict[str, Any], max_missing: float | None) -> list[str]:
+    """Writes `preparation.json` beside the records.
+
+    Args:
+      builder: prepared.
+      found: of `report`.
+      max_missing: share of a split that may be missing; None for `MAX_MISSING`.
+
+    Returns:
+      A sentence for each split that lacks more than it may; none if the data set can be used.
+    """
+    allowed = {s: MAX_MISSING[s] if max_missing is None else max_missing for s in found["splits"]}
+    complaints = []
+    for split, fields in found["splits"].items():
+        share, limit = SplitReport(**fields).share_missing, allowed[split]
+        if share > limit:
+            complaints.append(
+                f"{split} lacks {share:.2%} of its queries or images, {limit:.2%} are allowed"
+            )
+    config = builder.builder_config
+    content = {
+        "dataset": builder.name,
+        "image_size": config.image_size,
+        "preprocess": config.preprocess,
+        "max_missing": allowed,
+        "complaints": complaints,
+        **found,
+    }
+    path = builder.data_path / REPORT
+    partial = path.parent / f"{REPORT}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+    return complaints
+
+
+def examples_of(found: Mapping[str, Any]) -> list[str]:
+    """A line for each kind of what is missing, with a few names."""
+    lines = []
+    for split, reasons in found["dropped"].items():
+        for reason, names in reasons.items():
+            lines.append(f"{split}, {reason}: {_some(names)}")
+    for gallery, images in found["missing"].items():
+        by_reason: dict[str, list[str]] = collections.defaultdict(list)
+        for image, reason in images.items():
+            by_reason[reason].append(image)
+        for reason, names in by_reason.items():
+            lines.append(f"{gallery}, image {reason}: {_some(names)}")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def read_complaints(builder: Any) -> list[str] | None:
+    """What `write_report` returned last; None if it has not run."""
+    path = builder.data_path / REPORT
+    if not path.exists():
+        return None
+    try:
+        return list(json.loads(path.read_text())["complaints"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({reason_of(error)}); run dqe_jax.prepare again."
+        ) from error
+
+
+def leftovers(builder: Any) -> list[str]:
+    """Directories that interrupted runs left beside the builder's."""
+    path = epath.Path(builder.data_path)
+    if not path.parent.is_dir():
+        return []
+    names = [child.name for child in path.parent.iterdir()]
+    ours = [n for n in names if n.startswith("incomplete.") and n.endswith(f"_{path.name}")]
+    return [os.fspath(path.parent / name) for name in ours]

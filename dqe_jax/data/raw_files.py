@@ -1,0 +1,158 @@
+"""The files of a raw directory as people have them: found by name, in whatever folders they lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from dqe_jax.utils.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class RawFiles:
+    """All files below a directory, listed once.
+
+    Attributes:
+      root: the directory.
+    """
+
+    def __init__(self, raw_dir: str | os.PathLike[str]):
+        """Lists the files.
+
+        Raises:
+          UserError: the directory is not there.
+        """
+        self.root = epath.Path(raw_dir).expanduser()
+        if not os.fspath(raw_dir) or not self.root.is_dir():
+            raise UserError(
+                f"--raw_dir: there is no directory {os.fspath(raw_dir)!r}; name the one that holds "
+                "the annotations and images of the data set."
+            )
+        paths = sorted(_walk(self.root), key=_shallow_first)
+        self._by_name: dict[str, list[str]] = {}
+        self._by_stem: dict[str, list[str]] = {}
+        self.image_paths: list[str] = []  # relative to the root, shallow ones first
+        for path in paths:
+            name = path.rsplit("/", 1)[-1]
+            self._by_name.setdefault(name, []).append(path)
+            stem, suffix = os.path.splitext(name)
+            # Hidden files are the resource forks that some systems leave in archives.
+            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                self._by_stem.setdefault(stem, []).append(path)
+                self.image_paths.append(path)
+        self._images = set(self.image_paths)
+
+    def find(self, name: str, *, folder: str = "") -> epath.Path:
+        """The file of this name; of several the one in `folder`, else the shallowest.
+
+        Raises:
+          UserError: there is none.
+        """
+        found = self._by_name.get(name, [])
+        preferred = [path for path in found if path.split("/")[-2:-1] == [folder]]
+        if not found:
+            raise UserError(
+                f"{self.root} lacks the file {name}; put it there or in a folder below."
+            )
+        return self.root / (preferred or found)[0]
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this name is there."""
+        return name in self._by_name
+
+    def image(self, name: str) -> str | None:
+        """Path of an image relative to the root, or None.
+
+        Args:
+          name: a relative path, or a file name without its suffix. Of several files of one name
+            the shallowest is taken, then the first by name.
+        """
+        if name in self._images:
+            return name
+        found = self._by_stem.get(name)
+        return found[0] if found else None
+
+
+def _walk(root: epath.Path) -> Iterable[str]:
+    """Paths of all files below, relative, with forward slashes. Links to folders are followed.
+
+    Raises:
+      UserError: a folder cannot be read.
+    """
+    pending: list[tuple[epath.Path, str, frozenset[str]]] = [(root, "", frozenset())]
+    while pending:
+        folder, prefix, above = pending.pop()
+        real = os.path.realpath(folder)
+        if real in above:  # a link to a folder that it lies in
+            continue
+        for child in _children(folder):
+            path = prefix + child.name
+            # A suffix of an image spares asking whether it is a folder: there are many.
+            if not path.lower().endswith(IMAGE_SUFFIXES) and child.is_dir():
+                pending.append((child, path + "/", above | {real}))
+            else:
+                yield path
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror or error}); make it readable or move it "
+            "elsewhere."
+        ) from error
+
+
+def _shallow_first(path: str) -> tuple[int, str]:
+    return path.count("/"), path
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def read_text(path: epath.Path) -> str:
+    """The text of a file.
+
+    Raises:
+      UserError: it cannot be read, or is not UTF-8; the sentence names the byte.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}); get the file again or save it as UTF-8."
+        ) from error
+
+
+def read_json(path: epath.Path, kind: type) -> Any:
+    """The content of a JSON file, a `list` or a `dict` as `kind` says.
+
+    Raises:
+      UserError: it cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); get the "
+            "file again."
+        ) from error
+    if not isinstance(content, kind):
+        words = {list: "a list of records", dict: "an object"}[kind]
+        raise UserError(f"{path} must hold {words}; get the file again.")
+    return content

@@ -1,0 +1,378 @@
+"""The protocols of the benchmarks, measured on ranked lists.
+
+A protocol says what is ranked for a query and how the ranked lists are measured. All figures are
+fractions (published tables show percentages), means over queries unless it says otherwise:
+
+| protocol | data sets | gallery of a query | reference | metrics |
+| --- | --- | --- | --- | --- |
+| plain | shapes, fashion_products, triplets | all | stays | `metrics.summarize` |
+| fashioniq-original | fashioniq | its category's image split file | stays | R@k by category |
+| fashioniq-val | fashioniq | references and targets of its category's queries | stays | the same |
+| cirr | cirr | all | left out | R@k; R_subset@k among the query's subset |
+| circo | circo | all | stays | mAP@k over all ground truths; R@k of the single target |
+
+The two of FashionIQ are **not comparable**: `original` is that of CLIP4Cir, SPRC and QuRe; `val`
+(VAL-split), with about half the images, that of VAL and DQU-CIR.
+
+Where `rows` are passed they are int `[Q, K]`, ranked rows of the split's gallery, as in
+`metrics`: best first, padded with -1 to at least `TOP_K` columns.
+
+HP-FashionIQ has no ranking: see `preference_metrics`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from dqe_jax import metrics
+from dqe_jax.data.examples import Queries
+from dqe_jax.utils.errors import UserError
+
+TOP_K = 50  # the largest cut-off of all protocols, and the length of submitted lists
+RECALL_KS = (1, 5, 10, 50)
+SUBSET_KS = (1, 2, 3)
+CIRCO_KS = (5, 10, 25, 50)
+
+Measure = Callable[..., dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a data set is ranked and measured.
+
+    Attributes:
+      name: as in the module's table; every table of results names it.
+      measure: `(queries, rows, subset_rows=None) -> metrics`, for labelled queries only: a split
+        without labels has no metrics. `subset_rows` int `[Q, S]` are the images of each query's
+        subset, best first, padded with -1; only CIRR has them.
+      headline: keys for a log line and the columns of a table.
+      note: one line on what the figures mean, to be printed with them.
+      exclude_reference: whether the reference is left out of the ranking.
+      gallery_of_queries: whether only images that the queries name are ranked: see `pool_rows`.
+    """
+
+    name: str
+    measure: Measure
+    headline: tuple[str, ...]
+    note: str
+    exclude_reference: bool = False
+    gallery_of_queries: bool = False
+
+
+def protocol_of(dataset: str, variant: str = "original") -> Protocol:
+    """The protocol of a data set.
+
+    Args:
+      dataset: its name.
+      variant: `original`, what is usual for the data set; or `val`, which only fashioniq has.
+
+    Raises:
+      UserError: the data set is not known, is not ranked, or has no such variant.
+    """
+    known = dict.fromkeys(name for name, _ in PROTOCOLS)
+    if dataset == "hp_fashioniq":
+        raise UserError(
+            "hp_fashioniq holds preferences between two sets of images, not queries that are "
+            f"ranked; choose one of {', '.join(known)}."
+        )
+    if dataset not in known:
+        raise UserError(f"There is no data set {dataset!r}; choose one of {', '.join(known)}.")
+    if (dataset, variant) not in PROTOCOLS:
+        variants = ", ".join(repr(v) for name, v in PROTOCOLS if name == dataset)
+        raise UserError(f"{dataset} has no protocol {variant!r}; choose {variants}.")
+    return PROTOCOLS[dataset, variant]
+
+
+def pool_rows(
+    protocol: Protocol, queries: Queries, pools: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The gallery rows that queries of each pool rank.
+
+    Args:
+      protocol: of the data set.
+      queries: all queries of the split.
+      pools: the rows of each part of the gallery, by the names that `queries.pools` holds.
+
+    Returns:
+      `pools`; or, if the protocol ranks only images that the queries name, the sorted distinct rows
+      of references and targets of each pool's queries (none for a pool without queries).
+
+    Raises:
+      UserError: the targets are needed and not known.
+    """
+    if not protocol.gallery_of_queries:
+        return {name: np.asarray(rows) for name, rows in pools.items()}
+    if (queries.target < 0).any():
+        raise UserError(
+            f"The protocol {protocol.name} needs the targets of all queries, which this split does "
+            "not have; choose the protocol 'original' or a split with labels."
+        )
+    named = np.stack([queries.reference, queries.target])
+    members = metrics.group_members([(pool,) for pool in queries.pools])
+    nobody = np.zeros(len(queries), bool)
+    return {name: np.unique(named[:, members.get(name, nobody)]) for name in pools}
+
+
+def plain_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """`metrics.summarize`, by kind and by attribute."""
+    del subset_rows
+    return metrics.summarize(
+        rows,
+        target=queries.target,
+        valid=queries.valid,
+        reference=queries.reference,
+        kinds=queries.kinds,
+        attributes=queries.attributes,
+    )
+
+
+def fashioniq_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """FashionIQ's metrics under either protocol.
+
+    | key | |
+    | --- | --- |
+    | `R@k/<category>` | recall of the category's queries, k of 1, 5, 10, 50 |
+    | `R@k` | the unweighted mean of the categories' |
+    | `mean` | `(R@10 + R@50) / 2` |
+    | `top1_is_reference` | share of all queries whose first result is their own reference |
+    | `queries`, `queries/<category>` | numbers of queries |
+    | `categories` | how many categories there are: published means are over three |
+    """
+    del subset_rows
+    recalls = _recalls(queries, rows, RECALL_KS)
+    categories = metrics.group_members([(pool,) for pool in queries.pools])
+    by_category = {
+        f"{name}/{category}": float(values[members].mean())
+        for category, members in categories.items()
+        for name, values in recalls.items()
+    }
+    means = {
+        name: float(np.mean([by_category[f"{name}/{category}"] for category in categories]))
+        for name in recalls
+    }
+    return {
+        **means,
+        "mean": (means["R@10"] + means["R@50"]) / 2,
+        **by_category,
+        "top1_is_reference": _top1_is_reference(queries, rows),
+        "queries": len(queries),
+        **{f"queries/{category}": int(members.sum()) for category, members in categories.items()},
+        "categories": len(categories),
+    }
+
+
+def cirr_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """CIRR's metrics: those of `cirr_recall` and `cirr_subset_recall`, and `mean`.
+
+    `mean` is `(R@5 + R_subset@1) / 2`. Without `subset_rows` there is `cirr_recall` only. The
+    reference is skipped in `subset_rows`.
+
+    Raises:
+      ValueError: `rows` hold a query's own reference, or as `cirr_recall`.
+    """
+    rows = np.asarray(rows)
+    if ((rows == queries.reference[:, None]) & (rows >= 0)).any():
+        raise ValueError("CIRR's ranked lists hold a query's own reference: leave it out")
+    result = cirr_recall(queries, rows)
+    if subset_rows is not None:
+        result |= cirr_subset_recall(queries, without_reference(queries, subset_rows))
+        result["mean"] = (result["R@5"] + result["R_subset@1"]) / 2
+    return result
+
+
+def cirr_recall(queries: Queries, rows: np.ndarray) -> dict[str, float]:
+    """`R@k` for k of 1, 5, 10, 50 and `queries`, of lists as they are.
+
+    Raises:
+      ValueError: a query has no target, or a list repeats a row.
+    """
+    recalls = _recalls(queries, rows, RECALL_KS)
+    return {name: float(v.mean()) for name, v in recalls.items()} | {"queries": len(queries)}
+
+
+def cirr_subset_recall(queries: Queries, subset_rows: np.ndarray) -> dict[str, float]:
+    """`R_subset@k` for k of 1, 2, 3 and `queries`, of lists as they are.
+
+    Raises:
+      ValueError: as `cirr_recall`.
+    """
+    recalls = _recalls(queries, metrics.pad_lists(subset_rows, max(SUBSET_KS)), SUBSET_KS)
+    return {name.replace("R@", "R_subset@"): float(v.mean()) for name, v in recalls.items()} | {
+        "queries": len(queries)
+    }
+
+
+def circo_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """CIRCO's metrics.
+
+    | key | |
+    | --- | --- |
+    | `mAP@k` | over all ground truths, k of 5, 10, 25, 50; see `metrics` |
+    | `R@k` | recall of the single target that the text was written for |
+    | `mAP@10/<aspect>` | of the queries with this semantic aspect, one of nine |
+    | `top1_is_reference` | share of queries whose first result is their own reference |
+    | `queries`, `queries/<aspect>` | numbers of queries |
+
+    Ground truths that are never ranked, as their photo is missing, count in `mAP@k` all the same.
+
+    Raises:
+      ValueError: a query has no target or no ground truth, or a list repeats a row.
+    """
+    del subset_rows
+    if not all(np.any(np.asarray(valid) >= 0) for valid in queries.valid):
+        raise ValueError("a query of CIRCO has no ground truth")
+    precisions = {
+        f"mAP@{k}": metrics.average_precision_at_k(rows, queries.valid, k) for k in CIRCO_KS
+    }
+    aspects = metrics.group_members(queries.kinds)
+    values = precisions | _recalls(queries, rows, CIRCO_KS)
+    return {
+        **{name: float(value.mean()) for name, value in values.items()},
+        **{
+            f"mAP@10/{aspect}": float(precisions["mAP@10"][members].mean())
+            for aspect, members in aspects.items()
+        },
+        "top1_is_reference": _top1_is_reference(queries, rows),
+        "queries": len(queries),
+        **{f"queries/{aspect}": int(members.sum()) for aspect, members in aspects.items()},
+    }
+
+
+def _recalls(queries: Queries, rows: np.ndarray, ks: Iterable[int]) -> dict[str, np.ndarray]:
+    """`R@k` of every query, `[Q]`, by key."""
+    target = np.asarray(queries.target)
+    if not len(target) or (target < 0).any():
+        raise ValueError(f"{(target < 0).sum()} of {len(target)} queries have no target")
+    return {f"R@{k}": metrics.recall_at_k(rows, target, k) for k in ks}
+
+
+def _top1_is_reference(queries: Queries, rows: np.ndarray) -> float:
+    first = np.asarray(rows)[:, 0]
+    return float(((first >= 0) & (first == queries.reference)).mean())
+
+
+def without_reference(queries: Queries, rows: np.ndarray) -> np.ndarray:
+    """Lists in which the query's reference, if it is there, has become padding at the end."""
+    rows = np.where(np.asarray(rows) == queries.reference[:, None], -1, rows)
+    # Stable: all others keep their order.
+    return np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1)
+
+
+def preference_metrics(
+    first: np.ndarray, second: np.ndarray, preferred: Sequence[int] | np.ndarray
+) -> dict[str, float]:
+    """How well a model agrees with the judgements of HP-FashionIQ.
+
+    The score of a set of five images is the mean of the model's scores for them.
+
+    | key | |
+    | --- | --- |
+    | `preference_ratio` | of the judgements with set 1 scoring higher, the share preferring set 1 |
+    | `first_higher` | the number of those judgements |
+    | `agreement` | share whose higher-scoring set is the preferred one; a tie counts half |
+    | `ties` | the number of judgements whose two sets score the same |
+    | `always_first` | share that prefers set 1: the baseline |
+    | `judgements` | their number |
+
+    `preference_ratio` is that of the authors' script (github.com/jackwaky/QuRe,
+    HP_FashionIQ/evaluate.py), which looks at one order of the two sets only, and is 0.0 if set 1
+    never scores higher. `agreement`, which is ours, looks at both orders. Sets with
+    the same images in another order, of which there are ten, tie; in the script rounding decides.
+
+    Args:
+      first: float `[J, 5]`, the model's scores of set 1.
+      second: float `[J, 5]`, of set 2.
+      preferred: int `[J]`, 1 or 2.
+
+    Raises:
+      ValueError: shapes do not fit, there is no judgement, or a value cannot be.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    preferred = np.asarray(preferred)
+    if first.ndim != 2 or first.shape != second.shape or preferred.shape != first.shape[:1]:
+        raise ValueError(
+            f"expected scores [J, 5], [J, 5] and judgements [J], got {list(first.shape)}, "
+            f"{list(second.shape)} and {list(preferred.shape)}"
+        )
+    if not len(first) or not np.isin(preferred, (1, 2)).all():
+        raise ValueError("there are no judgements, or one is neither 1 nor 2")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("the scores hold values that are not finite")
+    # Sorted, so that the order of the images cannot change how the mean is rounded.
+    difference = np.sort(first).mean(axis=1) - np.sort(second).mean(axis=1)
+    higher, ties, prefers_first = difference > 0, difference == 0, preferred == 1
+    agrees = np.where(ties, 0.5, higher == prefers_first)
+    return {
+        "preference_ratio": float(prefers_first[higher].mean()) if higher.any() else 0.0,
+        "agreement": float(agrees.mean()),
+        "always_first": float(prefers_first.mean()),
+        "first_higher": int(higher.sum()),
+        "ties": int(ties.sum()),
+        "judgements": len(preferred),
+    }
+
+
+_PLAIN = Protocol(
+    name="plain",
+    measure=plain_metrics,
+    headline=("R@1", "R@5", "R@10", "R@50", "P@10", "mAP@10", "top1_is_reference"),
+    note="plain protocol: the whole gallery is ranked, the reference included",
+)
+_FASHIONIQ_HEADLINE = ("R@10", "R@50", "mean", "R@1", "R@5", "top1_is_reference")
+_FASHIONIQ = Protocol(
+    name="fashioniq-original",
+    measure=fashioniq_metrics,
+    headline=_FASHIONIQ_HEADLINE,
+    note=(
+        "FashionIQ, original protocol: image split files as galleries, the reference included; "
+        "totals are unweighted means over categories; not comparable with the val protocol"
+    ),
+)
+_FASHIONIQ_VAL = Protocol(
+    name="fashioniq-val",
+    measure=fashioniq_metrics,
+    headline=_FASHIONIQ_HEADLINE,
+    note=(
+        "FashionIQ, val protocol (VAL-split): references and targets of the queries as galleries, "
+        "the reference included; totals are unweighted means over categories; not comparable with "
+        "the original protocol"
+    ),
+    gallery_of_queries=True,
+)
+_CIRR = Protocol(
+    name="cirr",
+    measure=cirr_metrics,
+    headline=(
+        *("R@1", "R@5", "R@10", "R@50"),
+        *("R_subset@1", "R_subset@2", "R_subset@3", "mean"),
+    ),
+    note="CIRR protocol: the reference is left out of rankings; mean is (R@5 + R_subset@1) / 2",
+    exclude_reference=True,
+)
+_CIRCO = Protocol(
+    name="circo",
+    measure=circo_metrics,
+    headline=("mAP@5", "mAP@10", "mAP@25", "mAP@50", "R@5", "R@10", "R@25", "R@50"),
+    note="CIRCO protocol: mAP@k over all ground truths, R@k of the single target",
+)
+# By data set and variant.
+PROTOCOLS = {
+    ("shapes", "original"): _PLAIN,
+    ("fashion_products", "original"): _PLAIN,
+    ("triplets", "original"): _PLAIN,
+    ("fashioniq", "original"): _FASHIONIQ,
+    ("fashioniq", "val"): _FASHIONIQ_VAL,
+    ("cirr", "original"): _CIRR,
+    ("circo", "original"): _CIRCO,
+}

@@ -1,0 +1,187 @@
+"""What an evaluation writes: metrics, ranked lists, submissions, a picture, and a table.
+
+| file | |
+| --- | --- |
+| `<split>-<step>.json` | metrics and baselines, the protocol, how much of the split was at hand |
+| `<split>-<step>.ranked.json` | ids of the (at most 50) best images of each query |
+| `<split>-<step>.png` | some queries and what they found |
+| `<split>-<step>.<file>` | what the benchmark's server takes, for a split without labels |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from dqe_jax import contact_sheet, protocols, submissions
+from dqe_jax.evaluators import Result, RetrievalEvaluator
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.text_table import text_table
+
+RANKED = 50
+
+
+def write_report(
+    evaluator: RetrievalEvaluator,
+    result: Result,
+    directory: epath.Path,
+    name: str,
+    *,
+    dataset: str,
+    step: int,
+    attributes: Sequence[str],
+    sheet_queries: int,
+) -> None:
+    """Writes the files of the module's table and logs what they say.
+
+    Args:
+      evaluator: that gave the result.
+      result: with baselines.
+      directory: made if it is not there.
+      name: `<split>-<step>`.
+      dataset: name of the data set.
+      step: of the checkpoint.
+      attributes: names of the model's attributes.
+      sheet_queries: how many queries are drawn.
+
+    Raises:
+      UserError: the directory is not writable, or the benchmark's server would refuse the
+        submission; the other files are written before.
+    """
+    split, protocol = evaluator.split, evaluator.protocol
+    coverage = split.coverage
+    facts = {
+        "dataset": dataset,
+        "split": split.name,
+        "step": step,
+        "protocol": protocol.name,
+        "queries": {"used": coverage.queries, "official": coverage.official_queries},
+        "gallery": {"used": coverage.gallery, "official": coverage.official_gallery},
+        "ranked_images": result.embedded,
+        "metrics": result.metrics,
+        "baselines": result.baselines,
+    }
+    queries, ids = split.queries, split.gallery.ids
+    write_json(directory / f"{name}.json", facts)
+    ranked = submissions.rankings(queries, ids, result.rows, RANKED)
+    write_json(directory / f"{name}.ranked.json", ranked, indent=None)
+    drawn = draw(evaluator, result, directory / f"{name}.png", sheet_queries, attributes)
+    logging.info(
+        "%s, step %d: %s; %d images ranked.\n%s",
+        *(split.name, step, coverage, result.embedded, table(result, protocol)),
+    )
+    logging.info("Queries on the contact sheet:\n  %s", "\n  ".join(drawn))
+    logging.info("Files: %s*", directory / name)
+    if not len(evaluator.labelled):
+        _write_submissions(evaluator, result, directory, name, dataset)
+
+
+def write_json(path: epath.Path, content: Any, indent: int | None = 2) -> None:
+    """Writes a JSON file and makes its directory.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=indent) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path.parent} ({error.strerror}): name a writable directory."
+        ) from error
+
+
+def _write_submissions(
+    evaluator: RetrievalEvaluator, result: Result, directory: epath.Path, name: str, dataset: str
+) -> None:
+    """Writes what the benchmark's server takes, after checking it against the server's rules."""
+    split = evaluator.split
+    made = submissions.make_submissions(
+        dataset, split.queries, split.gallery.ids, result.rows, result.subset_rows
+    )
+    for file, content in made.items():
+        submissions.check_submission(
+            dataset,
+            content,
+            split.queries,
+            split.gallery.ids,
+            num_queries=split.coverage.official_queries,
+        )
+        path = directory / f"{name}.{file}"
+        write_json(path, content, indent=None)
+        logging.info("For %s: %s", submissions.SERVERS[dataset], path)
+
+
+def table(result: Result, protocol: protocols.Protocol) -> str:
+    """The metrics as text: a line each for the model, its parts and its baselines."""
+    if not result.metrics:
+        return "This split has no labels: no metrics, see the ranked lists."
+    found = result.metrics
+    keys = [key for key in protocol.headline if key in found]
+    parts = [key.partition("/") for key in found]
+    groups = sorted({group for key, _, group in parts if group and key in keys})
+    # The lines of an attribute and of the kind that changes it would say the same.
+    groups = [g for g in groups if g.removeprefix("attribute:") == g or g[10:] not in groups]
+    lines = [(protocol.name, *keys, "queries")]
+
+    def line(name: str, values: dict[str, float], suffix: str = "") -> None:
+        cells = [f"{values[k + suffix]:.4f}" if k + suffix in values else "-" for k in keys]
+        lines.append((name, *cells, str(values.get("queries" + suffix, "-"))))
+
+    line("all", found)
+    for group in groups:
+        line(group, found, f"/{group}")
+    for name, values in (result.baselines or {}).items():
+        line(name, values)
+    if "P@10_ceiling" in found:
+        line("ceiling", {"P@10": found["P@10_ceiling"]})
+    return "\n".join(filter(None, [text_table(lines), protocol.note]))
+
+
+def draw(
+    evaluator: RetrievalEvaluator,
+    result: Result,
+    path: os.PathLike[str] | str,
+    count: int,
+    names: Sequence[str],
+) -> list[str]:
+    """Writes a contact sheet of `count` queries spread over the split.
+
+    Args:
+      evaluator: that gave the result.
+      result: of its `run`.
+      path: a .png.
+      count: queries to draw.
+      names: of the attributes.
+
+    Returns:
+      One line a drawn query: text, attribute weights, rank of the target.
+    """
+    queries, images = evaluator.split.queries, evaluator.split.gallery
+    sheet, lines = [], []
+    for i in np.unique(np.linspace(0, len(queries) - 1, count).astype(int)):
+        weights = dict(zip(names, map(float, result.attribute_weights[i])))
+        row = contact_sheet.sheet_row(
+            images.__getitem__,
+            result.rows[i],
+            reference=int(queries.reference[i]),
+            target=int(queries.target[i]),
+            text=queries.texts[i],
+            valid=queries.valid[i],
+            weights=weights,
+        )
+        sheet.append(row)
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in weights.items())
+        rank = row.target_rank or f"> {result.rows.shape[1]}"
+        found = f"target at {rank}" if queries.target[i] >= 0 else "target not published"
+        lines.append(f"{queries.texts[i]!r}: {listed or 'no attributes'}; {found}")
+    picture = contact_sheet.draw_contact_sheet(sheet)
+    with epath.Path(path).open("wb") as file:
+        picture.save(file, "PNG")
+    return lines

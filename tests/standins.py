@@ -1,0 +1,131 @@
+"""Stand-in photos for real and made annotation files: the benchmarks' own are not public domain."""
+
+import hashlib
+import json
+import shutil
+
+from PIL import Image
+
+
+def write_photo(path, key=None, size=(5, 7)):
+    """A small picture that depends on its key alone; by default on its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256((key or path.stem).encode()).digest()
+    width, height = size
+    pixels = (digest * (width * height * 3 // len(digest) + 1))[: width * height * 3]
+    image = Image.frombytes("RGB", size, pixels)
+    image.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+
+
+def fashioniq(source, raw, layout="images/{id}.png"):
+    """The annotation files of `source`, with a photo of each image of their lists."""
+    for folder in ("captions", "image_splits"):
+        shutil.copytree(source / folder, raw / folder)
+    for file in sorted((raw / "image_splits").iterdir()):
+        category = file.name.split(".")[1]
+        for image in json.loads(file.read_text()):
+            path = raw / layout.format(id=image, category=category)
+            if not path.exists():
+                write_photo(path)
+
+
+def cirr(source, raw, splits=("val", "test1")):
+    """CIRR's files, with the photos of these splits at their published paths."""
+    shutil.copytree(source, raw, dirs_exist_ok=True)
+    for split in splits:
+        listed = json.loads((raw / "image_splits" / f"split.rc2.{split}.json").read_text())
+        for path in listed.values():
+            write_photo(raw / "img_raw" / path)
+
+
+def circo(source, raw, distractors=100):
+    """CIRCO's files, a list of the images they name and of some others, and their photos."""
+    (raw / "annotations").mkdir(parents=True)
+    named = set(range(1, distractors + 1))
+    for split in ("val", "test"):
+        shutil.copy(source / f"{split}.json", raw / "annotations")
+        for query in json.loads((source / f"{split}.json").read_text()):
+            named |= {query["reference_img_id"], *query.get("gt_img_ids", ())}
+    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in sorted(named)]
+    file = raw / "annotations" / "image_info_unlabeled2017.json"
+    file.write_text(json.dumps({"images": images}))
+    for image in images:
+        write_photo(raw / "COCO2017_unlabeled" / "unlabeled2017" / image["file_name"])
+    return len(images)
+
+
+def small_fashioniq(raw, count=12, images=40, categories=("dress", "shirt", "toptee")):
+    """A made FashionIQ: `count` queries and `images` images a category and split."""
+    for category in categories:
+        for split in ("train", "val", "test"):
+            ids = [f"{category[0].upper()}{split.upper()}{i:04d}" for i in range(images)]
+            records = [
+                {"candidate": ids[i], "captions": [f"is more {i}", "is red"]}
+                | ({} if split == "test" else {"target": ids[(i * 7 + 1) % images]})
+                for i in range(count)
+            ]
+            write_json(raw / "captions" / f"cap.{category}.{split}.json", records)
+            write_json(raw / "image_splits" / f"split.{category}.{split}.json", ids)
+            for image in ids:
+                write_photo(raw / "images" / f"{image}.jpg", size=(20, 30))
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def small_cirr(raw, count=8, images=60):
+    """A made CIRR of `count` queries and `images` images a split; test1 without labels."""
+    for split, folder in (("train", "train/7"), ("val", "dev"), ("test1", "test1")):
+        names = [f"{split}-{i}-{i % 4}-img{i % 2}" for i in range(images)]
+        paths = {name: f"./{folder}/{name}.png" for name in names}
+        records = []
+        for i in range(count):
+            members = [names[(i * 5 + j * 3) % images] for j in range(6)]
+            record = {"pairid": 100 + i, "reference": members[0], "caption": f"make it {i} red"}
+            record["img_set"] = {"id": i, "members": members, "reference_rank": 0}
+            if split != "test1":
+                record |= {"target_hard": members[1], "target_soft": {members[1]: 1.0}}
+            records.append(record)
+        write_json(raw / "captions" / f"cap.rc2.{split}.json", records)
+        write_json(raw / "image_splits" / f"split.rc2.{split}.json", paths)
+        for path in paths.values():
+            write_photo(raw / "img_raw" / path, size=(20, 14))
+
+
+def small_circo(raw, images=70):
+    """A made CIRCO of 5 labelled queries and 4 others."""
+    ids = [1000 + 7 * i for i in range(images)]
+    aspects = ("addition", "negation")
+    for split, count in (("val", 5), ("test", 4)):
+        records = []
+        for i in range(count):
+            record = {"reference_img_id": ids[i], "relative_caption": f"has {i} more"}
+            record |= {"shared_concept": "a dog", "id": i}
+            if split == "val":
+                truth = [ids[i + 10], ids[i + 30]]
+                record |= {"target_img_id": truth[0], "gt_img_ids": truth}
+                record["semantic_aspects"] = list(aspects[: 1 + i % 2])
+            records.append(record)
+        write_json(raw / "annotations" / f"{split}.json", records)
+    listed = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids]
+    write_json(raw / "annotations" / "image_info_unlabeled2017.json", {"images": listed})
+    for image in listed:
+        write_photo(raw / "unlabeled2017" / image["file_name"], size=(18, 18))
+
+
+def small_triplets(raw, images=24, count=30):
+    """A catalogue in two folders with a triplets.csv: several targets, attributes, splits."""
+    names = [f"{'ab'[i % 2]}/{i:03d}.jpg" for i in range(images)]
+    lines = ["reference,text,text_2,target,split,attributes,kind"]
+    for i in range(count):
+        split = ("train", "val", "test")[i % 3]
+        several = "|".join(names[(i * 5 + j) % images] for j in (1, 2))
+        lines.append(
+            f'{names[i % images]},"red, not blue",more {i},{several},{split},color=red,tint'
+        )
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / "triplets.csv").write_text("\n".join(lines) + "\n")
+    for name in names:
+        write_photo(raw / "images" / name, key=name, size=(20, 20))
