@@ -24,6 +24,7 @@ setup(
         # tensorflow-datasets imports it, and does not install it by itself.
         "importlib_resources>=6.5",
         "jax>=0.10",
+        "matplotlib>=3.10",
         "ml_collections>=1.1",
         "ml_dtypes>=0.6",
         "numpy>=2.0",

@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     # Data set: "shapes" (generated), "fashion_products" (needs data_dir), or one that
     # dqe_jax.prepare has prepared: "fashioniq", "cirr", "circo" or "triplets" (your own).
     data.dataset = "shapes"
-    # Variant of a generated data set: "plain", "hard", "smoke" or "hard_smoke".
+    # Variant of shapes: "plain", "hard", "coarse", "smoke", "hard_smoke" or "coarse_smoke"; of
+    # fashion_products: "plain" or "coarse".
     data.variant = "plain"
     # Directory of the data set, also --data_dir: the raw photos of fashion_products, or what
     # dqe_jax.prepare wrote (its own --data_dir); "" for prepared_dir.
@@ -123,12 +124,25 @@ def get_config() -> ConfigDict:
 
     # Mined negatives (method, section 2), on top of the in-batch term.
     config.negatives = negatives = ConfigDict()
-    # Rule: "trns" (mid-zone), "random", "hardest", or "in_batch" (none is mined: InfoNCE).
+    # Rule: "trns" (mid-zone), "qure" (between the steepest drops behind the target), "random",
+    # "hardest", or "in_batch" (none is mined: InfoNCE).
     negatives.rule = "trns"
     # Negatives drawn for each query.
     negatives.per_query = 16
+    # Candidates: "batch" (the targets and references of the global batch) or "bank" (the whole
+    # training gallery, embedded anew at intervals).
+    negatives.pool = "batch"
+    # From the bank: mine at each "step" with its queries, or at a "refresh" for all queries.
+    negatives.mining = "step"
+    # Steps before the bank is filled first, and between refreshes.
+    negatives.first_refresh = 500
+    negatives.refresh_every = 100
+    # Negatives until then: "in_batch" (none beside InfoNCE), "random" or "rule", of the batch.
+    negatives.warmup = "in_batch"
+    # Dtype of the bank: "float32" or "bfloat16".
+    negatives.bank_dtype = "float32"
     # Unit of the bounds of the mid-zone: "absolute" (values of delta), "quantile" (of the query's
-    # deltas) or "std" (multiples of their standard deviation around their mean).
+    # deltas), "std" (multiples of their standard deviation around their mean) or "drops" (QuRe's).
     negatives.bounds = "quantile"
     negatives.lower = 0.02
     negatives.upper = 0.6
@@ -136,6 +150,9 @@ def get_config() -> ConfigDict:
     negatives.floor = 0.0
     # Draw in proportion to exp(-delta / sample_temperature); 0 draws uniformly.
     negatives.sample_temperature = 0.1
+    # Of "drops": how many candidates behind the target are looked at, and places between the drops.
+    negatives.drops_depth = 1024
+    negatives.drops_apart = 1
 
     # Weights of the loss terms (method, section 3).
     config.loss = loss = ConfigDict()
@@ -226,6 +243,7 @@ def make_smoke(config: ConfigDict) -> None:
     """Shrinks a run to a few steps, and `tiny` to a small model: to see that everything works."""
     config.total_steps = 8
     config.log_every = 2
+    config.negatives.first_refresh = config.negatives.refresh_every = 4
     config.eval_every = 4
     config.checkpoint_every = 4
     config.batch.references = 8

@@ -3,15 +3,16 @@
     python -m dqe_jax.main --config=configs/fashion_products.py --data_dir=DIR
 
 `DIR` holds `styles.csv` and `images/` or `images.tar`. The reference and the target agree on all
-but one or two of colour, article, gender, usage and season. Variant `:smoke`: a few steps.
+but one or two of colour, article, gender, usage and season. Variants: `:coarse` (only colour and
+article count: many products are valid for a query), `:smoke` (a few steps), `:coarse,smoke`.
 """
 
 from configs import common
 
 
 def get_config(arg: str = ""):
-    """`arg`: `smoke`, or nothing."""
-    variants = common.parse_variants(arg, ("smoke",))
+    """`arg`: comma-separated variants, of `coarse` and `smoke`."""
+    variants = common.parse_variants(arg, ("coarse", "smoke"))
     config = common.get_config()
     config.data.dataset = "fashion_products"
     config.data.augment = "flip"
@@ -25,6 +26,9 @@ def get_config(arg: str = ""):
     config.model.tiny.text_depth = 1
     config.model.tiny.composer_depth = 1
     config.total_steps = 1200
+    if "coarse" in variants:
+        config.data.variant = "coarse"
+        config.model.attributes.names = ("color", "article")
     if "smoke" in variants:
         common.make_smoke(config)
     return config

@@ -45,10 +45,13 @@ def random_batch(config: Any) -> dict[str, Any]:
     return {
         "reference_image": rng.integers(0, 256, (R, size, size, 3), np.uint8),
         "reference_photo": np.arange(R, dtype=np.int32),
+        "query": np.arange(R * Q, dtype=np.int32).reshape(R, Q),
         "text": rng.integers(1, VOCABULARY, (R, Q, length)).astype(np.int32),
         "target_image": rng.integers(0, 256, (R, Q, size, size, 3), np.uint8),
         "target_photo": R + np.arange(R * Q, dtype=np.int32).reshape(R, Q),
+        "target_row": np.arange(R * Q, dtype=np.int32).reshape(R, Q),
         "known_positives": np.full((R, Q, 2), -1, np.int32),
+        "truth": np.zeros((R, Q, 0), np.int32),
         "mentions": rng.integers(0, 2, (R, Q, len(names))).astype(np.float32),
         "valid": np.ones((R, Q), bool),
     }

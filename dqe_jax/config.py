@@ -51,7 +51,7 @@ FIELDS: dict[str, Check] = {
     "total_steps": _integer(1),
     "num_devices": _integer(0),
     "data.dataset": _one_of(*datasets.DATASETS),
-    "data.variant": _one_of("plain", "hard", "smoke", "hard_smoke"),
+    "data.variant": _one_of(*("plain", "hard", "coarse"), *("smoke", "hard_smoke", "coarse_smoke")),
     "data.data_dir": _TEXT,
     "data.prepared_dir": _TEXT,
     "data.image_size": _integer(16),
@@ -102,11 +102,19 @@ FIELDS: dict[str, Check] = {
     "model.attributes.activation": _one_of("sigmoid", "softmax"),
     "negatives.rule": _one_of(*trns.RULES),
     "negatives.per_query": _integer(1),
+    "negatives.pool": _one_of("batch", "bank"),
+    "negatives.mining": _one_of("step", "refresh"),
+    "negatives.first_refresh": _integer(0),
+    "negatives.refresh_every": _integer(1),
+    "negatives.warmup": _one_of("in_batch", "random", "rule"),
+    "negatives.bank_dtype": _one_of(*models.DTYPES),
     "negatives.bounds": _one_of(*trns.BOUND_MODES),
     "negatives.lower": _number(),
     "negatives.upper": _number(),
     "negatives.floor": _number(),
     "negatives.sample_temperature": _WEIGHT,
+    "negatives.drops_depth": _integer(3),
+    "negatives.drops_apart": _integer(0),
     "loss.in_batch": _WEIGHT,
     "loss.preference": _WEIGHT,
     "loss.margin": _WEIGHT,
@@ -196,6 +204,16 @@ def check_config(config: Any) -> None:
             f"config.negatives.lower and .upper are {negatives.lower} and {negatives.upper}: "
             "with config.negatives.bounds = 'quantile' they must lie in 0 to 1."
         )
+
+    if negatives.rule != "in_batch" and negatives.pool == "bank":
+        # A resumed run refills the bank at its first step: it must be due there.
+        first, every = negatives.first_refresh, negatives.refresh_every
+        if first % every or config.checkpoint_every % every:
+            raise UserError(
+                f"config.negatives.refresh_every is {every}: config.negatives.first_refresh, "
+                f"{first}, and config.checkpoint_every, {config.checkpoint_every}, must be "
+                "multiples of it."
+            )
 
 
 def _check_sizes(config: Any) -> None:

@@ -56,37 +56,22 @@ def main(argv: Sequence[str]) -> None:
 def _evaluate(config, split: str) -> None:
     from etils import epath
 
-    from dqe_jax import checkpoint, parallel, run_setup
-    from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences
-    from dqe_jax.data import datasets, tokenizer
-    from dqe_jax.weights import sizes as size_files
+    from dqe_jax import run_setup
+    from dqe_jax.data import datasets
 
     directory = _CHECKPOINT.value or _WORKDIR.value
     if directory is None:
         raise UserError("name what to evaluate: --workdir=DIR or --checkpoint=DIR.")
     datasets.find_dataset(config.data)
-    manager = checkpoint.open_for_reading(directory)
-    step = checkpoint.choose_step(manager, _STEP.value)
-    meta = checkpoint.read_meta(manager, step)
-    changed = differences(config.to_dict(), meta["config"], MODEL_FIELDS, START_FIELDS)
-    if changed:
-        raise UserError(
-            f"the checkpoint in {manager.directory} is of another model; --config differs in "
-            f"{'; '.join(changed)}."
-        )
-    devices = run_setup.devices_of(config.num_devices)
-    words = tokenizer.tokenizer_from_json(meta["tokenizer"])
-    sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
-    model = run_setup.model_of(config, words, sizes)
+    trained = run_setup.open_trained(config, directory, _STEP.value)
+    model, words, step = trained.model, trained.tokenizer, trained.step
     opened = run_setup.open_split(config, datasets.open_dataset(config.data), split)
     judged = None
     if _HP_FASHIONIQ.value is not None:
         judged = run_setup.open_preferences(config, opened, _HP_FASHIONIQ.value)
-    evaluator = run_setup.make_evaluator(config, model, words, opened, devices)
-    shapes = run_setup.param_shapes(model, config)
-    params = checkpoint.restore(manager, step, params=shapes)["params"]
-    params = parallel.replicate(params, devices)
-    output = epath.Path(_OUTPUT.value) if _OUTPUT.value else manager.directory.parent / "eval"
+    evaluator = run_setup.make_evaluator(config, model, words, opened, trained.devices)
+    params = trained.read_params()
+    output = epath.Path(_OUTPUT.value) if _OUTPUT.value else trained.directory.parent / "eval"
     run_setup.evaluate_and_report(config, evaluator, params, step=step, directory=output)
     if judged is not None:
         path = output / f"hp_fashioniq-{step}.json"

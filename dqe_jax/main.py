@@ -5,7 +5,6 @@ python -m dqe_jax.main --config=configs/shapes.py [--workdir=DIR] [--config.fiel
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -25,13 +24,6 @@ _STOP_AT = flags.DEFINE_integer(
 )
 
 
-def _default_workdir() -> str:
-    """`runs/shapes-hard` for `configs/shapes.py:hard`."""
-    name, _, variants = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    parts = [pathlib.Path(name).stem, *variants.split(",")]
-    return "runs/" + "-".join(part for part in parts if part)
-
-
 def main(argv: Sequence[str]) -> None:
     """Trains and evaluates."""
     del argv
@@ -40,7 +32,9 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     if _DATA_DIR.value is not None:
         config.data.data_dir = _DATA_DIR.value
-    train_and_evaluate(config, _WORKDIR.value or _default_workdir(), stop_at=_STOP_AT.value)
+    train_and_evaluate(
+        config, _WORKDIR.value or command_line.default_workdir(), stop_at=_STOP_AT.value
+    )
 
 
 if __name__ == "__main__":

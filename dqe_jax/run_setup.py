@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +15,18 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax import partition, protocols, report
+from dqe_jax import checkpoint, parallel, partition, protocols, report
+from dqe_jax.bank import BankKeeper
+from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
-from dqe_jax.data.pipeline import Split, load_split
+from dqe_jax.data.pipeline import Split, known_positives, load_split
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.evaluators import Result, RetrievalEvaluator
 from dqe_jax.models import DQE, DTYPES, build_model, parts_of
 from dqe_jax.utils.errors import UserError
+from dqe_jax.weights import sizes as size_files
 from dqe_jax.weights.initial import Pretrained, open_pretrained
 from dqe_jax.weights.transfer import fit
 
@@ -157,6 +161,64 @@ def model_of(config: Any, tokenizer: Tokenizer, sizes: Any = None) -> DQE:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A checkpoint and the model it is of.
+
+    Attributes:
+      config: of the caller.
+      manager: of the run's checkpoints.
+      step: of the checkpoint.
+      model: as the config and the checkpoint say.
+      tokenizer: of the checkpoint.
+      devices: to run on.
+    """
+
+    config: Any
+    manager: Any
+    step: int
+    model: DQE
+    tokenizer: Tokenizer
+    devices: list[jax.Device]
+
+    @property
+    def directory(self) -> epath.Path:
+        """Of the checkpoints."""
+        return self.manager.directory
+
+    def read_params(self) -> Any:
+        """The parameters alone, replicated over the devices."""
+        shapes = param_shapes(self.model, self.config)
+        params = checkpoint.restore(self.manager, self.step, params=shapes)["params"]
+        return parallel.replicate(params, self.devices)
+
+
+def open_trained(config: Any, directory: str, step: int | None) -> Trained:
+    """Opens a checkpoint; its parameters are read later.
+
+    Args:
+      config: must agree with that of the checkpoint in what the model depends on.
+      directory: a workdir, or its `checkpoints` directory.
+      step: of the checkpoint; None for the newest.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is of another model.
+    """
+    manager = checkpoint.open_for_reading(directory)
+    step = checkpoint.choose_step(manager, step)
+    meta = checkpoint.read_meta(manager, step)
+    changed = differences(config.to_dict(), meta["config"], MODEL_FIELDS, START_FIELDS)
+    if changed:
+        raise UserError(
+            f"the checkpoint in {manager.directory} is of another model; --config differs in "
+            f"{'; '.join(changed)}."
+        )
+    devices = devices_of(config.num_devices)
+    words = text_tokens.tokenizer_from_json(meta["tokenizer"])
+    sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
+    return Trained(config, manager, step, model_of(config, words, sizes), words, devices)
+
+
 def param_shapes(model: DQE, config: Any) -> Any:
     """Shapes and dtypes of a model's parameters."""
     return jax.eval_shape(lambda: init_params(model, config))
@@ -207,13 +269,7 @@ def make_evaluator(
     config: Any, model: DQE, tokenizer: Tokenizer, split: Split, devices: list[jax.Device]
 ) -> RetrievalEvaluator:
     """The evaluator of a split; it takes parameters."""
-
-    def encode_query(params, image, text):
-        return model.apply({"params": params}, image, text, method="encode_query")
-
-    def encode_gallery(params, image):
-        return model.apply({"params": params}, image, method="encode_gallery")
-
+    encode_query, encode_gallery = _encoders(model)
     return RetrievalEvaluator(
         split=split,
         text=encode_texts(tokenizer, split),
@@ -224,6 +280,36 @@ def make_evaluator(
         devices=devices,
         protocol=protocols.protocol_of(config.data.dataset, config.eval.protocol),
     )
+
+
+def make_bank_keeper(
+    config: Any, model: DQE, split: Split, text: np.ndarray, devices: list[jax.Device]
+) -> BankKeeper:
+    """The keeper of the bank of a split; `text` int32 `[n, L]` are its queries' texts."""
+    encode_query, encode_gallery = _encoders(model)
+    return BankKeeper(
+        split=split,
+        text=text,
+        known_positives=known_positives(split),
+        encode_query=encode_query,
+        encode_gallery=encode_gallery,
+        negatives=config.negatives,
+        seed=config.seed,
+        batch_size=config.eval.batch_size,
+        devices=devices,
+    )
+
+
+def _encoders(model: DQE) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
+    """The two entry points as functions of parameters."""
+
+    def encode_query(params, image, text):
+        return model.apply({"params": params}, image, text, method="encode_query")
+
+    def encode_gallery(params, image):
+        return model.apply({"params": params}, image, method="encode_gallery")
+
+    return encode_query, encode_gallery
 
 
 def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[str, int]:

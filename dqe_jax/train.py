@@ -17,6 +17,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from dqe_jax import checkpoint, evaluators, models, parallel, partition, run_setup
+from dqe_jax.bank import BankKeeper
 from dqe_jax.config import check_batch, check_config, differences
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
@@ -124,6 +125,8 @@ class Run:
     model: Any
     tx: Any
     step: Any
+    bank_step: Any
+    keeper: BankKeeper | None
     batches: Any
     validation: evaluators.RetrievalEvaluator
     last: pipeline.Split
@@ -149,19 +152,25 @@ def _prepare(
     held_out = run_setup.open_split(config, builder, "validation")
     model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
     tx = make_optimizer(config.optimizer, config.total_steps)
-    loss_fn = make_loss_fn(
-        apply_fn=model.apply,
-        negatives=config.negatives,
-        weights=config.loss,
-        margin=config.loss.margin_size,
-    )
-    step = parallel.pmap(
-        make_train_step(loss_fn=loss_fn, tx=tx, seed=config.seed, split=splitter(config.model)),
-        in_axes=(None, 0),
-        out_axes=None,
-        donate_argnums=(0,),
-        devices=devices,
-    )
+
+    def step_of(negatives: Any, *, bank: bool) -> Any:
+        loss_fn = make_loss_fn(
+            apply_fn=model.apply,
+            negatives=negatives,
+            weights=config.loss,
+            margin=config.loss.margin_size,
+        )
+        return parallel.pmap(
+            make_train_step(loss_fn=loss_fn, tx=tx, seed=config.seed, split=splitter(config.model)),
+            in_axes=(None, 0, 0) if bank else (None, 0),
+            out_axes=None,
+            donate_argnums=(0,),
+            devices=devices,
+        )
+
+    keeper = None
+    if config.negatives.rule != "in_batch" and config.negatives.pool == "bank":
+        keeper = run_setup.make_bank_keeper(config, model, split, text[:, 0], devices)
     batches = pipeline.train_batches(
         split,
         text=text,
@@ -180,11 +189,23 @@ def _prepare(
         tokenizer=tokenizer,
         model=model,
         tx=tx,
-        step=step,
+        step=step_of(warmup_negatives(config.negatives), bank=False),
+        bank_step=step_of(config.negatives, bank=True),
+        keeper=keeper,
         batches=batches,
         validation=validation,
         last=last,
     )
+
+
+def warmup_negatives(negatives: Any) -> Any:
+    """`config.negatives` of steps without a bank: what `warmup` says, or the config's own."""
+    kept = negatives.pool == "batch" or negatives.rule == "in_batch"
+    if kept or negatives.warmup == "rule":
+        return negatives
+    changed = negatives.copy_and_resolve_references()
+    changed.rule = negatives.warmup
+    return changed
 
 
 def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
@@ -231,11 +252,15 @@ def _loop(
     )
     clock, mark, counted = time.time(), seconds, start
     for step in range(start + 1, end + 1):
-        batch = next(run.batches)
-        state, metrics = run.step(state, parallel.shard(batch, len(run.devices)))
+        refreshed = run.keeper is not None and run.keeper.due(step - 1)
+        if refreshed:
+            run.keeper.refresh(state.params, step - 1)
+        state, metrics = _take_step(run, state, next(run.batches))
         bar.update()
         last = step == end
-        if step % config.log_every == 0 or last:
+        # On both sides of a refresh, to show how far the bank had aged.
+        due = run.keeper is not None and run.keeper.due(step)
+        if step % config.log_every == 0 or last or refreshed or due:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             seconds, clock = seconds + time.time() - clock, time.time()
             rate = (step - counted) * per_step / max(seconds - mark, 1e-9)
@@ -264,6 +289,14 @@ def _loop(
             clock = time.time()
     bar.close()
     return state, measured
+
+
+def _take_step(run: Run, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
+    """One step, with negatives of the bank as soon as there is one."""
+    if run.keeper is None or run.keeper.bank is None:
+        return run.step(state, parallel.shard(batch, len(run.devices)))
+    batch = run.keeper.add_mined(batch)
+    return run.bank_step(state, parallel.shard(batch, len(run.devices)), run.keeper.bank)
 
 
 def _meta(run: Run, seconds: float) -> dict[str, Any]:

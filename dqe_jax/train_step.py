@@ -1,8 +1,9 @@
 """The training step: one pure function per device, mapped over the axis `parallel.AXIS`.
 
-The pool of candidates is the global batch: the targets and references of all devices, gathered over
-the axis. Each device scores its own queries against the whole pool, so similarity, mid-zone mask
-and sampled negatives are those of the global batch and do not change with the number of devices.
+The pool of the in-batch term is the global batch: the targets and references of all devices,
+gathered over the axis. Each device scores its own queries against the whole pool. Negatives are
+mined from that pool too, or from the bank of the whole training gallery (`mining.py`). Neither
+changes with the number of devices.
 
 Symbols: `R` references and `B = R * Q` queries of this device, `N` candidates of the pool.
 """
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dqe_jax import losses, partition, trns
+from dqe_jax import losses, mining, partition, trns
 from dqe_jax.parallel import AXIS
 
 
@@ -125,11 +126,12 @@ def make_loss_fn(
       axis_name: the mapped axis; None for one device without a map.
 
     Returns:
-      `loss_fn(params, batch, key) -> (loss, metrics)`. The loss is this device's part: its sum over
-      devices is the mean over the valid queries of the global batch. Metrics are global means.
+      `loss_fn(params, batch, key, bank=None) -> (loss, metrics)`. The loss is this device's part:
+      its sum over devices is the mean over the valid queries of the global batch. Metrics are
+      global means. Negatives are mined from the bank if there is one, else from the batch.
     """
 
-    def loss_fn(params, batch, key):
+    def loss_fn(params, batch, key, bank=None):
         sample_key, dropout_key = jax.random.split(key)
         if axis_name is not None:
             dropout_key = jax.random.fold_in(dropout_key, lax.axis_index(axis_name))
@@ -163,19 +165,24 @@ def make_loss_fn(
 
         logs = {}
         if negatives.rule != "in_batch":
-            # Target and candidates are of the same parameters here: no stale snapshot.
-            delta = lax.stop_gradient(target_score[:, None] - scores)
-            indices, drawn, logs = mine(sample_key, delta, forbidden, pool.own, negatives)
-            negative_scores = jnp.take_along_axis(scores, indices, axis=1)
-            terms["preference"] = losses.preference(target_score, negative_scores, drawn, out.tau)
-            terms["margin"] = losses.margin_ranking(target_score, negative_scores, drawn, margin)
+            if bank is None:
+                truth = batch["truth"].reshape(len(valid), -1)
+                compared = _in_batch_negatives(
+                    sample_key, target_score, scores, forbidden, pool, truth, negatives
+                )
+            else:
+                compared = _bank_negatives(sample_key, q, batch, bank, negatives, axis_name)
+            mined_target, mined_scores, drawn, logs = compared
+            terms["preference"] = losses.preference(mined_target, mined_scores, drawn, out.tau)
+            terms["margin"] = losses.margin_ranking(mined_target, mined_scores, drawn, margin)
         if out.query.attribute_weights.shape[-1]:
             w = out.query.attribute_weights
             mentions = batch["mentions"].reshape(w.shape)
             terms["intent"] = losses.attribute_intent(w, mentions)
-            terms["alignment"] = losses.attribute_alignment(
-                w, out.query.attribute_features, out.target_attribute_features
-            )
+            if weights.alignment:  # without it the features of the targets are not computed
+                terms["alignment"] = losses.attribute_alignment(
+                    w, out.query.attribute_features, out.target_attribute_features
+                )
         logs["batch_r@1"] = (jnp.where(forbidden, -jnp.inf, scores).max(1) < target_score) * 1.0
 
         def mean(values: jax.Array) -> jax.Array:
@@ -197,60 +204,88 @@ def make_loss_fn(
     return loss_fn
 
 
-def mine(
-    key: jax.Array, delta: jax.Array, forbidden: jax.Array, row_ids: jax.Array, negatives: Any
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Draws each query's negatives by the rule of the config.
+def _in_batch_negatives(
+    key: jax.Array,
+    target_score: jax.Array,
+    scores: jax.Array,
+    forbidden: jax.Array,
+    pool: Pool,
+    truth: jax.Array,
+    negatives: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Mines the batch: target scores `[B]`, negative scores and drawn `[B, n]`, logs."""
+    # Target and candidates are of the same parameters here: no stale snapshot.
+    delta = lax.stop_gradient(target_score[:, None] - scores)
+    mined = mining.draw(key, delta, forbidden, pool.own, negatives)
+    false = None
+    if truth.shape[1]:
+        false = _among(pool.ids[mined.rows], truth)
+    drawn_delta = jnp.take_along_axis(delta, mined.rows, axis=1)
+    logs = mining.describe(mined, drawn_delta, false, negatives.rule)
+    return target_score, jnp.take_along_axis(scores, mined.rows, axis=1), mined.drawn, logs
 
-    Args:
-      key: random key, the same on all devices.
-      delta: `[B, N]`.
-      forbidden: bool `[B, N]`.
-      row_ids: int `[B]`, index of each query in the global batch.
-      negatives: `config.negatives`.
 
-    Returns:
-      indices `[B, n]`, valid `[B, n]`, and what to log, `[B]` each: size of the mid-zone, share of
-      fall-backs, mean delta of the drawn, number drawn.
+def _bank_negatives(
+    key: jax.Array,
+    query: jax.Array,
+    batch: dict[str, jax.Array],
+    bank: mining.Bank,
+    negatives: Any,
+    axis_name: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Mines the bank, or takes what was mined at the refresh; as `_in_batch_negatives`.
+
+    Target and negatives are of the bank, one snapshot: gradients reach the query alone.
     """
-    num = negatives.per_query
-    lower = jnp.zeros(delta.shape[0])
-    mask = ~forbidden
-    if negatives.rule == "hardest":
-        indices, drawn = trns.hardest_negatives(delta, forbidden, num)
+    size = batch["valid"].size
+
+    def gather(x: jax.Array) -> jax.Array:
+        x = x.reshape(size, *x.shape[2:])
+        return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+    all_queries = lax.stop_gradient(query)
+    if axis_name is not None:
+        all_queries = lax.all_gather(all_queries, axis_name, tiled=True)
+    start = 0 if axis_name is None else lax.axis_index(axis_name) * size
+    target_row, known = gather(batch["target_row"]), gather(batch["known_positives"])
+    if "mined_rows" in batch:
+        rows, drawn = gather(batch["mined_rows"]), gather(batch["mined_drawn"])
+        mined = None
     else:
-        temperature = None
-        if negatives.rule == "trns":
-            lower, upper = trns.mid_zone_bounds(
-                delta,
-                ~forbidden,
-                negatives.bounds,
-                lower=negatives.lower,
-                upper=negatives.upper,
-                floor=negatives.floor,
-            )
-            mask = trns.mid_zone_mask(delta, lower, upper, forbidden)
-            temperature = negatives.sample_temperature or None
-        indices, drawn = trns.sample_negatives(
+        row_ids = jnp.arange(len(all_queries))
+        mined = mining.mine_bank(
             key,
-            delta,
-            mask,
-            num,
-            forbidden=forbidden,
-            lower=lower,
-            row_ids=row_ids,
-            sample_temperature=temperature,
+            *(all_queries, target_row, known, row_ids, bank, negatives),
+            axis_name=axis_name,
         )
-    number = drawn.sum(1)
-    fallback = drawn & ~jnp.take_along_axis(mask, indices, axis=1)
-    deltas = jnp.where(drawn, jnp.take_along_axis(delta, indices, axis=1), 0)
-    logs = {
-        "negatives/zone": mask.sum(1),
-        "negatives/fallback": fallback.sum(1) / jnp.maximum(number, 1),
-        "negatives/delta": deltas.sum(1) / jnp.maximum(number, 1),
-        "negatives/drawn": number,
-    }
-    return indices, drawn, logs
+        rows, drawn = mined.rows, mined.drawn
+    wanted = jnp.concatenate([target_row[:, None], rows], axis=1)
+    tokens = mining.best_tokens(all_queries, wanted, bank, axis_name)
+
+    def local(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, start, size)
+
+    scores = jnp.einsum("bd,bnd->bn", query, local(tokens), precision=lax.Precision.HIGHEST)
+    drawn, delta = local(drawn), lax.stop_gradient(scores[:, :1] - scores[:, 1:])
+    truth, false = batch["truth"].reshape(size, -1), None
+    if truth.shape[1]:
+        photos = bank.photo
+        if axis_name is not None:
+            photos = lax.all_gather(photos, axis_name, tiled=True)
+        false = _among(photos[local(rows)], truth)
+    if mined is None:
+        number = jnp.maximum(drawn.sum(1), 1)
+        logs = {"negatives/delta": jnp.where(drawn, delta, 0).sum(1) / number}
+        if false is not None:
+            logs["negatives/false"] = (false & drawn).sum(1) / number
+    else:
+        logs = mining.describe(jax.tree.map(local, mined), delta, false, negatives.rule)
+    return scores[:, 0], scores[:, 1:], drawn, logs
+
+
+def _among(ids: jax.Array, truth: jax.Array) -> jax.Array:
+    """Which of `[B, n]` image ids are among `[B, V]`: bool `[B, n]`."""
+    return (ids[:, :, None] == truth[:, None, :]).any(-1)
 
 
 def make_train_step(
@@ -261,7 +296,9 @@ def make_train_step(
     split: Callable[[Any], tuple[Any, Any]] = lambda params: (params, {}),
     axis_name: str | None = AXIS,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes the per-device step `(state, batch) -> (state, metrics)`; all it closes over is here.
+    """Makes the per-device step `(state, batch, bank=None) -> (state, metrics)`.
+
+    All that it closes over is here.
 
     Args:
       loss_fn: from `make_loss_fn`, of the same axis.
@@ -272,12 +309,12 @@ def make_train_step(
       axis_name: the mapped axis; None for one device without a map.
     """
 
-    def step(state: TrainState, batch: dict[str, jax.Array]):
+    def step(state: TrainState, batch: dict[str, jax.Array], bank: Any = None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         training, frozen = split(state.params)
 
         def loss_of(training):
-            return loss_fn(partition.merge(training, frozen), batch, key)
+            return loss_fn(partition.merge(training, frozen), batch, key, bank)
 
         (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
         if axis_name is not None:

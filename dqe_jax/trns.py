@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BOUND_MODES = ("absolute", "quantile", "std")
-RULES = ("in_batch", "random", "hardest", "trns")
+SORTED = 2048  # candidates up to which sorting is the quicker way to quantiles
+BOUND_MODES = ("absolute", "quantile", "std", "drops")
+RULES = ("in_batch", "random", "hardest", "qure", "trns")
 
 
 def _scores(query: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -121,11 +122,130 @@ def target_relative_similarity(
 
 def _quantile(ordered: jax.Array, count: jax.Array, q: float) -> jax.Array:
     """Quantile `q` of the first `count[i]` values of each ascending row, linearly interpolated."""
-    position = q * jnp.maximum(count - 1, 0).astype(jnp.float32)
-    below = jnp.floor(position).astype(jnp.int32)
-    above = jnp.minimum(below + 1, jnp.maximum(count - 1, 0))
+    below, above, weight = _neighbours(count, q)
     low, high = (jnp.take_along_axis(ordered, i[:, None], axis=1)[:, 0] for i in (below, above))
-    return low + (high - low) * (position - below)
+    return low + (high - low) * weight
+
+
+def _neighbours(count: jax.Array, q: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ranks `[B]` on both sides of quantile `q` of `count` values, and the weight of the upper."""
+    last = jnp.maximum(count - 1, 0)
+    position = q * last.astype(jnp.float32)
+    below = jnp.floor(position).astype(jnp.int32)
+    return below, jnp.minimum(below + 1, last), position - below
+
+
+def _sum(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def _counted_quantiles(
+    delta: jax.Array,
+    valid: jax.Array,
+    count: jax.Array,
+    qs: tuple[float, ...],
+    axis_name: str | None,
+) -> list[jax.Array]:
+    """`_quantile` of values `[B, N]`, perhaps spread over devices: exact, without moving them.
+
+    The bits of the value at a rank are found from the highest to the lowest, by counting over all
+    devices the values below a guess: 32 passes over the values for all quantiles at once.
+    """
+    bits = lax.bitcast_convert_type(delta, jnp.uint32)
+    top = jnp.uint32(1 << 31)
+    # Ascending unsigned integers in the order of the floats; -0 is made equal to 0.
+    bits = jnp.where(delta == 0, jnp.uint32(0), bits)
+    keys = jnp.where(bits >= top, ~bits, bits | top)
+    keys = jnp.where(valid, keys, jnp.uint32(0xFFFFFFFF))
+    places = [_neighbours(count, q) for q in qs]
+    ranks = jnp.stack([below for below, _, _ in places], axis=1)  # [B, number of quantiles]
+
+    def number_below(guess: jax.Array) -> jax.Array:
+        counts = [(keys < guess[:, i : i + 1]).sum(1) for i in range(guess.shape[1])]
+        return _sum(jnp.stack(counts, axis=1), axis_name)
+
+    def step(bit: jax.Array, found: jax.Array) -> jax.Array:
+        guess = found | (top >> bit.astype(jnp.uint32))
+        return jnp.where(number_below(guess) <= ranks, guess, found)
+
+    found = lax.fori_loop(0, 32, step, jnp.zeros(ranks.shape, jnp.uint32))
+    up_to = number_below(found + 1)
+    larger = [
+        jnp.where(keys > found[:, i : i + 1], keys, jnp.uint32(0xFFFFFFFF)).min(1)
+        for i in range(len(qs))
+    ]
+    following = jnp.stack(larger, axis=1)
+    if axis_name is not None:
+        following = lax.pmin(following, axis_name)
+    values = []
+    for i, (_, above, weight) in enumerate(places):
+        upper = jnp.where(up_to[:, i] > above, found[:, i], following[:, i])
+        low, high = (_float_of(key) for key in (found[:, i], upper))
+        values.append(low + (high - low) * weight)
+    return values
+
+
+def _float_of(key: jax.Array) -> jax.Array:
+    top = jnp.uint32(1 << 31)
+    bits = jnp.where(key >= top, key ^ top, ~key)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _drops(
+    delta: jax.Array, valid: jax.Array, depth: int, apart: int, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Bounds between the two steepest drops of the scores behind the target (QuRe's rule).
+
+    Of the `depth` candidates next behind the target (`delta >= 0`), in falling order of score, the
+    drops between neighbours are ranked by size; the first two that follow one another in that rank
+    and lie more than `apart` places apart are the ends of the zone: what is behind the first drop,
+    down to the second. Without such a pair the zone is all of the `depth` candidates.
+    """
+    order = jnp.where(valid & (delta >= 0), -delta, -jnp.inf)
+    nearest, _ = _top(order, depth, axis_name)
+    near = -nearest  # [B, depth], ascending; inf where there is none
+    drop = jnp.where(jnp.isfinite(near[:, 1:]), near[:, 1:] - near[:, :-1], -jnp.inf)
+    size, place = lax.top_k(drop, drop.shape[1])
+    first, second = place[:, :-1], place[:, 1:]
+    fits = (jnp.abs(first - second) > apart) & jnp.isfinite(size[:, 1:])
+    pick = jnp.argmax(fits, axis=1)[:, None]
+    ends = [jnp.take_along_axis(x, pick, axis=1) for x in (first, second)]
+    low, high = (
+        jnp.take_along_axis(near, f(*ends), axis=1)[:, 0] for f in (jnp.minimum, jnp.maximum)
+    )
+    found = fits.any(axis=1)
+    last = jnp.where(jnp.isfinite(near), near, -jnp.inf).max(axis=1)
+    return jnp.where(found, low, -jnp.inf), jnp.where(found, high, last)
+
+
+def _top(
+    order: jax.Array, num: int, axis_name: str | None, offset: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """The `num` highest of each row of `[B, N]`, over all devices: values and global columns.
+
+    Equal values keep the order of their columns. What a row lacks comes as -inf.
+    """
+    values, columns = _local_top(order, min(num, order.shape[1]))
+    return _exchange(values, columns + offset, num, axis_name)
+
+
+def _local_top(order: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
+    values, columns = lax.top_k(order, num)
+    return values, columns.astype(jnp.int32)
+
+
+def _exchange(
+    values: jax.Array, columns: jax.Array, num: int, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """The `num` best of all devices' best, `[B, num]`: only these are exchanged."""
+    if axis_name is not None:
+        values, columns = (
+            lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (values, columns)
+        )
+        values, best = lax.top_k(values, min(num, values.shape[1]))
+        columns = jnp.take_along_axis(columns, best, axis=1)
+    missing = ((0, 0), (0, num - values.shape[1]))
+    return jnp.pad(values, missing, constant_values=-jnp.inf), jnp.pad(columns, missing)
 
 
 def mid_zone_bounds(
@@ -136,6 +256,9 @@ def mid_zone_bounds(
     lower: float,
     upper: float,
     floor: float = 0.0,
+    depth: int = 1024,
+    apart: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Bounds of the mid-zone of each query's target-relative similarity distribution.
 
@@ -145,11 +268,17 @@ def mid_zone_bounds(
         padding.
       mode: `absolute`: `lower` and `upper` are values of delta. `quantile`: they are quantiles in
         [0, 1] of the valid deltas of the query, linearly interpolated. `std`: they are multiples k
-        in `mean + k * standard deviation` of the valid deltas.
+        in `mean + k * standard deviation` of the valid deltas. `drops`: between the two steepest
+        drops of the sorted scores behind the target, QuRe's rule (Kwak et al., 2025,
+        arXiv:2507.12416); `lower` and `upper` are not used.
       lower: lower bound, in the unit of `mode`.
       upper: upper bound, in the unit of `mode`.
       floor: no lower bound lies below it. With 0, the method's value, a candidate that scores at
         least as high as the target is never in the zone; `-inf` takes this cut away.
+      depth: of `drops`: how many candidates behind the target are looked at.
+      apart: of `drops`: places that the two drops must be more than apart.
+      axis_name: the mapped axis if each device holds a part of the candidates, `[B, N of the
+        device]`; bounds are those of all, and exact in every mode.
 
     Returns:
       (lower `[B]`, upper `[B]`) float32, values of delta. A query without a valid candidate has
@@ -159,19 +288,23 @@ def mid_zone_bounds(
       ValueError: unknown mode.
     """
     delta = delta.astype(jnp.float32)
-    count = valid.sum(axis=1)
+    count = _sum(valid.sum(axis=1), axis_name)
     if mode == "absolute":
         low = jnp.full(delta.shape[:1], lower, jnp.float32)
         high = jnp.full(delta.shape[:1], upper, jnp.float32)
-    elif mode == "quantile":
+    elif mode == "quantile" and axis_name is None and delta.shape[1] <= SORTED:
         ordered = jnp.sort(jnp.where(valid, delta, jnp.inf), axis=1)
         low, high = (_quantile(ordered, count, q) for q in (lower, upper))
+    elif mode == "quantile":
+        low, high = _counted_quantiles(delta, valid, count, (lower, upper), axis_name)
     elif mode == "std":
         total = jnp.maximum(count, 1)
-        mean = jnp.where(valid, delta, 0).sum(axis=1) / total
+        mean = _sum(jnp.where(valid, delta, 0).sum(axis=1), axis_name) / total
         deviation = jnp.where(valid, delta - mean[:, None], 0)
-        std = jnp.sqrt(jnp.square(deviation).sum(axis=1) / total)
+        std = jnp.sqrt(_sum(jnp.square(deviation).sum(axis=1), axis_name) / total)
         low, high = mean + lower * std, mean + upper * std
+    elif mode == "drops":
+        low, high = _drops(delta, valid, depth, apart, axis_name)
     else:
         raise ValueError(f"mid-zone mode {mode!r} is not one of {BOUND_MODES}")
     low = jnp.maximum(low, floor)
@@ -207,6 +340,8 @@ def sample_negatives(
     lower: jax.Array | None = None,
     row_ids: jax.Array | None = None,
     sample_temperature: float | None = None,
+    axis_name: str | None = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws `num` candidates of the mask without replacement (Gumbel top-k).
 
@@ -225,6 +360,11 @@ def sample_negatives(
         index alone, so they do not change with the number of devices. Default: `arange(B)`.
       sample_temperature: draw in proportion to `exp(-delta / sample_temperature)`, which leans to
         the hard side of the zone; None draws uniformly.
+      axis_name: the mapped axis if each device holds a part of the candidates, `[B, N of the
+        device]`, all parts of one size: indices are then those of all candidates in the order of
+        the devices, the same on each. Only the best of each device are exchanged.
+      chunk: candidates for which random numbers are drawn at a time, a divisor of the devices'
+        parts; draws depend on it. Default: all (for one device).
 
     Returns:
       indices int32 `[B, num]` into the candidates, and valid bool `[B, num]`: false where no
@@ -236,28 +376,54 @@ def sample_negatives(
     delta = lax.stop_gradient(delta.astype(jnp.float32))
     if row_ids is None:
         row_ids = jnp.arange(num_queries)
+    offset = 0 if axis_name is None else lax.axis_index(axis_name) * num_candidates
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, (num_candidates,), jnp.float32))(keys)
+    noise = _gumbel(keys, num_candidates, offset, chunk)
     logits = 0.0 if sample_temperature is None else -delta / sample_temperature
-    size = min(num, num_candidates)
 
-    drawn, indices = lax.top_k(jnp.where(mask, logits + noise, -jnp.inf), size)
+    drawn, indices = _top(jnp.where(mask, logits + noise, -jnp.inf), num, axis_name, offset)
     valid = drawn > -jnp.inf
     if forbidden is not None:
         rest = ~mask & ~forbidden
         above = rest & (delta > lower[:, None]) if lower is not None else rest
+        lacking = (_sum(mask.sum(1), axis_name) < num).any()
         for order, subset in ((-delta, above), (delta, rest & ~above)):
-            scores, filling = lax.top_k(jnp.where(subset, order, -jnp.inf), size)
+            # Rarely needed: the search is left out where no query lacks anything.
+            wanted = jnp.where(subset, order, -jnp.inf)
+            size = min(num, num_candidates)
+            nothing = (
+                jnp.full((num_queries, size), -jnp.inf, jnp.float32),
+                jnp.zeros((num_queries, size), jnp.int32),
+            )
+            scores, filling = lax.cond(
+                lacking,
+                lambda wanted, nothing: _local_top(wanted, nothing[0].shape[1]),
+                lambda wanted, nothing: nothing,
+                *(wanted, nothing),
+            )
+            scores, filling = _exchange(scores, filling + offset, num, axis_name)
             indices = jnp.concatenate([indices, filling], axis=1)
             valid = jnp.concatenate([valid, scores > -jnp.inf], axis=1)
         # A stable sort brings the valid ones to the front and keeps their order.
-        front = jnp.argsort(~valid, axis=1, stable=True)[:, :size]
+        front = jnp.argsort(~valid, axis=1, stable=True)[:, :num]
         indices = jnp.take_along_axis(indices, front, axis=1)
         valid = jnp.take_along_axis(valid, front, axis=1)
-    missing = ((0, 0), (0, num - size))
-    valid = jnp.pad(valid, missing)
-    indices = jnp.where(valid, jnp.pad(indices.astype(jnp.int32), missing), 0)
-    return indices, valid
+    return jnp.where(valid, indices.astype(jnp.int32), 0), valid
+
+
+def _gumbel(keys: jax.Array, num: int, offset: jax.Array | int, chunk: int | None) -> jax.Array:
+    """Gumbel noise `[B, num]` of the candidates from `offset` on: by chunks of them."""
+    if chunk is None:
+        return jax.vmap(lambda k: jax.random.gumbel(k, (num,), jnp.float32))(keys)
+    if num % chunk:
+        raise ValueError(f"{num} candidates of a device are no multiple of chunk={chunk}")
+    chunks = offset // chunk + jnp.arange(num // chunk)
+
+    def of_query(key: jax.Array) -> jax.Array:
+        draw = lambda c: jax.random.gumbel(jax.random.fold_in(key, c), (chunk,), jnp.float32)  # noqa: E731
+        return jax.vmap(draw)(chunks).reshape(num)
+
+    return jax.vmap(of_query)(keys)
 
 
 def hardest_negatives(

@@ -48,15 +48,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("data", "utils"),
     "optimizer": ("utils",),
     "checkpoint": ("utils",),
-    "train_step": ("losses", "trns", "partition", "parallel", "utils"),
+    "train_step": ("losses", "trns", "mining", "partition", "parallel", "utils"),
     "protocols": ("metrics", "data", "utils"),
     "submissions": ("protocols", "data", "utils"),
     "predictions": ("protocols", "submissions", "data", "utils"),
     "evaluators": ("evaluators", "data", "metrics", "protocols", "ranking", "parallel", "utils"),
     "report": ("evaluators", "protocols", "submissions", "contact_sheet", "utils"),
+    "mining": ("trns",),
+    "bank": ("mining", "parallel", "utils"),
+    "auditing": ("auditing", "bank", "mining", "parallel", "data", "utils"),
     "config": ("models", "data", "utils", "trns"),
     "weights": ("weights", "models", "data", "partition", "utils"),
     "run_setup": (
+        "bank",
+        "checkpoint",
+        "config",
+        "parallel",
         "evaluators",
         "report",
         "protocols",
@@ -72,6 +79,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "export": UNITS_OF_BINARIES,
     "describe": UNITS_OF_BINARIES,
     "prepare": UNITS_OF_BINARIES,
+    "audit": (*UNITS_OF_BINARIES, "auditing"),
+    "ablation": UNITS_OF_BINARIES,
+    "ablate": ("ablation", "utils"),
+    "mining_benchmark": ("bank", "mining", "parallel", "utils"),
     "benchmark": (*UNITS_OF_BINARIES, "train_step", "optimizer"),
 }
 # The training loop puts everything together: anything but the binaries.
@@ -79,13 +90,29 @@ ALLOWED["train"] = (
     *(
         unit
         for unit in ALLOWED
-        if unit not in ("main", "evaluate", "convert", "export", "describe", "benchmark", "prepare")
+        if unit
+        not in (
+            "main",
+            "evaluate",
+            "convert",
+            "export",
+            "describe",
+            "benchmark",
+            "prepare",
+            "mining_benchmark",
+            "audit",
+            "ablation",
+            "ablate",
+        )
     ),
     "train",
 )
 
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
-WITHOUT_JAX = (*("metrics", "protocols", "submissions", "predictions", "contact_sheet", "data"),)
+WITHOUT_JAX = (
+    *("metrics", "protocols", "submissions", "predictions", "contact_sheet", "data"),
+    *("auditing.candidates", "auditing.statistics", "auditing.figure"),
+)
 ONLY_JAX = ("trns", "losses")  # of all third-party packages
 CONFIG_IMPORTS = ("__future__", "ml_collections", "configs")
 # Calls that only build a value: free to run when a module is imported. So are classes (CapWords)

@@ -8,10 +8,10 @@ import pytest
 import standins
 from absl import flags
 from absl.testing import flagsaver
-from small_runs import compiled_once
+from small_runs import compiled_once, import_binary
 
 from configs import circo, cirr, common, fiq, triplets
-from dqe_jax import evaluate, predictions, train
+from dqe_jax import predictions, train
 from dqe_jax.data import annotations, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.utils.errors import UserError
@@ -66,6 +66,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def call(monkeypatch):
     """The evaluation binary's `main` in this process."""
+    evaluate = import_binary("evaluate")
 
     def run_main(config, **values):
         monkeypatch.setattr(evaluate, "_CONFIG", types.SimpleNamespace(value=config))

@@ -45,6 +45,16 @@ OF_PRETRAINED = {
 }
 
 
+# Fields that only a bank reads, beside `check_config`: tests/bank_test.py sees that it does.
+OF_BANK = {
+    "negatives.mining",
+    "negatives.first_refresh",
+    "negatives.refresh_every",
+    "negatives.warmup",
+    "negatives.bank_dtype",
+}
+
+
 def variants_of(name: str) -> tuple[str, ...]:
     """The variants that a config's file accepts, as it tells `parse_variants`."""
     told = []
@@ -56,11 +66,14 @@ def variants_of(name: str) -> tuple[str, ...]:
     return known
 
 
+# Variants of a config that do not go together.
+EXCLUSIVE = {"shapes": {"hard", "coarse"}}
 COMBINATIONS = [
     (name, ",".join(chosen))
     for name in NAMES
     for number in range(len(variants_of(name)) + 1)
     for chosen in itertools.combinations(variants_of(name), number)
+    if len(EXCLUSIVE.get(name, set()).intersection(chosen)) < 2
 ]
 
 
@@ -105,6 +118,12 @@ def test_every_variant_changes_something_and_is_documented(name):
 def test_an_unknown_variant_is_named(name):
     with pytest.raises(ValueError, match=r"unknown variant nonsense.*smoke"):
         config_of(name, "nonsense")
+
+
+@pytest.mark.parametrize(("name", "variants"), EXCLUSIVE.items())
+def test_variants_that_do_not_go_together_are_named(name, variants):
+    with pytest.raises(ValueError, match="hard and coarse of the config do not go together"):
+        config_of(name, ",".join(variants))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -287,7 +306,7 @@ def test_every_field_is_read_by_a_run(tmp_path, quick_compilation, monkeypatch):
         metrics = train.train_and_evaluate(config, tmp_path / "run")
     assert metrics["queries"] > 0
     unread = set(FIELDS) - reads
-    assert unread == set(NOT_READ) | OF_PRETRAINED, (
+    assert unread == set(NOT_READ) | OF_PRETRAINED | OF_BANK, (
         "a field that nothing reads, or one that is read after all"
     )
 
@@ -332,6 +351,7 @@ def test_fields_of_the_other_data_set_are_read_by_it(tmp_path, monkeypatch):
         datasets.open_dataset(config.data)
     assert set(NOT_READ) <= reads
     assert told["raw_dir"] == "somewhere"
+    assert told["relevance"] == "fine"
     assert told["max_bad_fraction"] == config.data.max_bad_fraction
 
 
@@ -357,6 +377,24 @@ def test_raw_data_that_is_not_named_is_asked_for(tmp_path):
     config.data.dataset = "fashion_products"
     config.data.prepared_dir = str(tmp_path)
     with pytest.raises(UserError, match="--data_dir"):
+        datasets.open_dataset(config.data)
+
+
+def test_variants_of_the_check_are_those_of_shapes():
+    from dqe_jax.data.builders import shapes
+
+    check = FIELDS["data.variant"]
+    assert all(check.test(config.name) for config in shapes.CONFIGS)
+    assert check.words.count(",") == len(shapes.CONFIGS) - 1
+
+
+@pytest.mark.parametrize("variant", ["hard", "smoke", "coarse_smoke"])
+def test_a_variant_that_fashion_products_does_not_have_is_named(tmp_path, variant):
+    config = config_of("fashion_products")
+    config.data.data_dir = str(tmp_path)
+    config.data.prepared_dir = str(tmp_path / "data")
+    config.data.variant = variant
+    with pytest.raises(UserError, match=rf"variant is '{variant}': .* has 'plain' and 'coarse'"):
         datasets.open_dataset(config.data)
 
 

@@ -55,9 +55,9 @@ def main(*arguments):
     [
         ([SMOKE, "--config.data.image_sizes=3"], ["image_sizes", "image_size"]),
         ([SMOKE, "--config.batch.references=abc"], ["config.batch.references", "abc"]),
-        ([SMOKE, "--config.negatives.rule=foo"], ["in_batch, random, hardest, trns"]),
+        ([SMOKE, "--config.negatives.rule=foo"], ["in_batch, random, hardest, qure, trns"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py"]),
-        (["--config=configs/shapes.py:foo"], ["unknown variant foo", "hard, smoke"]),
+        (["--config=configs/shapes.py:foo"], ["unknown variant foo", "hard, coarse, smoke"]),
         (["--config=configs/fashion_products.py"], ["--data_dir"]),
         ([], ["--config"]),
         ([SMOKE, "--workdirs=x"], ["workdirs", "workdir"]),
@@ -98,7 +98,7 @@ def changed(**changes):
         ({"total_steps": 1.5}, r"config\.total_steps is 1\.5"),
         ({"total_steps": True}, r"config\.total_steps is True"),
         ({"seed": "1"}, r"config\.seed is '1'"),
-        ({"negatives.rule": "qure"}, r"one of in_batch, random, hardest, trns"),
+        ({"negatives.rule": "best"}, r"one of in_batch, random, hardest, qure, trns"),
         ({"data.dataset": "coco"}, r"one of shapes, fashion_products"),
         ({"model.attributes.names": ()}, r"config\.model\.attributes\.names is \[\].*tuple"),
         ({"optimizer.learning_rate": float("nan")}, r"learning_rate is nan.*above 0"),
@@ -136,7 +136,7 @@ def test_unknown_and_missing_fields_of_a_config_file():
     del config.loss.margin
     with pytest.raises(UserError, match=r"config\.loss\.margin is missing"):
         check_config(config)
-    with pytest.raises(ValueError, match=r"unknown variant hardest.*hard, smoke"):
+    with pytest.raises(ValueError, match=r"unknown variant hardest.*hard, coarse, smoke"):
         shapes.get_config("hardest")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from small_runs import compiled_once, small_config
+from small_runs import compiled_once, import_binary, small_config
 
 from dqe_jax import train
 from dqe_jax.data import datasets
@@ -97,7 +97,7 @@ def test_an_earlier_step_on_validation_from_a_directory_of_checkpoints(run):
 @pytest.fixture
 def call(monkeypatch):
     """The binary's `main` in this process: `call(config, flag=value)`."""
-    from dqe_jax import evaluate as binary
+    binary = import_binary("evaluate")
 
     def run_main(config, **values):
         monkeypatch.setattr(binary, "_CONFIG", types.SimpleNamespace(value=config))

@@ -1,11 +1,16 @@
 """Tests of the fashion products: on small made copies, and on the real photos where they are."""
 
 import collections
+import dataclasses
+import hashlib
 import io
+import json
 import pathlib
 import random
 import statistics
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -34,6 +39,22 @@ def encoded(seed, size=(24, 24), kind="JPEG"):
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
+
+
+def plain_png(seed, side=24):
+    """A PNG whose bytes depend on no encoder: it is not compressed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, 3 * side), np.uint8)
+    raw = b"".join(b"\0" + line.tobytes() for line in pixels)
+    stored = struct.pack("<BHH", 1, len(raw), len(raw) ^ 0xFFFF) + raw
+    blocks = (
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
+        (b"IDAT", b"\x78\x01" + stored + struct.pack(">I", zlib.adler32(raw))),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in blocks
+    )
 
 
 def made_rows(count=COUNT):
@@ -69,8 +90,10 @@ def write(directory, rows, photos, *, columns=COLUMNS, tar=True, end="\r\n"):
     return directory
 
 
-def prepare(raw_dir, prepared_dir, *, size=SIZE, max_bad_fraction=None):
-    builder = fp.make_builder(raw_dir=str(raw_dir), prepared_dir=str(prepared_dir), image_size=size)
+def prepare(raw_dir, prepared_dir, *, size=SIZE, max_bad_fraction=None, **options):
+    builder = fp.make_builder(
+        raw_dir=str(raw_dir), prepared_dir=str(prepared_dir), image_size=size, **options
+    )
     if max_bad_fraction is not None:
         builder.builder_config.max_bad_fraction = max_bad_fraction
     builder.download_and_prepare()
@@ -98,18 +121,18 @@ def everything(builder, *, images=False):
     return {split: records(builder, split, images=images) for split in builder.info.splits}
 
 
-def values_of(item):
+def values_of(item, relevant=fp.ATTRIBUTES):
     stated = dict(pair.split("=", 1) for pair in item["attributes"])
-    return tuple(stated[name] for name in fp.ATTRIBUTES)
+    return tuple(stated[name] if name in relevant else None for name in fp.ATTRIBUTES)
 
 
-def check_properties(data):
+def check_properties(data, relevant=fp.ATTRIBUTES):
     """What holds for every copy; `valid` against all tuples of the gallery."""
     asked = {}
     for split in examples.SPLITS:
         gallery = data[examples.gallery_split(split)]
         queries = data[split]
-        tuples = [values_of(item) for item in gallery]
+        tuples = [values_of(item, relevant) for item in gallery]
         photo = [item["photo"] for item in gallery]
         by_tuple = collections.defaultdict(list)
         for row, values in enumerate(tuples):
@@ -240,6 +263,61 @@ def test_public_table_with_commas_in_names_and_empty_values(made, tmp_path):
     columns = [*COLUMNS, "productDisplayName"]
     raw = write(tmp_path / "raw", named, made_photos(rows), columns=columns)
     assert everything(prepare(raw, tmp_path / "prepared")) == everything(builder)
+
+
+# --- Relevance ------------------------------------------------------------------------------------
+
+# Of a made copy: its name, a digest of its records without images, and products and queries of each
+# split. If this changes on purpose, raise the builder's VERSION: prepared copies would be stale.
+FINE = ("16px-pad-d144da5c", "7e543d35a764830b", (102, 13, 35), (792, 22, 69))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A made copy prepared twice: with fine and with coarse relevance."""
+    root = tmp_path_factory.mktemp("two")
+    rows = made_rows()
+    raw = write(root / "raw", rows, {row[0]: plain_png(int(row[0])) for row in rows})
+    return tuple(
+        prepare(raw, root / "data", **options) for options in ({}, {"relevance": "coarse"})
+    )
+
+
+def test_fine_relevance_is_the_default_and_what_it_was(two):
+    builder, _ = two
+    config = builder.builder_config
+    data = everything(builder)
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    products = tuple(len(data[examples.gallery_split(split)]) for split in examples.SPLITS)
+    queries = tuple(len(data[split]) for split in examples.SPLITS)
+    assert (config.name, digest, products, queries) == FINE
+    named = fp.make_builder(
+        raw_dir=config.raw_dir, prepared_dir=builder.data_dir, image_size=SIZE, relevance="fine"
+    )
+    assert named.builder_config == config
+
+
+def test_coarse_relevance_is_of_article_and_color_alone(two):
+    fine, coarse = two
+    size, preprocess, digest = fine.builder_config.name.split("-")
+    assert coarse.builder_config.name == f"{size}-{preprocess}-coarse-{digest}"
+    data = everything(coarse)
+    check_properties(data, ("baseColour", "articleType"))
+    valid = {}
+    for split in examples.SPLITS:
+        # The galleries are the same, with all attributes stated.
+        name = examples.gallery_split(split)
+        assert data[name] == records(fine, name)
+        assert data[name][0]["attributes"][2].startswith("gender=")
+        valid[split] = [len(query["valid"]) for query in data[split]]
+        for query in data[split]:
+            words = query["texts"][0].replace(",", "").split()
+            others = ("men", "women", "summer", "fall", "casual", "sports", "sporty")
+            assert not {word.removesuffix("'s") for word in words}.intersection(others)
+            assert query["kinds"][0] in ("color", "article", fp.TWO_CHANGES)
+    fine_valid = [len(query["valid"]) for query in records(fine, "train")]
+    assert statistics.median(valid["train"]) > 4 * statistics.median(fine_valid)
+    assert max(len(query["targets"]) for query in data["train"]) == 1
 
 
 # --- Rules: duplicates ----------------------------------------------------------------------------
@@ -618,6 +696,15 @@ def test_real_photos(tmp_path):
     for i in random.Random(0).sample(range(len(stored)), 1000):
         assert {k: plain(v) for k, v in stored[i].items() if k != "image"} == data["train"][i]
     check_properties(data)
+    # With coarse relevance, dozens of the photos are valid for a query.
+    relevant = fp.RELEVANCE["coarse"]
+    alike = [
+        dataclasses.replace(product, values=values_of(item, relevant))
+        for product, item in zip(products, data["train_gallery"])
+    ]
+    coarse, _ = fp.make_queries(alike, fp.QUERIES_PER_REFERENCE["train"])
+    valid = [len(query.valid) for query in coarse]
+    assert (len(coarse), statistics.median(valid), max(valid)) == (46121, 28, 198)
     for split, products, queries in (
         ("train", 5777, 45429),
         ("validation", 621, 1192),

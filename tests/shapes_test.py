@@ -2,7 +2,8 @@
 
 `apply` reads a text with a grammar of its own, written from the words alone: it picks out the
 object that the text names (there must be exactly one), changes the scene, and gives every scene
-that the text allows. Nothing of the generator is used for it but the words.
+that the text allows. Nothing of the generator is used for it but the words. Where relevance is
+coarse, `content` of these scenes, read from the records, is compared.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ import pytest
 from dqe_jax.data import examples
 from dqe_jax.data.builders import shapes
 
-VARIANTS = ("smoke", "hard_smoke")
+EXACT = ("smoke", "hard_smoke")  # the text allows few scenes; in the other, all of a content
+VARIANTS = (*EXACT, "coarse_smoke")
 REFERENCES = {"train": 64, "validation": 16, "test": 16}
-PLAIN_KINDS = {"add", "remove", "color", "size", "shape"}
-KINDS = {"smoke": PLAIN_KINDS, "hard_smoke": PLAIN_KINDS | {"fill", "move", "compound"}}
+COARSE_KINDS = {"add", "remove", "color", "shape"}
+PLAIN_KINDS = {*COARSE_KINDS, "size"}
+KINDS = {
+    "smoke": PLAIN_KINDS,
+    "hard_smoke": PLAIN_KINDS | {"fill", "move", "compound"},
+    "coarse_smoke": COARSE_KINDS,
+}
 
 
 class Object(NamedTuple):
@@ -75,6 +82,16 @@ def data(request, prepared) -> Prepared:
     return prepared[request.param]
 
 
+@pytest.fixture(params=EXACT)
+def exact(request, prepared) -> Prepared:
+    return prepared[request.param]
+
+
+@pytest.fixture
+def coarse(prepared) -> Prepared:
+    return prepared["coarse_smoke"]
+
+
 def config_of(name: str) -> shapes.ShapesConfig:
     return next(config for config in shapes.CONFIGS if config.name == name)
 
@@ -119,6 +136,11 @@ CHANGES = [
 def scene_of(attributes) -> frozenset:
     pairs = (attribute.split("=") for attribute in attributes)
     return frozenset((CELL_WORDS[cell], Object(*words.split())) for cell, words in pairs)
+
+
+def content(scene: frozenset) -> tuple:
+    """Colours and shapes of a scene's objects, each as often as it is there."""
+    return tuple(sorted((thing.color, thing.shape) for _, thing in scene))
 
 
 def understand(description: str):
@@ -210,8 +232,9 @@ def test_splits_and_ids(data):
     }
     for split, count in REFERENCES.items():
         queries, gallery = data.records[split], data.records[examples.gallery_split(split)]
+        train = 5 if data.variant == "coarse_smoke" else 8
         assert Counter(Counter(q["reference"] for q in queries).values()) == {
-            {"train": 8, "validation": 4, "test": 4}[split]: count
+            {"train": train, "validation": 4, "test": 4}[split]: count
         }
         for records in (queries, gallery):
             assert [r["id"] for r in records] == [f"{split}-{i:06d}" for i in range(len(records))]
@@ -258,11 +281,11 @@ def test_kinds_are_covered(data):
 # ----------------------------------------------------------------------------- text against scenes
 
 
-def test_the_text_says_the_difference_and_valid_is_all_that_it_allows(data):
-    hard = data.variant == "hard_smoke"
+def test_the_text_says_the_difference_and_valid_is_all_that_it_allows(exact):
+    hard = exact.variant == "hard_smoke"
     for split in examples.SPLITS:
-        scenes = data.scenes(split)
-        for query in data.records[split]:
+        scenes = exact.scenes(split)
+        for query in exact.records[split]:
             reference = scenes[query["reference"]]
             kind, allowed = apply(query["texts"][0], reference, hard=hard)
             assert [kind] == query["kinds"], query
@@ -272,10 +295,10 @@ def test_the_text_says_the_difference_and_valid_is_all_that_it_allows(data):
             )
 
 
-def test_attributes_are_the_values_that_the_text_asks_for(data):
+def test_attributes_are_the_values_that_the_text_asks_for(exact):
     for split in examples.SPLITS:
-        scenes = data.scenes(split)
-        for query in data.records[split]:
+        scenes = exact.scenes(split)
+        for query in exact.records[split]:
             before = {cell: thing for cell, thing in scenes[query["reference"]]}
             after = {cell: thing for cell, thing in scenes[query["target"]]}
             changed = [
@@ -303,12 +326,12 @@ def test_open_edits_have_several_valid_scenes(prepared):
     assert {q["kinds"][0] for q in several["hard_smoke"]} <= {"add", "compound"}
 
 
-def test_near_misses(data):
+def test_near_misses(exact):
     """The gallery holds scenes that differ in one thing from what a query starts from or wants."""
     for split in ("validation", "test"):
-        scenes = data.scenes(split)
+        scenes = exact.scenes(split)
         targets: dict[int, list[int]] = {}
-        for query in data.records[split]:
+        for query in exact.records[split]:
             targets.setdefault(query["reference"], []).append(query["target"])
         for reference, rows in targets.items():
             near = {
@@ -318,7 +341,7 @@ def test_near_misses(data):
                 and any(one_edit_away(scene, scenes[r]) for r in (reference, *rows))
             }
             assert len(near) >= 5
-            if data.variant == "smoke":  # all four edits are single ones
+            if exact.variant == "smoke":  # all four edits are single ones
                 assert sum(one_edit_away(scenes[reference], s) for s in scenes) >= 4
 
 
@@ -340,11 +363,131 @@ def test_full_size_test_split(name):
     assert (several >= 20) == config.hard
 
 
-def test_the_test_split_does_not_change_with_the_size_of_the_training_split():
-    config = config_of("smoke")
-    larger = dataclasses.replace(config, references=(128, 16, 16))
+@pytest.mark.parametrize("name", ["smoke", "coarse_smoke"])
+def test_the_test_split_does_not_change_with_the_size_of_the_training_split(name):
+    config = config_of(name)
+    larger = dataclasses.replace(config, references=(128, 16, 16), families=(8, 1, 1))
     one, other = (shapes.make_split(shapes.World(c), "test", set()) for c in (config, larger))
     assert one == other
+
+
+# ------------------------------------------------------------------------------- coarse relevance
+
+
+def test_coarse_texts_ask_for_a_content_and_valid_are_all_scenes_that_have_it(coarse):
+    for split in examples.SPLITS:
+        scenes = coarse.scenes(split)
+        contents = [content(scene) for scene in scenes]
+        for query in coarse.records[split]:
+            text = query["texts"][0]
+            kind, allowed = apply_one(text, scenes[query["reference"]], hard=False)
+            assert [kind] == query["kinds"], query
+            (asked,) = {content(scene) for scene in allowed}
+            assert query["valid"] == [r for r, other in enumerate(contents) if other == asked]
+            assert query["target"] in query["valid"]
+            assert 10 <= len(query["valid"]) <= 24
+
+
+def test_coarse_texts_say_nothing_of_places_and_sizes(coarse):
+    words = {
+        word
+        for split in examples.SPLITS
+        for query in coarse.records[split]
+        for word in query["texts"][0].split()
+    }
+    places = {word for cell in CELL_WORDS for word in cell.split()}
+    assert not words & {*SIZES, "size", "bigger", "smaller", "move", "at", "plain", *places}
+    assert {"circle", "square", "triangle", "red", "blue"} <= words
+
+
+def test_coarse_attributes_are_the_values_that_the_text_asks_for(coarse):
+    for split in examples.SPLITS:
+        scenes = coarse.scenes(split)
+        for query in coarse.records[split]:
+            before = set(content(scenes[query["reference"]]))
+            after = set(content(scenes[query["target"]]))
+            changed = []
+            if len(before) == len(after):
+                ((old, new),) = zip(before - after, after - before)
+                pairs = zip(("color", "shape"), old, new)
+                changed = [f"{field}={value}" for field, was, value in pairs if was != value]
+            assert query["attributes"] == changed
+
+
+def test_coarse_scenes_have_no_two_objects_alike(coarse):
+    for split in examples.SPLITS:
+        for scene in coarse.scenes(split):
+            assert 3 <= len(scene) == len(set(content(scene))) <= 5
+
+
+def test_coarse_contents_are_disjoint_over_splits(coarse):
+    found = [{content(scene) for scene in coarse.scenes(split)} for split in examples.SPLITS]
+    assert [len(contents) for contents in found] == [4 * 18, 18, 18]
+    assert len(set().union(*found)) == 6 * 18
+
+
+def test_coarse_contents_come_in_many_arrangements(coarse):
+    """Places and sizes give no hint: they vary, also between a reference and its target."""
+    for split in examples.SPLITS:
+        scenes = coarse.scenes(split)
+        groups: dict[tuple, list[frozenset]] = {}
+        for scene in scenes:
+            groups.setdefault(content(scene), []).append(scene)
+        for those in groups.values():
+            assert 10 <= len(those) <= 24
+            assert len({frozenset(cell for cell, _ in scene) for scene in those}) >= 5
+            assert len({frozenset(thing for _, thing in scene) for scene in those}) >= 4
+        kept = [
+            len(scenes[q["reference"]] & scenes[q["target"]]) / len(scenes[q["reference"]])
+            for q in coarse.records[split]
+        ]
+        assert np.mean(kept) < 0.1
+
+
+def test_coarse_near_misses(coarse):
+    """Around each target are contents one thing away: each in many scenes, none of them valid."""
+    for split in examples.SPLITS:
+        contents = {content(scene) for scene in coarse.scenes(split)}
+        for one in contents:
+            near = [
+                other
+                for other in contents
+                if (differing := set(one) ^ set(other))
+                and (
+                    len(differing) == 1
+                    or (len(one) == len(other) and len(differing) == 2 and share_a_word(differing))
+                )
+            ]
+            assert len(near) >= 5
+
+
+def share_a_word(looks) -> bool:
+    (color, shape), (other_color, other_shape) = looks
+    return color == other_color or shape == other_shape
+
+
+def test_full_size_coarse_splits():
+    config = config_of("coarse")
+    world, used, before = shapes.World(config), set(), set()
+    for split, queries in (("test", 2000), ("validation", 1000), ("train", 40_000)):
+        drawn = shapes.make_split(world, split, used)
+        scenes = [scene_of(shapes.describe_scene(scene)) for scene in drawn.scenes]
+        assert len(scenes) == len(set(scenes)) > {"test": 5000, "validation": 2000}.get(split, 25e3)
+        contents = Counter(map(content, scenes))
+        assert not before & contents.keys()
+        before |= contents.keys()
+        assert len(drawn.queries) == queries
+        valid = [contents[content(scenes[target])] for _, target, _ in drawn.queries]
+        assert (min(valid), max(valid)) == (10, 24)
+        assert 15 <= np.median(valid) <= 19
+        for reference, target, edit in drawn.queries[:2000]:
+            kind, allowed = apply_one(edit.text, scenes[reference], hard=False)
+            assert kind == edit.kind
+            assert {content(scene) for scene in allowed} == {content(scenes[target])}
+        # No kind is rare.
+        kinds = Counter(edit.kind for _, _, edit in drawn.queries)
+        assert kinds.keys() == COARSE_KINDS
+        assert min(kinds.values()) > 0.2 * queries
 
 
 # ---------------------------------------------------------------------------------- fixed content
@@ -368,15 +511,25 @@ TEXTS = {
         "the striped circle is now large",
         "make the diamond striped and then delete the small plain purple circle in the top left",
     ],
+    "coarse_smoke": [
+        "turn the cyan square into a circle",
+        "turn the cyan square into a triangle",
+        "add a brown triangle",
+        "the triangle is gone",
+        "the cyan circle becomes a triangle",
+        "put a brown triangle",
+    ],
 }
 RECORDS_SHA = {
     "smoke": "235790b184ce6070",
     "hard_smoke": "8448bf7371ffd712",
+    "coarse_smoke": "6fc68723f2f8f62f",
 }
 # Rendered by Pillow, whose drawing could change by a pixel between major versions.
 IMAGES_SHA = {
     "smoke": "57957a5855f66655",
     "hard_smoke": "eb29234268bb3841",
+    "coarse_smoke": "9391fe035f1c26a4",
 }
 
 

@@ -1,8 +1,11 @@
 """Small runs that several test files train: a config of seconds, and compilation once."""
 
 import contextlib
+import importlib
+import sys
 
 import jax
+from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import shapes
@@ -38,3 +41,14 @@ def compiled_once(directory):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def import_binary(name):
+    """A binary's module with its flags, in place of those of other binaries, which share names."""
+    for module, own in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("dqe_jax."):
+            for flag in own:
+                if flag.name in flags.FLAGS:
+                    delattr(flags.FLAGS, flag.name)
+    sys.modules.pop(f"dqe_jax.{name}", None)
+    return importlib.import_module(f"dqe_jax.{name}")

@@ -10,9 +10,10 @@ import pytest
 
 from configs import shapes
 from dqe_jax import parallel
+from dqe_jax.mining import draw
 from dqe_jax.models import build_model
 from dqe_jax.optimizer import make_optimizer
-from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step, mine
+from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
 
 R, Q, L, P, SIZE, VOCAB, PHOTOS = 8, 2, 6, 3, 32, 20, 14
 B = R * Q
@@ -80,7 +81,10 @@ def make_batch(seed, padding=True):
         "reference_photo": rng.integers(0, PHOTOS, R).astype(np.int32),
         "text": text,
         "target_image": rng.integers(0, 256, (R, Q, SIZE, SIZE, 3)).astype(np.uint8),
+        "query": np.arange(R * Q, dtype=np.int32).reshape(R, Q),
         "target_photo": target,
+        "target_row": target,
+        "truth": np.zeros((R, Q, 0), np.int32),
         "known_positives": known,
         "mentions": rng.integers(0, 2, (R, Q, 4)).astype(np.float32),
         "valid": valid,
@@ -227,7 +231,8 @@ def test_loss_equals_its_plain_statement(rule):
         indices, drawn = order, ~np.take_along_axis(forbidden, order, 1)
     else:
         sample_key = jax.random.split(key)[0]
-        indices, drawn, _ = mine(sample_key, delta, forbidden, np.arange(B), config.negatives)
+        mined = draw(sample_key, delta, forbidden, np.arange(B), config.negatives)
+        indices, drawn = mined.rows, mined.drawn
     means, expected = plain_loss(config, out, batch, np.asarray(indices), np.asarray(drawn))
     for name, value in means.items():
         np.testing.assert_allclose(metrics[f"loss/{name}"], value, rtol=1e-4, err_msg=name)

@@ -37,12 +37,18 @@ def _fashion_products(data: Any, prepared_dir: str) -> Any:
             "fashion_products needs the public photos: pass --data_dir=DIR, a directory with "
             "styles.csv and images/ or images.tar."
         )
+    relevance = {"plain": "fine", "coarse": "coarse"}.get(data.variant)
+    if relevance is None:
+        raise UserError(
+            f"config.data.variant is {data.variant!r}: fashion_products has 'plain' and 'coarse'."
+        )
     return fashion_products.make_builder(
         raw_dir=data.data_dir,
         prepared_dir=prepared_dir,
         image_size=data.image_size,
         preprocess=data.preprocess,
         max_bad_fraction=data.max_bad_fraction,
+        relevance=relevance,
     )
 
 

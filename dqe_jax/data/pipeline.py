@@ -7,10 +7,13 @@ reference is encoded once), as NumPy arrays:
 | --- | --- | --- |
 | `reference_image` | uint8 `[R, H, W, 3]` | |
 | `reference_photo` | int32 `[R]` | image id; copies of a photo share one |
+| `query` | int32 `[R, Q]` | position among the split's queries |
 | `text` | int32 `[R, Q, L]` | |
 | `target_image` | uint8 `[R, Q, H, W, 3]` | |
 | `target_photo` | int32 `[R, Q]` | |
+| `target_row` | int32 `[R, Q]` | row of the gallery |
 | `known_positives` | int32 `[R, Q, P]` | image ids that are never negatives, -1 for none |
+| `truth` | int32 `[R, Q, V]` | image ids that are in truth valid, -1 for none: for the log alone |
 | `mentions` | float32 `[R, Q, K]` | attributes that the text mentions |
 | `valid` | bool `[R, Q]` | false for padding: a reference with fewer than `Q` queries |
 """
@@ -228,6 +231,30 @@ def make_split(
     return Split(name, queries, gallery, pools, coverage)
 
 
+def photo_ids(split: Split, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Image ids of ragged gallery rows, int32 `[n, longest]`, padded with -1.
+
+    Rows beyond the gallery, of images that are not at hand, are left out. A row may be a copy of
+    another row's photo: the two share an id.
+    """
+    kept = [values[values < len(split.gallery)] for values in rows]
+    ids = np.full((len(kept), max(map(len, kept), default=0)), -1, np.int32)
+    for line, values in zip(ids, kept):
+        line[: len(values)] = split.gallery.photo[values]
+    return ids
+
+
+def known_positives(split: Split) -> np.ndarray:
+    """Image ids that are never negatives of a query: int32 `[n, P]`, the target's first."""
+    return np.concatenate(
+        [
+            split.gallery.photo[split.queries.target][:, None],
+            photo_ids(split, split.queries.targets),
+        ],
+        axis=1,
+    )
+
+
 class _Loader:
     """Makes one reference's part of a batch; called by Grain's threads."""
 
@@ -237,11 +264,13 @@ class _Loader:
         text: np.ndarray,
         mentions: np.ndarray,
         positives: np.ndarray,
+        truth: np.ndarray,
         per_reference: int,
         augment: Callable[[np.ndarray, np.random.Generator], np.ndarray],
     ):
         self.split, self.text, self.mentions = split, text, mentions
-        self.positives, self.per_reference, self.augment = positives, per_reference, augment
+        self.positives, self.truth = positives, truth
+        self.per_reference, self.augment = per_reference, augment
 
     def __call__(self, group: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         gallery, queries, Q = self.split.gallery, self.split.queries, self.per_reference
@@ -251,17 +280,17 @@ class _Loader:
         chosen = np.resize(chosen, Q)  # padding repeats what is there; `valid` masks it
         reference, targets = queries.reference[chosen[0]], queries.target[chosen]
         target_photo = gallery.photo[targets]
-        # Rows to image ids: an annotated target may be a copy of another row's photo.
-        others = self.positives[chosen]
-        others = np.where(others < 0, -1, gallery.photo[others])
         order = rng.integers(self.text.shape[1], size=Q) if self.text.shape[1] > 1 else 0
         return {
             "reference_image": self.augment(gallery[reference], rng),
             "reference_photo": gallery.photo[reference],
+            "query": chosen.astype(np.int32),
             "text": self.text[chosen, order],
             "target_image": np.stack([self.augment(gallery[row], rng) for row in targets]),
             "target_photo": target_photo,
-            "known_positives": np.concatenate([target_photo[:, None], others], axis=1),
+            "target_row": targets,
+            "known_positives": self.positives[chosen],
+            "truth": self.truth[chosen],
             "mentions": self.mentions[chosen],
             "valid": valid,
         }
@@ -298,11 +327,15 @@ def train_batches(
     order = np.argsort(split.queries.reference, kind="stable")
     _, starts = np.unique(split.queries.reference[order], return_index=True)
     groups = np.split(order, starts[1:])
-    longest = max(len(rows) for rows in split.queries.targets)
-    positives = np.full((len(split.queries), longest), -1, np.int32)
-    for row, targets in enumerate(split.queries.targets):
-        positives[row, : len(targets)] = targets
-    load = _Loader(split, text, mentions, positives, queries_per_reference, AUGMENTATIONS[augment])
+    load = _Loader(
+        split,
+        text,
+        mentions,
+        known_positives(split),
+        photo_ids(split, split.queries.valid),
+        queries_per_reference,
+        AUGMENTATIONS[augment],
+    )
     dataset = (
         grain.MapDataset.source(groups)
         .seed(seed)

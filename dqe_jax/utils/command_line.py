@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging as python_logging
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from dqe_jax.utils.errors import UserError
 
@@ -38,6 +40,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             _end(str(error))
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def default_workdir(*suffixes: str) -> str:
+    """`runs/shapes-hard` for `--config=configs/shapes.py:hard`, and suffixes after it."""
+    name, _, variants = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    parts = [pathlib.Path(name).stem, *variants.split(","), *suffixes]
+    return "runs/" + "-".join(part for part in parts if part)
 
 
 def _is_news(record: python_logging.LogRecord) -> bool:

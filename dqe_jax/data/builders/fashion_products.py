@@ -27,6 +27,10 @@ if both are there) or a folder `images/` of `<id>.jpg`. The rules:
     for in proportion to the products of the split that have them.
 -   **Rare values.** A query of validation or test is dropped if a value that it asks for is asked
     for by no query of train.
+
+With coarse relevance only the article type and the colour decide which products are valid: of the
+other attributes all products have one value, which no text asks for. Many products are then valid
+for a query, and its target is a random one of them. Gallery records state all attributes even so.
 """
 
 from __future__ import annotations
@@ -63,6 +67,9 @@ from dqe_jax.utils import errors
 
 # Columns that gallery records state besides, where the file has them.
 EXTRA_COLUMNS = ("masterCategory", "subCategory", "year")
+# Attributes by which a product is valid; the others have ANY for a value.
+RELEVANCE = {"fine": ATTRIBUTES, "coarse": ("baseColour", "articleType")}
+ANY = "any"
 QUERIES_PER_REFERENCE = {"train": 8, "validation": 2, "test": 2}
 # Changing either salt changes the data set: raise the builder's VERSION with it.
 _SPLIT_SALT = "fashion_products/split/1"
@@ -271,13 +278,21 @@ class _ImageFile:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product of one split: `photo` is the row of the first product with an identical photo."""
+    """A product of one split.
+
+    Attributes:
+        id: Its id.
+        values: What decides for which queries it is valid.
+        photo: Row of the first product with an identical photo.
+        attributes: All that is known of it, as `name=value`.
+        image: Index in the file of images.
+    """
 
     id: str
     values: Values
     photo: int
     attributes: tuple[str, ...] = ()
-    image: int = -1  # Index in the file of images.
+    image: int = -1
 
 
 def split_of(content: str) -> str:
@@ -478,12 +493,14 @@ class FashionProductsConfig(tfds.core.BuilderConfig):
         image_size: Pixels a side of the images.
         preprocess: How a photo becomes square, a name of `preprocess.PREPROCESS`.
         max_bad_fraction: Above this fraction of rows lost, preparing the data is an error.
+        relevance: Which attributes count for validity, a name of `RELEVANCE`.
     """
 
     raw_dir: str = ""
     image_size: int = 64
     preprocess: str = "pad"
     max_bad_fraction: float = 0.01
+    relevance: str = "fine"
 
 
 class FashionProducts(tfds.core.GeneratorBasedBuilder):
@@ -558,6 +575,7 @@ def _load_products(
     photos = Photos(raw_dir)
     lost = {row_id or "(no id)": "its row is incomplete" for row_id in styles.incomplete_ids}
     lost_count = len(styles.incomplete_ids)
+    relevant = RELEVANCE[config.relevance]
     galleries: dict[str, list[Product]] = {split: [] for split in examples.SPLITS}
     first_of: dict[str, tuple[str, int]] = {}  # Split and row of the first of identical photos.
     ids = (row["id"] for row in styles.rows)
@@ -576,7 +594,7 @@ def _load_products(
         galleries[split].append(
             Product(
                 id=row["id"],
-                values=tuple(row[column] for column in ATTRIBUTES),
+                values=tuple(row[name] if name in relevant else ANY for name in ATTRIBUTES),
                 photo=photo,
                 attributes=tuple(f"{column}={row[column]}" for column in columns),
                 image=images.append(decoded.image),
@@ -633,6 +651,7 @@ def make_builder(
     image_size: int,
     preprocess: str = "pad",
     max_bad_fraction: float = 0.01,
+    relevance: str = "fine",
 ) -> FashionProducts:
     """The builder of a copy of the data set at one size.
 
@@ -642,10 +661,12 @@ def make_builder(
         image_size: Pixels a side of the images.
         preprocess: How a photo becomes square, a name of `preprocess.PREPROCESS`.
         max_bad_fraction: Share of the rows that may be lost to missing or unreadable photos.
+        relevance: "fine", or "coarse": see the module.
 
     Returns:
-        The builder; its configuration is named by size, preprocessing and a digest of `styles.csv`
-        and of the names and sizes of the photos, which is the same for an archive and for a folder.
+        The builder; its configuration is named by size, preprocessing, relevance unless it is fine,
+        and a digest of `styles.csv` and of the names and sizes of the photos, which is the same for
+        an archive and for a folder.
 
     Raises:
         errors.UserError: The directory is not there or not complete, or the size is out of range.
@@ -670,12 +691,14 @@ def make_builder(
     digest = hashlib.sha256(styles.read_bytes())
     for photo_id, size in sorted(Photos(directory).sizes.items()):
         digest.update(f"\n{photo_id}:{size}".encode())
+    coarse = "" if relevance == "fine" else f"{relevance}-"
     config = FashionProductsConfig(
-        name=f"{image_size}px-{preprocess}-{digest.hexdigest()[:8]}",
+        name=f"{image_size}px-{preprocess}-{coarse}{digest.hexdigest()[:8]}",
         description="Fashion products.",
         raw_dir=str(directory),
         image_size=image_size,
         preprocess=preprocess,
         max_bad_fraction=max_bad_fraction,
+        relevance=relevance,
     )
     return FashionProducts(config=config, data_dir=prepared_dir, file_format="array_record")

@@ -8,6 +8,12 @@ Everything follows from a fixed seed: no download, the same records on every mac
 Every reference comes with several edits, most of them in pairs that differ in one value only, so
 that galleries are full of near misses; those of validation and test hold further ones. `valid`
 lists *all* gallery scenes that satisfy a query. Scenes of different splits are disjoint.
+
+In `coarse` it does not matter where things lie and how large they are: a scene is valid if its
+**content**, the colours and shapes of its objects, is what the text asks for. Galleries hold every
+content in many arrangements, all valid for a query; its target is a random one of them. Contents
+come in families, in which each has others that differ in one thing. A scene has no two objects
+alike, and texts say nothing of places and sizes. Contents of different splits are disjoint.
 """
 
 from __future__ import annotations
@@ -68,13 +74,21 @@ Scene = tuple["Thing | None", ...]  # one entry a cell of the grid, row by row
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One modification: its text, kind, every scene that satisfies it, and the cell it is about."""
+    """One modification.
+
+    Attributes:
+      text: what it asks for.
+      kind: of change.
+      results: every scene that satisfies it, the target first; in `coarse` the target alone.
+      attributes: `name=value` that the text changes.
+      cell: the one it is about; -1 in `coarse`.
+    """
 
     text: str
     kind: str
     results: tuple[Scene, ...]
     attributes: tuple[str, ...]
-    cell: int
+    cell: int = -1
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,6 +101,9 @@ class ShapesConfig(tfds.core.BuilderConfig):
       references: references of train, validation and test.
       queries_per_reference: edits of each reference, of train, validation and test.
       near_misses: further gallery scenes for each reference of validation and test.
+      coarse: places and sizes do not matter; what follows is of `coarse` alone.
+      families: of contents, of train, validation and test.
+      arrangements: gallery scenes of a content, the fewest and the most.
     """
 
     hard: bool = False
@@ -94,6 +111,9 @@ class ShapesConfig(tfds.core.BuilderConfig):
     references: tuple[int, int, int] = (5_000, 250, 500)
     queries_per_reference: tuple[int, int, int] = (8, 4, 4)
     near_misses: int = 6
+    coarse: bool = False
+    families: tuple[int, int, int] = (90, 8, 18)
+    arrangements: tuple[int, int] = (10, 24)
 
 
 CONFIGS = (
@@ -102,6 +122,21 @@ CONFIGS = (
     ShapesConfig(name="smoke", description="a few scenes, for tests", references=(64, 16, 16)),
     ShapesConfig(
         name="hard_smoke", description="as smoke, hard", hard=True, references=(64, 16, 16)
+    ),
+    ShapesConfig(
+        name="coarse",
+        description="places and sizes do not matter",
+        coarse=True,
+        references=(8_000, 250, 500),
+        queries_per_reference=(5, 4, 4),
+    ),
+    ShapesConfig(
+        name="coarse_smoke",
+        description="as smoke, coarse",
+        coarse=True,
+        references=(64, 16, 16),
+        queries_per_reference=(5, 4, 4),
+        families=(4, 1, 1),
     ),
 )
 
@@ -218,9 +253,7 @@ class World:
             else:
                 things = [dataclasses.replace(thing, size=size) for size in SIZES]
                 what = what.removeprefix(f"{thing.size} ")
-        text = rng.choice(
-            ["add a {} {}", "a {} {}", "put a {} {}", "there is a new {} {}", "with a {} {}"]
-        )
+        text = rng.choice(ADDITIONS)
         results = [replace(scene, {c: t}) for c in cells for t in things]
         results.sort(key=lambda s: s != replace(scene, {cell: thing}))  # the drawn one first
         return Edit(text.format(what, where).strip(), "add", tuple(results), (), cell)
@@ -308,6 +341,7 @@ class World:
         return self._sprites[key]
 
 
+ADDITIONS = ("add a {} {}", "a {} {}", "put a {} {}", "there is a new {} {}", "with a {} {}")
 REMOVALS = (
     "remove the {}",
     "delete the {}",
@@ -377,6 +411,8 @@ def make_split(world: World, split: str, used: set[Scene]) -> Split:
       used: scenes of the splits before it, which this one avoids and to which it adds its own.
     """
     config = world.config
+    if config.coarse:
+        return _make_coarse_split(world, split, used)
     rng = random.Random(f"shapes:{config.name}:{split}")
     index = SPLITS.index(split)
     number, per_reference = config.references[index], config.queries_per_reference[index]
@@ -436,6 +472,128 @@ def _near_misses(world, rng, reference, edits, used, row) -> None:
             added += 1
 
 
+# ---- coarse relevance ---------------------------------------------------------------------------
+
+Look = tuple[str, str]  # colour and shape of an object
+Content = tuple[Look, ...]  # of the objects of a scene, ascending
+Change = tuple[Look | None, Look | None, Content]  # what becomes what, with which content
+
+
+def content_of(scene: Scene) -> Content:
+    """What a scene shows, wherever and however large."""
+    return tuple(sorted((thing.color, thing.shape) for thing in scene if thing is not None))
+
+
+def _draw_slots(world: World, rng: random.Random) -> list[list[Look | None]]:
+    """What each object of a family can be: one of these, None for absent.
+
+    One object has three colours (or shapes), one has two shapes (or colours) or is absent, one may
+    be absent, and two are always there. No two are alike, whatever is chosen.
+    """
+    looks = list(itertools.product(world.colors, world.shapes))
+    colored = rng.random() < 0.5
+
+    def variants(number: int, by_color: bool) -> list[Look | None]:
+        color, shape = rng.choice(looks)
+        if by_color:
+            return [(color, shape) for color in rng.sample(list(world.colors), number)]
+        return [(color, shape) for shape in rng.sample(world.shapes, number)]
+
+    while True:
+        changing, replaced = variants(3, colored), variants(2, not colored)
+        others = rng.sample(looks, 3)
+        if len({*changing, *replaced, *others}) == 8:
+            return [changing, [*replaced, None], [others[0], None], [others[1]], [others[2]]]
+
+
+def _make_family(slots: list[list[Look | None]]) -> dict[Content, list[Change]]:
+    """The contents of a family, with all changes of each; those of one object are neighbours."""
+
+    def content(chosen: Sequence[Look | None]) -> Content:
+        return tuple(sorted(look for look in chosen if look is not None))
+
+    return {
+        content(chosen): [
+            (old, new, content([*chosen[:i], new, *chosen[i + 1 :]]))
+            for i, old in enumerate(chosen)
+            for new in slots[i]
+            if new != old
+        ]
+        for chosen in itertools.product(*slots)
+    }
+
+
+def _arrange(rng: random.Random, content: Content, number: int) -> list[Scene]:
+    """Different scenes of this content."""
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < number:
+        cells: list[Thing | None] = [None] * 9
+        for cell, (color, shape) in zip(rng.sample(range(9), len(content)), content):
+            cells[cell] = Thing(rng.choice(SIZES), color, shape)
+        scenes[tuple(cells)] = None
+    return list(scenes)
+
+
+def _write_change(
+    rng: random.Random, content: Content, old: Look | None, new: Look | None
+) -> tuple[str, str, tuple[str, ...]]:
+    """Text, kind and attributes of a change of this content."""
+    if old is None:
+        return rng.choice(ADDITIONS).format(" ".join(new), "").strip(), "add", ()
+    color, shape = old
+    alone = sum(shape == other for _, other in content) == 1
+    name = shape if alone and rng.random() < 0.5 else f"{color} {shape}"
+    if new is None:
+        return rng.choice(REMOVALS).format(name), "remove", ()
+    kind, value = ("color", new[0]) if new[1] == shape else ("shape", new[1])
+    text = rng.choice(TEMPLATES[kind]).format(name=name, value=value)
+    return text, kind, (f"{kind}={value}",)
+
+
+def _draw_families(
+    world: World, rng: random.Random, number: int, before: set[Content]
+) -> dict[Content, list[Change]]:
+    """The contents of so many families, none of them among those before, with their changes."""
+    changes: dict[Content, list[Change]] = {}
+    while number:
+        family = _make_family(_draw_slots(world, rng))
+        if before.isdisjoint(family) and changes.keys().isdisjoint(family):
+            changes.update(family)
+            number -= 1
+    return changes
+
+
+def _make_coarse_split(world: World, split: str, used: set[Scene]) -> Split:
+    """Draws a split of `coarse`, with none of the contents of `used`; see `make_split`."""
+    config = world.config
+    rng = random.Random(f"shapes:{config.name}:{split}")
+    index = SPLITS.index(split)
+    number, per_reference = config.references[index], config.queries_per_reference[index]
+    before = {content_of(scene) for scene in used}
+    changes = _draw_families(world, rng, config.families[index], before)
+    scenes = [
+        scene
+        for content in changes
+        for scene in _arrange(rng, content, rng.randint(*config.arrangements))
+    ]
+    rng.shuffle(scenes)
+    rows: dict[Content, list[int]] = defaultdict(list)
+    for row, scene in enumerate(scenes):
+        rows[content_of(scene)].append(row)
+
+    queries: list[tuple[int, int, Edit]] = []
+    for reference in rng.sample(range(len(scenes)), number):
+        content = content_of(scenes[reference])
+        for place in sorted(rng.sample(range(len(changes[content])), per_reference)):
+            old, new, result = changes[content][place]
+            target = rng.choice(rows[result])
+            text, kind, attributes = _write_change(rng, content, old, new)
+            edit = Edit(text, kind, (scenes[target],), attributes)
+            queries.append((reference, target, edit))
+    used.update(scenes)
+    return Split(scenes, queries)
+
+
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder; see the module's docstring."""
 
@@ -470,11 +628,12 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 item_id = f"{name}-{row:06d}"
                 yield row, GalleryItem(item_id, image, row, describe_scene(scene)).record()
             return
+        relevant = content_of if self.builder_config.coarse else lambda scene: scene
         rows = defaultdict(list)
         for row, scene in enumerate(split.scenes):
-            rows[scene].append(row)
+            rows[relevant(scene)].append(row)
         for index, (reference, target, edit) in enumerate(split.queries):
-            valid = sorted({r for result in edit.results for r in rows.get(result, ())})
+            valid = sorted({r for result in edit.results for r in rows.get(relevant(result), ())})
             yield (
                 index,
                 Query(

@@ -1,0 +1,222 @@
+"""Mines the bank for a sample of queries by every rule, and measures what was drawn.
+
+Scores are those of the bank, computed on all devices. Negatives are drawn from them by
+`mining.draw`, with the candidates in the order of the bank: for the same key these are the draws of
+`BankKeeper.mine_all`, of which all scores are at hand here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dqe_jax import mining, parallel
+from dqe_jax.auditing import candidates, statistics
+from dqe_jax.auditing.candidates import CLASSES, Truth
+from dqe_jax.bank import BankKeeper
+from dqe_jax.mining import Bank, Mined
+from dqe_jax.utils.errors import UserError
+
+RULES = ("random", "hardest", "qure", "trns")
+LOWERS = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+Draw = Callable[..., Mined]
+
+
+def negatives_of(negatives: Any, rule: str) -> ConfigDict:
+    """A copy of `config.negatives` that mines by a rule.
+
+    Raises:
+      UserError: the rule mines nothing, or is unknown.
+    """
+    if rule not in RULES:
+        raise UserError(f"--rules: {rule!r} is not one of {', '.join(RULES)}.")
+    return ConfigDict(dict(negatives) | {"rule": rule})
+
+
+def audit(
+    keeper: BankKeeper,
+    params: Any,
+    step: int,
+    *,
+    split: Any,
+    rows: np.ndarray,
+    negatives: Any,
+    rules: Sequence[str],
+    lowers: Sequence[float],
+    seed: int,
+    devices: Sequence[jax.Device],
+) -> dict[str, Any]:
+    """Fills the bank, mines it for a sample of queries and measures what was drawn.
+
+    Args:
+      keeper: of the split's bank.
+      params: replicated over the devices.
+      step: of the checkpoint.
+      split: of the data set.
+      rows: int `[B]`, positions of the queries, as `candidates.sample_queries` gives.
+      negatives: `config.negatives`.
+      rules: to mine by, of `RULES`.
+      lowers: lower quantiles of the sweep, below the upper one; none for no sweep.
+      seed: of the draws.
+      devices: of the keeper.
+
+    Returns:
+      What goes to the JSON: `candidates`, `bounds`, `rules`, `oracle`, `sweep`, `histogram`; see
+      `statistics` for the figures.
+    """
+    keeper.refresh(params, step)
+    truth = candidates.truth_of(split, rows)
+    query = keeper.embed_queries(params, rows)
+    measure = _Measure(negatives, rules, lowers, jax.random.key(seed))
+    target = split.queries.target[rows]
+    for here, scores in _scores(query, keeper.bank, devices):
+        photo = np.asarray(keeper.bank.photo).reshape(-1)
+        delta = scores[np.arange(len(scores)), target[here]][:, None] - scores
+        part = Truth(truth.known[here], truth.valid[here], truth.near[here])
+        measure.add(delta, *candidates.classify(part, photo), rows[here].astype(np.int32))
+    return measure.facts()
+
+
+def _scores(
+    query: np.ndarray, bank: Bank, devices: Sequence[jax.Device]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Scores of the whole bank, for some queries at a time: `(which, float32 [b, devices * S])`."""
+    size = min(mining.CHUNK_QUERIES, len(query))
+    score = parallel.pmap(mining.bank_scores, in_axes=(None, 0), out_axes=0, devices=devices)
+    for start in range(0, len(query), size):
+        here = slice(start, min(start + size, len(query)))
+        parts = np.asarray(score(parallel.pad_rows(query[here], size), bank))
+        whole = np.moveaxis(parts, 0, 1).reshape(size, -1)
+        yield here, whole[: here.stop - start]
+
+
+def _draw_by(negatives: Any) -> Draw:
+    """`(key, delta, forbidden, row_ids) -> Mined`, compiled."""
+
+    def draw(key, delta, forbidden, row_ids):
+        return mining.draw(key, delta, forbidden, row_ids, negatives, chunk=mining.CHUNK_ROWS)
+
+    return jax.jit(draw)
+
+
+def _draw_above(negatives: Any) -> Draw:
+    """The same by `trns` with quantiles as bounds; lower one and floor are further arguments.
+
+    They are arguments so that all settings of a sweep share one program.
+    """
+    fields = dict(negatives) | {"rule": "trns", "bounds": "quantile", "upper": upper_of(negatives)}
+
+    def draw(key, delta, forbidden, row_ids, lower, floor):
+        setting = ConfigDict(fields | {"lower": lower, "floor": floor})
+        return mining.draw(key, delta, forbidden, row_ids, setting, chunk=mining.CHUNK_ROWS)
+
+    return jax.jit(draw)
+
+
+def upper_of(negatives: Any) -> float:
+    """Upper quantile of the sweep: the config's; none (1) where its bounds are no quantiles."""
+    return float(negatives.upper) if negatives.bounds == "quantile" else 1.0
+
+
+class _Measure:
+    """Draws for chunks of queries and collects their figures."""
+
+    def __init__(
+        self, negatives: Any, rules: Sequence[str], lowers: Sequence[float], key: jax.Array
+    ):
+        self._rules, self._key = tuple(rules), key
+        # TRNS comes first: its bounds say what is easy, whether it is asked for or not.
+        self._draws = {
+            rule: _draw_by(negatives_of(negatives, rule)) for rule in ("trns", *self._rules)
+        }
+        self._sweep = _draw_above(negatives)
+        floor = negatives.floor if np.isfinite(negatives.floor) else 0.0
+        self._settings = [(q, f) for f in (floor, -np.inf) for q in lowers]
+        self._size = 0  # queries of the first, longest chunk: later ones are padded to it
+        self._columns: dict[Any, list[dict[str, np.ndarray]]] = {}
+        self._counts = np.zeros((len(CLASSES), statistics.FINE_BINS), np.int64)
+
+    def add(
+        self, delta: np.ndarray, classes: np.ndarray, forbidden: np.ndarray, row_ids: np.ndarray
+    ) -> None:
+        """Adds queries.
+
+        Args:
+          delta: float32 `[b, N]`.
+          classes: int `[b, N]`, of `CLASSES`.
+          forbidden: bool `[b, N]`.
+          row_ids: int32 `[b]`, positions of the queries in the split.
+        """
+        allowed, valid = ~forbidden, classes == CLASSES.index("valid")
+        self._counts += statistics.count_deltas(delta[allowed], classes[allowed], len(CLASSES))
+        self._size = max(self._size, len(delta))
+        padded = [parallel.pad_rows(x, self._size) for x in (delta, forbidden, row_ids)]
+        inputs = jax.device_put((self._key, *padded))
+
+        def call(draw: Draw, *setting: np.float32) -> Mined:
+            mined = jax.device_get(draw(*inputs, *setting))
+            return jax.tree.map(lambda x: x[: len(delta)], mined)
+
+        easy_above = None
+        for rule, draw in self._draws.items():
+            mined = call(draw)
+            if easy_above is None:
+                easy_above = mined.upper
+                everything = statistics.of_candidates(delta, allowed, valid, easy_above)
+                bounds = {"lower": mined.lower, "upper": mined.upper, "zone": mined.zone}
+                self._keep("bounds", {name: np.float64(x) for name, x in bounds.items()})
+                self._keep("oracle", everything)
+            found = _figures(mined, delta, valid, easy_above)
+            if rule not in ("trns", "qure"):  # the bounds that come with it are not its own
+                del found["zone"], found["fallback"]
+            self._keep(rule, found)
+        for setting in self._settings:
+            mined = call(self._sweep, *np.float32(setting))
+            cut = statistics.of_cut(delta, allowed, valid, mined.lower)
+            self._keep(setting, cut | _figures(mined, delta, valid, easy_above))
+
+    def _keep(self, name: Any, columns: dict[str, np.ndarray]) -> None:
+        self._columns.setdefault(name, []).append(columns)
+
+    def facts(self) -> dict[str, Any]:
+        """The figures over all queries."""
+        found = {
+            name: statistics.over_queries(statistics.concatenate(parts))
+            for name, parts in self._columns.items()
+        }
+        allowed = found["oracle"]["drawn"]
+        edges, counts = statistics.trim(self._counts)
+        return {
+            "candidates": allowed,
+            "bounds": found["bounds"],
+            "rules": {rule: found[rule] for rule in self._rules},
+            "oracle": found["oracle"],
+            "sweep": [
+                {
+                    "quantile": quantile,
+                    "floor": float(floor) if np.isfinite(floor) else None,
+                    "rank": quantile * allowed,
+                    **found[quantile, floor],
+                }
+                for quantile, floor in self._settings
+            ],
+            "histogram": {
+                "edges": edges.tolist(),
+                **{name: row.tolist() for name, row in zip(CLASSES, counts)},
+            },
+        }
+
+
+def _figures(
+    mined: Mined, delta: np.ndarray, valid: np.ndarray, easy_above: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Figures of what was drawn from all candidates `[b, N]`."""
+    near, false = (np.take_along_axis(x, mined.rows, axis=1) for x in (delta, valid))
+    return statistics.of_candidates(near, mined.drawn, false, easy_above) | statistics.of_zone(
+        near, mined.drawn, mined.lower, mined.upper, mined.zone
+    )

@@ -1,0 +1,184 @@
+"""The bank: embeddings of the whole training gallery, sharded by rows over the devices.
+
+It is filled anew every `refresh_every` steps with the parameters of that moment (the method's
+interval-based update). Until the first refresh there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import logging
+from jax import lax
+
+from dqe_jax import mining, parallel
+from dqe_jax.mining import Bank, Mined
+
+
+def rows_of_device(num_rows: int, num_devices: int, chunk_rows: int = mining.CHUNK_ROWS) -> int:
+    """`S`: rows that each device holds, a multiple of `chunk_rows`; the last ones are padding."""
+    return -(-num_rows // (num_devices * chunk_rows)) * chunk_rows
+
+
+class BankKeeper:
+    """Keeps the bank of a training split.
+
+    Attributes:
+      bank: sharded, leaves `[devices, S, ...]`; None before the first refresh.
+      mined: `(rows int32 [n, k], drawn bool [n, k])` of all training queries, if they are mined at
+        a refresh.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Any,
+        text: np.ndarray,
+        known_positives: np.ndarray,
+        encode_query: Callable[..., Any],
+        encode_gallery: Callable[..., jax.Array],
+        negatives: Any,
+        seed: int,
+        batch_size: int,
+        devices: Sequence[jax.Device],
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          split: the training split, see `data/pipeline.py`.
+          text: int32 `[n, L]`, ids of the queries' texts.
+          known_positives: int32 `[n, P]`, image ids, padded with -1.
+          encode_query: `(params, image, text) -> QueryOutput`.
+          encode_gallery: `(params, image) -> [B, M, d]`, L2-normalised.
+          negatives: `config.negatives`.
+          seed: of the draws.
+          batch_size: images embedded at a time, over all devices.
+          devices: to run on.
+        """
+        self.bank: Bank | None = None
+        self.mined: tuple[np.ndarray, np.ndarray] | None = None
+        self._split, self._text, self._known = split, text, known_positives
+        self._negatives, self._seed, self._n = negatives, seed, len(devices)
+        self._size = rows_of_device(len(split.gallery), self._n)
+        # Of each device; a divisor of the chunk, so that steps fill the bank without remainder.
+        self._step = int(
+            np.gcd(mining.CHUNK_ROWS, 1 << max(batch_size // self._n, 1).bit_length() - 1)
+        )
+        dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[negatives.bank_dtype]
+
+        def fill(params, images, start, tokens):
+            new = encode_gallery(params, images).astype(dtype)
+            return lax.dynamic_update_slice(tokens, new, (start, 0, 0))
+
+        def embed(params, images, text):
+            return encode_query(params, images, text).embedding
+
+        def mine(key, query, target_row, known, row_ids, bank):
+            return mining.mine_bank(
+                key,
+                *(query, target_row, known, row_ids, bank, negatives),
+                axis_name=parallel.AXIS,
+            )
+
+        shape = lambda params, images: jax.eval_shape(encode_gallery, params, images)  # noqa: E731
+        self._shape, self._dtype = shape, dtype
+        on = {"devices": devices}
+        self._fill = parallel.pmap(
+            fill, in_axes=(None, 0, None, 0), out_axes=0, donate_argnums=(3,), **on
+        )
+        self._embed = parallel.pmap(embed, in_axes=(None, 0, 0), out_axes=0, **on)
+        self._mine = parallel.pmap(
+            mine, in_axes=(None, None, None, None, None, 0), out_axes=None, **on
+        )
+        # Places arrays on the devices, row by row.
+        self._place = parallel.pmap(lambda x: x, in_axes=(0,), out_axes=0, **on)
+
+    def due(self, step: int) -> bool:
+        """Whether the bank is to be filled after `step` steps: on time, or for want of one."""
+        first, every = self._negatives.first_refresh, self._negatives.refresh_every
+        return step >= first and (self.bank is None or (step - first) % every == 0)
+
+    def refresh(self, params: Any, step: int) -> None:
+        """Embeds the whole gallery, and mines all queries if the config says so.
+
+        Args:
+          params: replicated over the devices.
+          step: how many were taken.
+        """
+        gallery, size = self._split.gallery, self._size
+        first = np.arange(self._n)[:, None] * size
+        starts = range(0, size, self._step)
+        # Read in the order of use: for each step the rows of all devices.
+        rows = [first + start + np.arange(self._step) for start in starts]
+        read = np.minimum(np.concatenate([r.ravel() for r in rows]), len(gallery) - 1)
+        batches = gallery.batches(read, self._n * self._step)
+        tokens = self.bank.tokens if self.bank is not None else None
+        bar = tqdm.tqdm(
+            zip(starts, batches), total=len(starts), desc=f"bank, step {step}", leave=False
+        )
+        for start, images in bar:
+            images = parallel.shard(images, self._n)
+            if tokens is None:
+                one = jax.eval_shape(lambda x: x[0], images)
+                shape = self._shape(params, one).shape[1:]
+                tokens = self._place(np.zeros((self._n, size, *shape), self._dtype))
+            tokens = self._fill(params, images, np.int32(start), tokens)
+        photo = np.full(self._n * size, -1, np.int32)
+        photo[: len(gallery)] = gallery.photo
+        self.bank = Bank(tokens, self._place(photo.reshape(self._n, size)))
+        if self._negatives.mining == "refresh":
+            mined = self.mine_all(params, jax.random.fold_in(jax.random.key(self._seed), step))
+            self.mined = mined.rows, mined.drawn
+        logging.debug("Bank of %d images filled after step %d.", len(gallery), step)
+
+    def add_mined(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A training batch with what was mined for its queries at the refresh, if anything was."""
+        if self.mined is None:
+            return batch
+        rows, drawn = (x[batch["query"]] for x in self.mined)
+        return {**batch, "mined_rows": rows, "mined_drawn": drawn}
+
+    def embed_queries(self, params: Any, rows: np.ndarray) -> np.ndarray:
+        """Embeddings of the queries at these positions of the split: float32 `[B, d]`."""
+        queries, batch = self._split.queries, self._n * self._step
+        parts = []
+        images_of = self._split.gallery.batches(queries.reference[rows], batch)
+        for i, images in enumerate(images_of):
+            here = rows[i * batch : i * batch + len(images)]
+            padded = [parallel.pad_rows(x, batch) for x in (images, self._text[here])]
+            out = self._embed(params, *parallel.shard(padded, self._n))
+            parts.append(parallel.unshard(out)[: len(images)])
+        return np.concatenate(parts)
+
+    def mine_all(
+        self, params: Any, key: jax.Array, rows: np.ndarray | None = None, batch: int = 1024
+    ) -> Mined:
+        """Mines the bank for the queries at these positions (default: all), as NumPy arrays.
+
+        Args:
+          params: replicated over the devices.
+          key: of the draws; a query's draw depends on it and on its position alone.
+          rows: int `[B]`, positions of queries of the split.
+          batch: queries mined by one call.
+        """
+        queries = self._split.queries
+        rows = np.arange(len(queries)) if rows is None else rows
+        query = self.embed_queries(params, rows)
+        parts = []
+        for start in range(0, len(rows), batch):
+            here = rows[start : start + batch]
+            columns = (
+                query[start : start + batch],
+                queries.target[here],
+                self._known[here],
+                here.astype(np.int32),
+            )
+            padded = [parallel.pad_rows(x, min(batch, len(rows))) for x in columns]
+            out = jax.tree.map(np.asarray, self._mine(key, *padded, self.bank))
+            parts.append(jax.tree.map(lambda x, kept=here: x[: len(kept)], out))
+        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

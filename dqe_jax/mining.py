@@ -1,0 +1,259 @@
+"""Draws negatives by a rule: from the global batch, or from the bank of the whole training gallery.
+
+Pure functions per device, like the training step. What the rules are made of is in `trns.py`:
+
+| rule | mid-zone | drawn |
+| --- | --- | --- |
+| `trns` | by `config.negatives.bounds`, above `floor` | by `exp(-delta / sample_temperature)` |
+| `qure` | between the two steepest drops behind the target | uniformly |
+| `random` | everything allowed | uniformly |
+| `hardest` | everything allowed | the lowest `delta` |
+
+From the bank every device scores the queries of all devices against its own rows, chunk by chunk
+with the maximum over tokens inside, for some queries at a time: beside the bank it holds a few
+arrays `[chunk_queries, rows of the device]`, never `[B, N, M]`. Only candidates are exchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dqe_jax import trns
+
+CHUNK_ROWS = 512
+CHUNK_QUERIES = 256
+
+
+@flax.struct.dataclass
+class Bank:
+    """Embeddings of the training gallery, this device's rows: device `i` has the `i`-th run of `S`.
+
+    Attributes:
+      tokens: `[S, M, d]`, L2-normalised, float32 or bfloat16; S is a multiple of `CHUNK_ROWS`.
+      photo: int32 `[S]`, image ids; -1 for padding.
+    """
+
+    tokens: jax.Array
+    photo: jax.Array
+
+
+@flax.struct.dataclass
+class Mined:
+    """What was drawn for `B` queries.
+
+    Attributes:
+      rows: int32 `[B, n]`, candidates: columns of the pool, or rows of the bank.
+      drawn: bool `[B, n]`, false where none was left.
+      lower: `[B]`, bounds of the mid-zone, in `delta`.
+      upper: `[B]`.
+      zone: int32 `[B]`, its size.
+    """
+
+    rows: jax.Array
+    drawn: jax.Array
+    lower: jax.Array
+    upper: jax.Array
+    zone: jax.Array
+
+
+def draw(
+    key: jax.Array,
+    delta: jax.Array,
+    forbidden: jax.Array,
+    row_ids: jax.Array,
+    negatives: Any,
+    *,
+    axis_name: str | None = None,
+    chunk: int | None = None,
+) -> Mined:
+    """Draws each query's negatives by the rule of the config.
+
+    Args:
+      key: random key, the same on all devices.
+      delta: `[B, N]` target-relative similarity.
+      forbidden: bool `[B, N]`.
+      row_ids: int `[B]`, what tells the queries' draws apart.
+      negatives: `config.negatives`.
+      axis_name: the mapped axis if the candidates are spread over devices; see `trns`.
+      chunk: as for `trns.sample_negatives`.
+    """
+    rule, bounds, floor = negatives.rule, negatives.bounds, negatives.floor
+    temperature = negatives.sample_temperature
+    if rule == "qure":
+        bounds, floor, temperature = "drops", 0.0, 0.0
+    lower, upper = trns.mid_zone_bounds(
+        delta,
+        ~forbidden,
+        bounds,
+        lower=negatives.lower,
+        upper=negatives.upper,
+        floor=floor,
+        depth=negatives.drops_depth,
+        apart=negatives.drops_apart,
+        axis_name=axis_name,
+    )
+    zone = trns.mid_zone_mask(delta, lower, upper, forbidden)
+    mask = {"random": ~forbidden, "hardest": jnp.zeros_like(forbidden)}.get(rule, zone)
+    rows, drawn = trns.sample_negatives(
+        key,
+        delta,
+        mask,
+        negatives.per_query,
+        forbidden=forbidden,
+        lower=None if rule == "hardest" else lower,
+        row_ids=row_ids,
+        sample_temperature=temperature if rule == "trns" and temperature else None,
+        axis_name=axis_name,
+        chunk=chunk,
+    )
+    size = zone.sum(1)
+    size = size if axis_name is None else lax.psum(size, axis_name)
+    return Mined(rows, drawn, lower, upper, size)
+
+
+def describe(
+    mined: Mined, delta: jax.Array, false: jax.Array | None, rule: str
+) -> dict[str, jax.Array]:
+    """What to log of what was drawn, `[B]` each.
+
+    Args:
+      mined: of the queries.
+      delta: `[B, n]` of the drawn candidates.
+      false: bool `[B, n]`, drawn ones that are in truth valid; None if truth is not known.
+      rule: of the config.
+    """
+    number = mined.drawn.sum(1)
+
+    def share(which: jax.Array) -> jax.Array:
+        return (which & mined.drawn).sum(1) / jnp.maximum(number, 1)
+
+    within = (delta > mined.lower[:, None]) & (delta <= mined.upper[:, None])
+    logs = {
+        "negatives/zone": mined.zone,
+        "negatives/lower": mined.lower,
+        "negatives/upper": mined.upper,
+        "negatives/delta": jnp.where(mined.drawn, delta, 0).sum(1) / jnp.maximum(number, 1),
+        "negatives/easy": share(delta > mined.upper[:, None]),
+        "negatives/drawn": number,
+    }
+    if rule in ("trns", "qure"):
+        logs["negatives/fallback"] = share(~within)
+    if false is not None:
+        logs["negatives/false"] = share(false)
+    return logs
+
+
+# ----------------------------------------------------------------------------------- from the bank
+
+
+def _token_scores(query: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`max_m <q, T_m>` of all pairs: `[B, d], [S, M, d] -> [B, S]` float32.
+
+    With a bfloat16 bank the query is rounded too: products are exact in float32 then, and target
+    and candidates are compared alike.
+    """
+    query = query.astype(tokens.dtype).astype(jnp.float32)
+    scores = jnp.einsum(
+        "bd,smd->bsm", query, tokens.astype(jnp.float32), precision=lax.Precision.HIGHEST
+    )
+    return scores.max(axis=-1)
+
+
+def bank_scores(query: jax.Array, bank: Bank, chunk: int = CHUNK_ROWS) -> jax.Array:
+    """Scores of this device's rows: `[B, d] -> [B, S]` float32."""
+    tokens = bank.tokens.reshape(-1, chunk, *bank.tokens.shape[1:])
+
+    def step(i: jax.Array, scores: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(scores, _token_scores(query, tokens[i]), (0, i * chunk))
+
+    start = jnp.zeros((len(query), len(bank.photo)), jnp.float32)
+    return lax.fori_loop(0, len(tokens), step, start)
+
+
+def best_tokens(query: jax.Array, rows: jax.Array, bank: Bank, axis_name: str | None) -> jax.Array:
+    """For each query and bank row, the token of that row that it scores best.
+
+    The score is then `<q, token>`, with the token a constant of the bank's snapshot.
+
+    Args:
+      query: `[B, d]`, the same on all devices.
+      rows: int `[B, n]` of the whole bank.
+      bank: this device's part.
+      axis_name: the mapped axis, or None.
+
+    Returns:
+      float32 `[B, n, d]`, the same on all devices.
+    """
+    size = len(bank.photo)
+    local = rows - (0 if axis_name is None else lax.axis_index(axis_name) * size)
+    mine = (local >= 0) & (local < size)
+    rounded = lax.stop_gradient(query).astype(bank.tokens.dtype).astype(jnp.float32)
+
+    def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
+        here, own = column
+        tokens = bank.tokens[jnp.where(own, here, 0)].astype(jnp.float32)  # [B, M, d]
+        scores = jnp.einsum("bd,bmd->bm", rounded, tokens, precision=lax.Precision.HIGHEST)
+        best = jnp.take_along_axis(tokens, scores.argmax(1)[:, None, None], axis=1)[:, 0]
+        return jnp.where(own[:, None], best, 0)
+
+    found = jnp.moveaxis(lax.map(of_column, (local.T, mine.T)), 0, 1)
+    return found if axis_name is None else lax.psum(found, axis_name)
+
+
+def mine_bank(
+    key: jax.Array,
+    query: jax.Array,
+    target_row: jax.Array,
+    known_positives: jax.Array,
+    row_ids: jax.Array,
+    bank: Bank,
+    negatives: Any,
+    *,
+    axis_name: str | None,
+    chunk_rows: int = CHUNK_ROWS,
+    chunk_queries: int = CHUNK_QUERIES,
+) -> Mined:
+    """Mines the whole bank for queries that are the same on all devices.
+
+    Target and candidates are of the bank: of one snapshot.
+
+    Args:
+      key: random key, the same on all devices.
+      query: `[B, d]`.
+      target_row: int `[B]`, the target's row of the bank.
+      known_positives: int `[B, P]` image ids that are never negatives, the target's included.
+      row_ids: int `[B]`, what tells the queries' draws apart.
+      bank: this device's part.
+      negatives: `config.negatives`.
+      axis_name: the mapped axis, or None for one device.
+      chunk_rows: rows scored at once; draws depend on it.
+      chunk_queries: queries mined at once; nothing but memory and time depends on it.
+    """
+    query = lax.stop_gradient(query)
+    padding = bank.photo < 0
+
+    def of_chunk(columns: tuple[jax.Array, ...]) -> Mined:
+        q, row, known, ids = columns
+        token = best_tokens(q, row[:, None], bank, axis_name)[:, 0]
+        rounded = q.astype(bank.tokens.dtype).astype(jnp.float32)
+        target = jnp.einsum("bd,bd->b", rounded, token, precision=lax.Precision.HIGHEST)
+        delta = target[:, None] - bank_scores(q, bank, chunk_rows)
+        # Fused comparison and reduction: no [B, S, P] array is kept.
+        forbidden = jnp.any(known[:, None, :] == bank.photo[None, :, None], axis=-1) | padding
+        return draw(key, delta, forbidden, ids, negatives, axis_name=axis_name, chunk=chunk_rows)
+
+    size = min(chunk_queries, len(query))
+    missing = -len(query) % size
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return padded.reshape(-1, size, *x.shape[1:])
+
+    columns = jax.tree.map(split, (query, target_row, known_positives, row_ids))
+    mined = lax.map(of_chunk, columns)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(query)], mined)

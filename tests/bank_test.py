@@ -1,0 +1,190 @@
+"""Training against the bank: devices, snapshots, resuming, what is logged, and its errors."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from small_runs import compiled_once, small_config
+
+from dqe_jax import bank, checkpoint, run_setup, train
+from dqe_jax.config import check_config
+from dqe_jax.data import datasets
+from dqe_jax.data.pipeline import known_positives
+from dqe_jax.data.tokenizer import train_word_tokenizer
+from dqe_jax.utils.errors import UserError
+
+BANK = {
+    "negatives.pool": "bank",
+    "negatives.first_refresh": 2,
+    "negatives.refresh_every": 2,
+    "loss.preference": 1.0,
+    "total_steps": 6,
+    "log_every": 1,
+    "eval_every": 6,
+    "checkpoint_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("bank")
+    with compiled_once(base / "compiled"):
+        yield base
+
+
+def config_of(base, **changes):
+    return small_config(base / "prepared", **BANK | changes)
+
+
+def lines_of(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def params_of(workdir, step=6):
+    manager = checkpoint.open_for_reading(workdir)
+    return flatten_dict(checkpoint.restore_params(manager, step), sep="/")
+
+
+def assert_close(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("mining", ["step", "refresh"])
+def test_training_does_not_depend_on_devices(base, mining):
+    runs = []
+    for devices in (1, 8):
+        config = config_of(base, num_devices=devices, **{"negatives.mining": mining})
+        train.train_and_evaluate(config, base / f"{mining}-{devices}")
+        runs.append(base / f"{mining}-{devices}")
+    assert_close(*map(params_of, runs), 1e-5)
+    one, other = map(lines_of, runs)
+    for step in one:
+        for name, value in one[step].items():
+            if name.startswith(("negatives/", "loss")):
+                assert other[step][name] == pytest.approx(value, abs=1e-4), (step, name)
+    assert "negatives/delta" not in one[2]  # no bank yet: InfoNCE alone
+    assert all("negatives/delta" in one[step] for step in (3, 4, 5, 6))
+    if mining == "step":
+        assert all(one[step]["negatives/false"] <= 1 for step in (3, 6))
+
+
+@pytest.mark.parametrize("mining", ["step", "refresh"])
+def test_an_interrupted_run_goes_on_exactly(base, mining):
+    config = config_of(base, **{"negatives.mining": mining})
+    train.train_and_evaluate(config, base / f"whole-{mining}")
+    train.train_and_evaluate(config, base / f"parts-{mining}", stop_at=4)
+    train.train_and_evaluate(config, base / f"parts-{mining}")
+    one, other = (params_of(base / f"{name}-{mining}") for name in ("whole", "parts"))
+    assert_close(one, other, 0)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "mines"), [("in_batch", False), ("random", True), ("rule", True)]
+)
+def test_warm_up(base, warmup, mines):
+    config = config_of(base, total_steps=2, **{"negatives.warmup": warmup})
+    train.train_and_evaluate(config, base / f"warm-{warmup}")
+    line = lines_of(base / f"warm-{warmup}")[1]
+    assert ("loss/preference" in line) == mines
+    assert ("negatives/fallback" in line) == (warmup == "rule")
+
+
+def test_infonce_has_no_warm_up():
+    config = config_of(pathlib.Path(), **{"negatives.warmup": "random"})
+    config.negatives.rule = "in_batch"
+    assert train.warmup_negatives(config.negatives).rule == "in_batch"
+    config.negatives.rule = "trns"
+    assert train.warmup_negatives(config.negatives).rule == "random"
+    config.negatives.pool = "batch"
+    assert train.warmup_negatives(config.negatives).rule == "trns"
+
+
+def test_both_sides_of_a_refresh_are_logged(base):
+    changes = {"log_every": 100, "total_steps": 10, "eval_every": 10, "checkpoint_every": 4}
+    config = config_of(
+        base, **changes | {"negatives.first_refresh": 4, "negatives.refresh_every": 4}
+    )
+    train.train_and_evaluate(config, base / "sides")
+    assert sorted(lines_of(base / "sides")) == [4, 5, 8, 9, 10]
+
+
+@pytest.fixture(scope="module")
+def keeper(base):
+    """A keeper on 8 devices, its split, and parameters."""
+    config = config_of(base, num_devices=8, **{"negatives.mining": "refresh"})
+    split = run_setup.open_split(config, datasets.open_dataset(config.data), "train")
+    words = train_word_tokenizer(split.queries.texts, config.data.max_length)
+    model = run_setup.model_of(config, words)
+    text = run_setup.encode_texts(words, split)
+    params = run_setup.init_params(model, config)
+    keeper = run_setup.make_bank_keeper(config, model, split, text, jax.devices()[:8])
+    keeper.refresh(params, 0)
+    return keeper, split, model, params, text
+
+
+def test_the_bank_holds_the_whole_gallery_in_its_order(keeper):
+    keeper, split, model, params, _ = keeper
+    tokens = np.asarray(keeper.bank.tokens)
+    photo = np.asarray(keeper.bank.photo).ravel()
+    count = len(split.gallery)
+    assert tokens.shape[:2] == (8, bank.rows_of_device(count, 8))
+    np.testing.assert_array_equal(photo[:count], split.gallery.photo)
+    assert (photo[count:] == -1).all()
+    tokens = tokens.reshape(-1, *tokens.shape[2:])
+    for row in (0, 1, count // 2, count - 1):
+        image = split.gallery[row][None]
+        expected = model.apply({"params": params}, image, method="encode_gallery")[0]
+        np.testing.assert_allclose(tokens[row], expected, atol=1e-5)
+
+
+def test_what_is_mined_at_a_refresh_is_never_a_known_positive(keeper):
+    keeper, split, *_ = keeper
+    rows, drawn = keeper.mined
+    assert rows.shape == (len(split.queries), 16)
+    assert drawn.all()
+    assert rows.max() < len(split.gallery)
+    known = known_positives(split)
+    mined = split.gallery.photo[rows]
+    assert not (mined[:, :, None] == known[:, None, :]).any()
+    assert all(len(set(line)) == 16 for line in rows.tolist())
+    batch = keeper.add_mined({"query": np.array([[3, 1]])})
+    np.testing.assert_array_equal(batch["mined_rows"][0, 1], rows[1])
+
+
+def test_queries_are_embedded_as_the_model_does(keeper):
+    keeper, split, model, params, text = keeper
+    found = keeper.embed_queries(params, np.array([5, 0, 9]))
+    for i, query in enumerate((5, 0, 9)):
+        image = split.gallery[split.queries.reference[query]][None]
+        out = model.apply({"params": params}, image, text[query][None], method="encode_query")
+        np.testing.assert_allclose(found[i], out.embedding[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"negatives.refresh_every": 3}, r"refresh_every is 3: .*first_refresh, 2, .*multiples"),
+        ({"checkpoint_every": 3}, r"checkpoint_every, 3, must be multiples"),
+        ({"negatives.pool": "gallery"}, r"negatives\.pool is 'gallery': .* batch, bank"),
+    ],
+)
+def test_errors(base, changes, words):
+    with pytest.raises(UserError, match=words):
+        check_config(config_of(base, **changes))
+
+
+def test_the_fields_of_the_bank_are_read(base):
+    """Those that `configs_test.py` leaves to this file."""
+    one = base / "step-1"
+    assert (one / "config.json").exists(), "the runs above have read them"
+    for name, value in (("bank_dtype", "bfloat16"), ("warmup", "rule"), ("refresh_every", 1)):
+        config = config_of(base, total_steps=3, num_devices=1, **{f"negatives.{name}": value})
+        train.train_and_evaluate(config, base / f"field-{name}")
+        ours, others = lines_of(base / f"field-{name}"), lines_of(one)
+        assert any(ours[step]["loss"] != others[step]["loss"] for step in (1, 2, 3)), name
