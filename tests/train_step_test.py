@@ -36,6 +36,7 @@ def make_config(rule="trns", **changes):
     config.model.tiny.patch_size = 16
     config.negatives.rule, config.negatives.per_query = rule, 5
     config.optimizer.warmup_steps = 0
+    config.loss.alignment = 0.1  # which the config of shapes leaves out
     config.update_from_flattened_dict(changes)
     return config
 
