@@ -25,6 +25,36 @@ def rows_of_device(num_rows: int, num_devices: int, chunk_rows: int = mining.CHU
     return -(-num_rows // (num_devices * chunk_rows)) * chunk_rows
 
 
+def make_fill(encode_gallery: Callable[..., jax.Array], dtype: Any, devices: Any) -> Any:
+    """`(params, images [D, b, H, W, 3], start, tokens [D, S, M, d]) -> tokens`, in place.
+
+    Embeds the images into rows `start` to `start + b` of each of the `D` devices.
+    """
+
+    def fill(params, images, start, tokens):
+        new = encode_gallery(params, images).astype(dtype)
+        return lax.dynamic_update_slice(tokens, new, (start, 0, 0))
+
+    in_axes = (None, 0, None, 0)
+    return parallel.pmap(fill, in_axes=in_axes, out_axes=0, donate_argnums=(3,), devices=devices)
+
+
+def make_mine(negatives: Any, devices: Any) -> Any:
+    """`(key, query [B, d], target_row [B], known [B, P], row_ids [B], bank) -> Mined`."""
+
+    def mine(key, query, target_row, known, row_ids, bank):
+        wanted = (query, target_row, known, row_ids, bank, negatives)
+        return mining.mine_bank(key, *wanted, axis_name=parallel.AXIS)
+
+    in_axes = (None, None, None, None, None, 0)
+    return parallel.pmap(mine, in_axes=in_axes, out_axes=None, devices=devices)
+
+
+def step_rows(batch_size: int, num_devices: int) -> int:
+    """Images that a device embeds at a time: a divisor of a chunk, so that steps fill the bank."""
+    return int(np.gcd(mining.CHUNK_ROWS, 1 << max(batch_size // num_devices, 1).bit_length() - 1))
+
+
 class BankKeeper:
     """Keeps the bank of a training split.
 
@@ -63,40 +93,20 @@ class BankKeeper:
         self.bank: Bank | None = None
         self.mined: tuple[np.ndarray, np.ndarray] | None = None
         self._split, self._text, self._known = split, text, known_positives
-        self._negatives, self._seed, self._n = negatives, seed, len(devices)
-        self._size = rows_of_device(len(split.gallery), self._n)
-        # Of each device; a divisor of the chunk, so that steps fill the bank without remainder.
-        self._step = int(
-            np.gcd(mining.CHUNK_ROWS, 1 << max(batch_size // self._n, 1).bit_length() - 1)
-        )
-        dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[negatives.bank_dtype]
-
-        def fill(params, images, start, tokens):
-            new = encode_gallery(params, images).astype(dtype)
-            return lax.dynamic_update_slice(tokens, new, (start, 0, 0))
+        self._negatives, self._seed, self._devices = negatives, seed, list(devices)
+        self._size = rows_of_device(len(split.gallery), len(devices))
+        self._step = step_rows(batch_size, len(devices))
+        self._dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[negatives.bank_dtype]
+        self._shape = lambda params, images: jax.eval_shape(encode_gallery, params, images)
 
         def embed(params, images, text):
             return encode_query(params, images, text).embedding
 
-        def mine(key, query, target_row, known, row_ids, bank):
-            return mining.mine_bank(
-                key,
-                *(query, target_row, known, row_ids, bank, negatives),
-                axis_name=parallel.AXIS,
-            )
-
-        shape = lambda params, images: jax.eval_shape(encode_gallery, params, images)  # noqa: E731
-        self._shape, self._dtype = shape, dtype
-        on = {"devices": devices}
-        self._fill = parallel.pmap(
-            fill, in_axes=(None, 0, None, 0), out_axes=0, donate_argnums=(3,), **on
-        )
-        self._embed = parallel.pmap(embed, in_axes=(None, 0, 0), out_axes=0, **on)
-        self._mine = parallel.pmap(
-            mine, in_axes=(None, None, None, None, None, 0), out_axes=None, **on
-        )
+        self._fill = make_fill(encode_gallery, self._dtype, devices)
+        self._embed = parallel.map_rows(embed, columns=2, devices=devices)
+        self._mine = make_mine(negatives, devices)
         # Places arrays on the devices, row by row.
-        self._place = parallel.pmap(lambda x: x, in_axes=(0,), out_axes=0, **on)
+        self._place = parallel.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
 
     def due(self, step: int) -> bool:
         """Whether the bank is to be filled after `step` steps: on time, or for want of one."""
@@ -110,27 +120,28 @@ class BankKeeper:
           params: replicated over the devices.
           step: how many were taken.
         """
-        gallery, size = self._split.gallery, self._size
-        first = np.arange(self._n)[:, None] * size
+        gallery, size, total = self._split.gallery, self._size, len(self._devices)
+        own = parallel.own_devices(self._devices)
+        first = np.arange(total)[own, None] * size
         starts = range(0, size, self._step)
-        # Read in the order of use: for each step the rows of all devices.
+        # Read in the order of use: for each step the rows of all devices of this process.
         rows = [first + start + np.arange(self._step) for start in starts]
         read = np.minimum(np.concatenate([r.ravel() for r in rows]), len(gallery) - 1)
-        batches = gallery.batches(read, self._n * self._step)
+        batches = gallery.batches(read, len(first) * self._step)
         tokens = self.bank.tokens if self.bank is not None else None
         bar = tqdm.tqdm(
             zip(starts, batches), total=len(starts), desc=f"bank, step {step}", leave=False
         )
         for start, images in bar:
-            images = parallel.shard(images, self._n)
+            images = parallel.shard(images, len(first))
             if tokens is None:
                 one = jax.eval_shape(lambda x: x[0], images)
                 shape = self._shape(params, one).shape[1:]
-                tokens = self._place(np.zeros((self._n, size, *shape), self._dtype))
+                tokens = self._place(np.zeros((len(first), size, *shape), self._dtype))
             tokens = self._fill(params, images, np.int32(start), tokens)
-        photo = np.full(self._n * size, -1, np.int32)
+        photo = np.full(total * size, -1, np.int32)
         photo[: len(gallery)] = gallery.photo
-        self.bank = Bank(tokens, self._place(photo.reshape(self._n, size)))
+        self.bank = Bank(tokens, self._place(photo.reshape(total, size)[own]))
         if self._negatives.mining == "refresh":
             mined = self.mine_all(params, jax.random.fold_in(jax.random.key(self._seed), step))
             self.mined = mined.rows, mined.drawn
@@ -145,15 +156,15 @@ class BankKeeper:
 
     def embed_queries(self, params: Any, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the queries at these positions of the split: float32 `[B, d]`."""
-        queries, batch = self._split.queries, self._n * self._step
-        parts = []
-        images_of = self._split.gallery.batches(queries.reference[rows], batch)
-        for i, images in enumerate(images_of):
-            here = rows[i * batch : i * batch + len(images)]
-            padded = [parallel.pad_rows(x, batch) for x in (images, self._text[here])]
-            out = self._embed(params, *parallel.shard(padded, self._n))
-            parts.append(parallel.unshard(out)[: len(images)])
-        return np.concatenate(parts)
+        queries, batch = self._split.queries, len(self._devices) * self._step
+        mine = parallel.own_rows(parallel.pad_rows(rows, batch), batch, self._devices)
+        size = self._step * parallel.count_own(self._devices)
+        images_of = self._split.gallery.batches(queries.reference[mine], size)
+        parts = [
+            self._embed(params, images, self._text[mine[i * size : (i + 1) * size]])
+            for i, images in enumerate(images_of)
+        ]
+        return np.concatenate(parts)[: len(rows)]
 
     def mine_all(
         self, params: Any, key: jax.Array, rows: np.ndarray | None = None, batch: int = 1024

@@ -38,22 +38,31 @@ def random_batch(config: Any) -> dict[str, Any]:
     """A batch of random images and texts, as `data/pipeline.py` gives it; ids are distinct."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
-    R, Q = config.batch.references, config.batch.queries_per_reference
-    size, length = config.data.image_size, config.data.max_length
-    names = config.model.attributes.names
+    from dqe_jax.data.pipeline import batch_shapes
+
+    rng, R = np.random.default_rng(0), config.batch.references
+    shapes = batch_shapes(config, R)
+
+    def below(name: str, high: int) -> np.ndarray:
+        dtype, shape = shapes[name]
+        return rng.integers(0, high, shape).astype(dtype)
+
+    def count(name: str, first: int = 0) -> np.ndarray:
+        dtype, shape = shapes[name]
+        return np.arange(first, first + np.prod(shape), dtype=dtype).reshape(shape)
+
     return {
-        "reference_image": rng.integers(0, 256, (R, size, size, 3), np.uint8),
-        "reference_photo": np.arange(R, dtype=np.int32),
-        "query": np.arange(R * Q, dtype=np.int32).reshape(R, Q),
-        "text": rng.integers(1, VOCABULARY, (R, Q, length)).astype(np.int32),
-        "target_image": rng.integers(0, 256, (R, Q, size, size, 3), np.uint8),
-        "target_photo": R + np.arange(R * Q, dtype=np.int32).reshape(R, Q),
-        "target_row": np.arange(R * Q, dtype=np.int32).reshape(R, Q),
-        "known_positives": np.full((R, Q, 2), -1, np.int32),
-        "truth": np.zeros((R, Q, 0), np.int32),
-        "mentions": rng.integers(0, 2, (R, Q, len(names))).astype(np.float32),
-        "valid": np.ones((R, Q), bool),
+        "reference_image": below("reference_image", 256),
+        "reference_photo": count("reference_photo"),
+        "query": count("query"),
+        "text": 1 + below("text", VOCABULARY - 1),
+        "target_image": below("target_image", 256),
+        "target_photo": count("target_photo", R),
+        "target_row": count("target_row"),
+        "known_positives": below("known_positives", 1) - 1,
+        "truth": count("truth"),
+        "mentions": below("mentions", 2),
+        "valid": below("valid", 1) == 0,
     }
 
 
@@ -62,10 +71,9 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
     import jax
     import jax.numpy as jnp
 
-    from dqe_jax import models, parallel, run_setup
+    from dqe_jax import models, parallel, programs, run_setup
     from dqe_jax.optimizer import make_optimizer
-    from dqe_jax.train import splitter
-    from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
+    from dqe_jax.train_step import TrainState
 
     pretrained = run_setup.describe_weights(config)
     model = models.build_model(
@@ -76,20 +84,13 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
         sizes=pretrained and pretrained.sizes,
     )
     params = run_setup.init_params(model, config, config.seed)
-    tx, split = make_optimizer(config.optimizer, config.total_steps), splitter(config.model)
-    loss_fn = make_loss_fn(
-        apply_fn=model.apply,
-        negatives=config.negatives,
-        weights=config.loss,
-        margin=config.loss.margin_size,
+    tx, split = (
+        make_optimizer(config.optimizer, config.total_steps),
+        programs.splitter(config.model),
     )
-    step = parallel.pmap(
-        make_train_step(loss_fn=loss_fn, tx=tx, seed=config.seed, split=split),
-        in_axes=(None, 0),
-        out_axes=None,
-        donate_argnums=(0,),
-        devices=devices,
-    )
+    # There is no bank here: negatives are mined from the batch.
+    config.negatives.pool = "batch"
+    step = programs.make_step(config, model, tx, devices)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(split(params)[0]))
     state = parallel.replicate(state, devices)
     batch = parallel.shard(random_batch(config), len(devices))

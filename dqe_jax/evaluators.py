@@ -80,8 +80,8 @@ class RetrievalEvaluator:
           protocol: what is ranked and measured.
         """
         self.split, self.text, self.protocol = split, text, protocol
-        self._n = len(devices)
-        self._batch = -(-batch_size // self._n) * self._n
+        self._devices = list(devices)
+        self._batch = -(-batch_size // len(devices)) * len(devices)
         pools = split.pools or {"": np.arange(len(split.gallery))}
         self._pools = protocols.pool_rows(protocol, split.queries, pools)
 
@@ -89,9 +89,8 @@ class RetrievalEvaluator:
             out = encode_query(params, image, text)
             return out.embedding, out.attribute_weights
 
-        on = {"out_axes": 0, "devices": devices}
-        self._query = parallel.pmap(query, in_axes=(None, 0, 0), **on)
-        self._gallery = parallel.pmap(encode_gallery, in_axes=(None, 0), **on)
+        self._query = parallel.map_rows(query, columns=2, devices=devices)
+        self._gallery = parallel.map_rows(encode_gallery, columns=1, devices=devices)
         self._rank = ranking.make_rank_fn(top_k, devices=devices)
         self._score = ranking.make_score_fn(devices=devices)
 
@@ -195,13 +194,18 @@ class RetrievalEvaluator:
         return compared
 
     def _embed(self, encode, params: Any, rows: np.ndarray, *columns: np.ndarray) -> Any:
-        """Runs `encode` over the images of `rows` (and columns beside them), batch by batch."""
+        """Runs `encode` over the images of `rows` (and columns beside them), batch by batch.
+
+        Each process reads the images of its own devices.
+        """
+        own = [
+            parallel.own_rows(parallel.pad_rows(x, self._batch), self._batch, self._devices)
+            for x in (rows, *columns)
+        ]
+        size = self._batch // len(self._devices) * parallel.count_own(self._devices)
         parts = []
-        for i, images in enumerate(self.split.gallery.batches(rows, self._batch)):
-            here = slice(i * self._batch, i * self._batch + len(images))
-            inputs = (images, *(column[here] for column in columns))
-            padded = [parallel.pad_rows(x, self._batch) for x in inputs]
-            out = parallel.unshard(encode(params, *parallel.shard(padded, self._n)))
-            parts.append(out)
+        for i, images in enumerate(self.split.gallery.batches(own[0], size)):
+            here = slice(i * size, (i + 1) * size)
+            parts.append(encode(params, images, *(column[here] for column in own[1:])))
         # Only the last batch is padded.
         return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(rows)], *parts)

@@ -4,6 +4,10 @@ Functions that run on devices are written per device, against the named axis `AX
 own shard of the batch and gather over the axis what must be global. Parameters and other replicated
 values keep their plain shape (`in_axes=None`, `out_axes=None`), so that nothing has to be stacked
 for the devices or unstacked for a checkpoint.
+
+With several processes (hosts) every one of them runs the same programs on the same list of devices,
+of which it owns some: a mapped argument holds the rows of its own devices, and so does a mapped
+result. A replicated one is the same in all.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 AXIS = "devices"
 
@@ -58,10 +63,66 @@ def pad_rows(array: np.ndarray, multiple: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
 
 
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes, those of a process side by side."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def own_devices(devices: Sequence[jax.Device]) -> slice:
+    """Positions of this process's devices in `devices`, where they are neighbours."""
+    own = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    return slice(own[0], own[-1] + 1)
+
+
+def count_own(devices: Sequence[jax.Device]) -> int:
+    """How many of `devices` are this process's."""
+    return sum(device.process_index == jax.process_index() for device in devices)
+
+
+def own_rows(rows: np.ndarray, batch: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The part of this process's devices in rows that are sharded batch by batch.
+
+    Args:
+      rows: `[k * batch, ...]`.
+      batch: a multiple of the number of devices.
+      devices: of all processes.
+    """
+    by_device = rows.reshape(-1, len(devices), batch // len(devices), *rows.shape[1:])
+    own = by_device[:, own_devices(devices)]
+    return own.reshape(-1, *rows.shape[1:])
+
+
+def map_rows(
+    fn: Callable[..., Any], *, columns: int, devices: Sequence[jax.Device]
+) -> Callable[..., Any]:
+    """Maps `fn(params, *columns)` over rows, and gives the results of all rows to every process.
+
+    Args:
+      fn: of parameters and of `columns` arrays `[rows of a device, ...]`, to a tree of such arrays.
+      columns: how many arrays.
+      devices: to run on.
+
+    Returns:
+      A function of replicated parameters and arrays `[b, ...]`, the rows of this process's devices,
+      to a tree of NumPy arrays `[B, ...]` of the rows of all.
+    """
+
+    def gathered(params: Any, *arrays: jax.Array) -> Any:
+        return jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), fn(params, *arrays))
+
+    in_axes = (None,) + (0,) * columns
+    mapped = pmap(gathered, in_axes=in_axes, out_axes=None, devices=devices)
+
+    def call(params: Any, *arrays: np.ndarray) -> Any:
+        return jax.tree.map(np.asarray, mapped(params, *shard(arrays, count_own(devices))))
+
+    return call
+
+
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Places a copy of every array on each device, as `pmap`'s replicated outputs are placed.
+    """Places a copy of every array on each own device, as `pmap`'s replicated outputs are placed.
 
     Without it the first step of a run would be compiled for other placements than the second.
     """
-    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+    mesh = jax.sharding.Mesh(np.asarray(devices[own_devices(devices)]), (AXIS,))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

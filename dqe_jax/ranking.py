@@ -53,7 +53,7 @@ def make_rank_fn(
         chunk_rows: gallery rows scored at once on a device; the gallery is padded (and the padding
             masked) to a multiple of `chunk_rows` times the number of devices.
         chunk_queries: queries ranked at once; the last chunk is padded.
-        devices: the devices to use, all local ones by default.
+        devices: the devices to use, of all processes; by default all.
 
     Raises:
         ValueError: if `k` or a chunk size is not positive; by the returned function, if shapes do
@@ -62,7 +62,7 @@ def make_rank_fn(
     """
     if min(k, chunk_rows, chunk_queries) < 1:
         raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
-    devices = list(jax.local_devices() if devices is None else devices)
+    devices = parallel.all_devices() if devices is None else list(devices)
 
     def rank_shard(queries, excluded, gallery, num_rows):
         """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k."""
@@ -125,9 +125,8 @@ def make_rank_fn(
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
 
         padded = parallel.pad_rows(gallery, chunk_rows * len(devices))
-        on_devices = place_on_devices(
-            padded.reshape(len(devices), -1, chunk_rows, *gallery.shape[1:])
-        )
+        by_device = padded.reshape(len(devices), -1, chunk_rows, *gallery.shape[1:])
+        on_devices = place_on_devices(by_device[parallel.own_devices(devices)])
         num_rows = np.int32(len(gallery))
         results = []
         for start in range(0, len(queries), chunk_queries):
@@ -160,13 +159,13 @@ def make_score_fn(
 
     Args:
         chunk_queries: queries scored at once on a device; the last chunk is padded.
-        devices: the devices to use, all local ones by default.
+        devices: the devices to use, of all processes; by default all.
     """
-    devices = list(jax.local_devices() if devices is None else devices)
+    devices = parallel.all_devices() if devices is None else list(devices)
     chunk = chunk_queries * len(devices)
 
-    def score_shard(queries, tokens):
-        """Per device: `[C, d]`, `[C, S, M, d]` to `[C, S]`."""
+    def score_shard(_, queries, tokens):
+        """Per device: nothing, `[C, d]`, `[C, S, M, d]` to `[C, S]`."""
         return jnp.einsum(
             "cd,csmd->csm",
             queries,
@@ -175,7 +174,7 @@ def make_score_fn(
             preferred_element_type=jnp.float32,
         ).max(axis=-1)
 
-    score_chunk = parallel.pmap(score_shard, in_axes=(0, 0), out_axes=0, devices=devices)
+    score_chunk = parallel.map_rows(score_shard, columns=2, devices=devices)
 
     def score(queries: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Scores `rows` of `gallery` for each of `queries`: see `make_score_fn`."""
@@ -188,8 +187,8 @@ def make_score_fn(
             here = rows[start : start + chunk]
             inputs = (queries[start : start + chunk], gallery[here])
             padded = [parallel.pad_rows(x, chunk) for x in inputs]
-            out = parallel.unshard(score_chunk(*parallel.shard(padded, len(devices))))
-            parts.append(out[: len(here)])
+            own = [parallel.own_rows(x, chunk, devices) for x in padded]
+            parts.append(score_chunk((), *own)[: len(here)])
         return np.where(rows >= 0, np.concatenate(parts), -np.inf).astype(np.float32)
 
     return score

@@ -36,15 +36,20 @@ LEAST_LENGTH = 3
 
 
 def devices_of(num_devices: int) -> list[jax.Device]:
-    """The first `num_devices` local devices; all for 0.
+    """The first `num_devices` devices; all of all processes for 0.
 
     Raises:
-      UserError: there are fewer.
+      UserError: there are fewer, or several processes that would not all take part.
     """
-    devices = jax.local_devices()
+    devices = parallel.all_devices()
     if num_devices > len(devices):
         raise UserError(
-            f"config.num_devices is {num_devices}: this machine has {len(devices)} devices."
+            f"config.num_devices is {num_devices}: this run has {len(devices)} devices."
+        )
+    if num_devices not in (0, len(devices)) and jax.process_count() > 1:
+        raise UserError(
+            f"config.num_devices is {num_devices}: with several processes all {len(devices)} "
+            "devices take part; set it to 0."
         )
     return devices[:num_devices] if num_devices else devices
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,14 +15,14 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, evaluators, models, parallel, partition, run_setup
+from dqe_jax import checkpoint, evaluators, models, parallel, partition, programs, run_setup
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import check_batch, check_config, differences
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.optimizer import make_optimizer, make_schedule
-from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
+from dqe_jax.train_step import TrainState
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.metric_log import MetricLog
 from dqe_jax.weights import sizes as size_files
@@ -153,23 +152,8 @@ def _prepare(
     model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
     tx = make_optimizer(config.optimizer, config.total_steps)
 
-    def step_of(negatives: Any, *, bank: bool) -> Any:
-        loss_fn = make_loss_fn(
-            apply_fn=model.apply,
-            negatives=negatives,
-            weights=config.loss,
-            margin=config.loss.margin_size,
-        )
-        return parallel.pmap(
-            make_train_step(loss_fn=loss_fn, tx=tx, seed=config.seed, split=splitter(config.model)),
-            in_axes=(None, 0, 0) if bank else (None, 0),
-            out_axes=None,
-            donate_argnums=(0,),
-            devices=devices,
-        )
-
     keeper = None
-    if config.negatives.rule != "in_batch" and config.negatives.pool == "bank":
+    if programs.uses_bank(config.negatives):
         keeper = run_setup.make_bank_keeper(config, model, split, text[:, 0], devices)
     batches = pipeline.train_batches(
         split,
@@ -189,8 +173,8 @@ def _prepare(
         tokenizer=tokenizer,
         model=model,
         tx=tx,
-        step=step_of(warmup_negatives(config.negatives), bank=False),
-        bank_step=step_of(config.negatives, bank=True),
+        step=programs.make_step(config, model, tx, devices),
+        bank_step=programs.make_step(config, model, tx, devices, bank=True),
         keeper=keeper,
         batches=batches,
         validation=validation,
@@ -198,25 +182,9 @@ def _prepare(
     )
 
 
-def warmup_negatives(negatives: Any) -> Any:
-    """`config.negatives` of steps without a bank: what `warmup` says, or the config's own."""
-    kept = negatives.pool == "batch" or negatives.rule == "in_batch"
-    if kept or negatives.warmup == "rule":
-        return negatives
-    changed = negatives.copy_and_resolve_references()
-    changed.rule = negatives.warmup
-    return changed
-
-
-def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
-    """Splits parameters into those that train and those that do not, by `config.model`."""
-    parts = models.parts_of(model_config.backbone)
-    return lambda params: partition.split(params, model_config.frozen, parts)
-
-
 def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     """The state of the newest checkpoint, or a fresh one; and the seconds trained before."""
-    split, newest = splitter(run.config.model), manager.latest_step()
+    split, newest = programs.splitter(run.config.model), manager.latest_step()
     if newest is None:
         params = run_setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
         opt_state = jax.jit(run.tx.init)(split(params)[0])
@@ -294,9 +262,11 @@ def _loop(
 def _take_step(run: Run, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
     """One step, with negatives of the bank as soon as there is one."""
     if run.keeper is None or run.keeper.bank is None:
-        return run.step(state, parallel.shard(batch, len(run.devices)))
+        return run.step(state, parallel.shard(batch, parallel.count_own(run.devices)))
     batch = run.keeper.add_mined(batch)
-    return run.bank_step(state, parallel.shard(batch, len(run.devices)), run.keeper.bank)
+    return run.bank_step(
+        state, parallel.shard(batch, parallel.count_own(run.devices)), run.keeper.bank
+    )
 
 
 def _meta(run: Run, seconds: float) -> dict[str, Any]:

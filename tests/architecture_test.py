@@ -59,6 +59,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "auditing": ("auditing", "bank", "mining", "parallel", "data", "utils"),
     "config": ("models", "data", "utils", "trns"),
     "weights": ("weights", "models", "data", "partition", "utils"),
+    "programs": ("train_step", "models", "parallel", "partition"),
     "run_setup": (
         "bank",
         "checkpoint",
@@ -83,7 +84,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "ablation": UNITS_OF_BINARIES,
     "ablate": ("ablation", "utils"),
     "mining_benchmark": ("bank", "mining", "parallel", "utils"),
-    "benchmark": (*UNITS_OF_BINARIES, "train_step", "optimizer"),
+    "benchmark": (*UNITS_OF_BINARIES, "programs", "train_step", "optimizer"),
 }
 # The training loop puts everything together: anything but the binaries.
 ALLOWED["train"] = (

@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from small_runs import compiled_once, small_config
 
-from dqe_jax import bank, checkpoint, run_setup, train
+from dqe_jax import bank, checkpoint, programs, run_setup, train
 from dqe_jax.config import check_config
 from dqe_jax.data import datasets
 from dqe_jax.data.pipeline import known_positives
@@ -98,11 +98,11 @@ def test_warm_up(base, warmup, mines):
 def test_infonce_has_no_warm_up():
     config = config_of(pathlib.Path(), **{"negatives.warmup": "random"})
     config.negatives.rule = "in_batch"
-    assert train.warmup_negatives(config.negatives).rule == "in_batch"
+    assert programs.warmup_negatives(config.negatives).rule == "in_batch"
     config.negatives.rule = "trns"
-    assert train.warmup_negatives(config.negatives).rule == "random"
+    assert programs.warmup_negatives(config.negatives).rule == "random"
     config.negatives.pool = "batch"
-    assert train.warmup_negatives(config.negatives).rule == "trns"
+    assert programs.warmup_negatives(config.negatives).rule == "trns"
 
 
 def test_both_sides_of_a_refresh_are_logged(base):

@@ -7,3 +7,16 @@ _FLAG = "--xla_force_host_platform_device_count"
 # XLA reads the flag once, when jax first asks for a device: set it before any test imports jax.
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+    """Drops a file's compiled programs at its end.
+
+    Each holds dozens of memory mappings: those of the whole suite in two processes come near the
+    65,530 that Linux allows a process, and beyond them it dies.
+    """
+    yield
+    jax.clear_caches()

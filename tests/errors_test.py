@@ -143,7 +143,7 @@ def test_unknown_and_missing_fields_of_a_config_file():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_devices": 99}, r"num_devices is 99: this machine has \d+ devices"),
+        ({"num_devices": 99}, r"num_devices is 99: this run has \d+ devices"),
         ({"batch.references": 7}, r"config\.batch\.references is 7: .*multiple of the 2 devices"),
         ({"eval.split": "dev"}, r"config\.eval\.split is 'dev': .* train, validation, test"),
         ({"model.attributes.names": ("color", "smell")}, r"'smell' has no section.*color.*shape"),

@@ -14,11 +14,11 @@ SCRIPT = """
 import importlib, json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from dqe_jax import parallel, run_setup
+from dqe_jax import programs, run_setup
+from dqe_jax.data.pipeline import batch_shapes
 from dqe_jax.models import build_model
 from dqe_jax.optimizer import make_optimizer
-from dqe_jax.train import splitter
-from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
+from dqe_jax.train_step import TrainState
 
 name, _, variant = sys.argv[1].partition(":")
 config, chips = importlib.import_module(f"configs.{name}").get_config(variant), 8
@@ -29,36 +29,11 @@ model = build_model(
     config.model, vocab_size=40, max_length=data.max_length, image_size=data.image_size
 )
 tx = make_optimizer(config.optimizer, config.total_steps)
-loss_fn = make_loss_fn(
-    apply_fn=model.apply,
-    negatives=config.negatives,
-    weights=config.loss,
-    margin=config.loss.margin_size,
-)
-step = parallel.pmap(
-    make_train_step(loss_fn=loss_fn, tx=tx, seed=0, split=splitter(config.model)),
-    in_axes=(None, 0),
-    out_axes=None,
-    donate_argnums=(0,),
-    devices=devices,
-)
+step = programs.make_step(config, model, tx, devices)
 params = jax.eval_shape(lambda: run_setup.init_params(model, config))
-training = splitter(config.model)(params)[0]
+training = programs.splitter(config.model)(params)[0]
 state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, training))
-R, Q = config.batch.references // chips, config.batch.queries_per_reference
-batch = {
-    "reference_image": ("uint8", (R, size, size, 3)),
-    "reference_photo": ("int32", (R,)),
-    "text": ("int32", (R, Q, data.max_length)),
-    "target_image": ("uint8", (R, Q, size, size, 3)),
-    "query": ("int32", (R, Q)),
-    "target_photo": ("int32", (R, Q)),
-    "target_row": ("int32", (R, Q)),
-    "truth": ("int32", (R, Q, 0)),
-    "known_positives": ("int32", (R, Q, 3)),
-    "mentions": ("float32", (R, Q, len(config.model.attributes.names))),
-    "valid": ("bool", (R, Q)),
-}
+batch = batch_shapes(config, config.batch.references // chips)
 batch = {k: jax.ShapeDtypeStruct((chips, *shape), dtype) for k, (dtype, shape) in batch.items()}
 compiled = step.lower(state, batch).compile()
 memory, text = compiled.memory_analysis(), compiled.as_text()

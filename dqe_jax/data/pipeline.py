@@ -255,6 +255,33 @@ def known_positives(split: Split) -> np.ndarray:
     )
 
 
+def batch_shapes(
+    config: Any, references: int, *, known: int = 2, truth: int = 0
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each array of a training batch.
+
+    Args:
+      config: of a run.
+      references: `R`.
+      known: `P`, which the data set decides: the target, and the most targets that a query has.
+      truth: `V`, likewise.
+    """
+    R, Q, size = references, config.batch.queries_per_reference, config.data.image_size
+    return {
+        "reference_image": ("uint8", (R, size, size, 3)),
+        "reference_photo": ("int32", (R,)),
+        "query": ("int32", (R, Q)),
+        "text": ("int32", (R, Q, config.data.max_length)),
+        "target_image": ("uint8", (R, Q, size, size, 3)),
+        "target_photo": ("int32", (R, Q)),
+        "target_row": ("int32", (R, Q)),
+        "known_positives": ("int32", (R, Q, known)),
+        "truth": ("int32", (R, Q, truth)),
+        "mentions": ("float32", (R, Q, len(config.model.attributes.names))),
+        "valid": ("bool", (R, Q)),
+    }
+
+
 class _Loader:
     """Makes one reference's part of a batch; called by Grain's threads."""
 
