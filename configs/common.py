@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Training steps of the run.
     config.total_steps = 1000
-    # Devices to use, in the order of jax.local_devices(); 0 for all.
+    # Devices to use, of all processes; 0 for all.
     config.num_devices = 0
 
     config.data = data = ConfigDict()
@@ -178,12 +178,17 @@ def get_config() -> ConfigDict:
     optimizer.warmup_steps = 100
 
     # Steps between log lines, evaluations on the validation split, and checkpoints. The last step
-    # always evaluates and saves.
+    # always evaluates and saves. eval_every = 0 leaves all evaluation to dqe_jax.evaluate --watch.
     config.log_every = 20
     config.eval_every = 500
     config.checkpoint_every = 500
-    # Checkpoints kept, the newest.
+    # Checkpoints kept: the newest ones; beside them those of every keep_period steps (0: none), and
+    # the best by a metric of the validation split ("": none), of those at steps that evaluate.
     config.keep_checkpoints = 3
+    config.keep_period = 0
+    config.keep_best = ""
+    # A step whose loss or gradients are not finite changes nothing; so many in a row end the run.
+    config.max_bad_steps = 10
 
     config.eval = evaluation = ConfigDict()
     # Images or queries embedded at a time, over all devices.

@@ -14,7 +14,7 @@ tells no rule.
 **Equal steps**: `config.total_steps` for all. **Equal time**: a variant gets the steps that its run
 with equal steps and the first seed had taken when it had trained for as long as that of `infonce`;
 one that is faster goes on at its mean speed. Mining, refreshes of the bank and compilation count,
-evaluation and saving do not (`train_seconds` in `metrics.jsonl`), so that other work on the machine
+evaluation and saving do not (`train_seconds` in `timing.jsonl`), so that other work on the machine
 during the runs of the first seed falsifies the steps.
 
 | in the workdir | |
@@ -246,14 +246,18 @@ def held_metrics(config: Any, directory: epath.Path) -> dict[str, float] | None:
 
 
 def read_log(directory: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a complete run's `metrics.jsonl`.
+    """The lines of a complete run's `metrics.jsonl` and `timing.jsonl`.
 
     Raises:
       UserError: it is not there, or does not hold them.
     """
-    path = directory / "metrics.jsonl"
+    path = directory / "timing.jsonl"
     try:
-        log = [json.loads(line) for line in path.read_text().splitlines()]
+        log = [
+            json.loads(line)
+            for file in (directory / "metrics.jsonl", path)
+            for line in file.read_text().splitlines()
+        ]
         if training_times(log):
             return log
     except (OSError, json.JSONDecodeError):

@@ -60,6 +60,8 @@ class BankKeeper:
 
     Attributes:
       bank: sharded, leaves `[devices, S, ...]`; None before the first refresh.
+      step: of its refresh.
+      snapshot: the trained parameters that it is of, as NumPy arrays.
       mined: `(rows int32 [n, k], drawn bool [n, k])` of all training queries, if they are mined at
         a refresh.
     """
@@ -72,6 +74,7 @@ class BankKeeper:
         known_positives: np.ndarray,
         encode_query: Callable[..., Any],
         encode_gallery: Callable[..., jax.Array],
+        trained: Callable[[Any], Any],
         negatives: Any,
         seed: int,
         batch_size: int,
@@ -85,15 +88,19 @@ class BankKeeper:
           known_positives: int32 `[n, P]`, image ids, padded with -1.
           encode_query: `(params, image, text) -> QueryOutput`.
           encode_gallery: `(params, image) -> [B, M, d]`, L2-normalised.
+          trained: the parameters that train, of all.
           negatives: `config.negatives`.
           seed: of the draws.
           batch_size: images embedded at a time, over all devices.
           devices: to run on.
         """
         self.bank: Bank | None = None
+        self.step: int | None = None
+        self.snapshot: Any = None
         self.mined: tuple[np.ndarray, np.ndarray] | None = None
         self._split, self._text, self._known = split, text, known_positives
         self._negatives, self._seed, self._devices = negatives, seed, list(devices)
+        self._trained = trained
         self._size = rows_of_device(len(split.gallery), len(devices))
         self._step = step_rows(batch_size, len(devices))
         self._dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[negatives.bank_dtype]
@@ -130,7 +137,11 @@ class BankKeeper:
         batches = gallery.batches(read, len(first) * self._step)
         tokens = self.bank.tokens if self.bank is not None else None
         bar = tqdm.tqdm(
-            zip(starts, batches), total=len(starts), desc=f"bank, step {step}", leave=False
+            zip(starts, batches),
+            total=len(starts),
+            desc=f"bank, step {step}",
+            leave=False,
+            disable=jax.process_index() > 0,
         )
         for start, images in bar:
             images = parallel.shard(images, len(first))
@@ -145,6 +156,7 @@ class BankKeeper:
         if self._negatives.mining == "refresh":
             mined = self.mine_all(params, jax.random.fold_in(jax.random.key(self._seed), step))
             self.mined = mined.rows, mined.drawn
+        self.step, self.snapshot = step, jax.device_get(self._trained(params))
         logging.debug("Bank of %d images filled after step %d.", len(gallery), step)
 
     def add_mined(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

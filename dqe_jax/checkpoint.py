@@ -1,27 +1,77 @@
 """Orbax checkpoints of a run, under `workdir/checkpoints/<step>/`.
 
 A checkpoint has the items `params` and `opt_state`, and `meta`: a JSON with the run's config, the
-tokenizer, the position of the data iterator and the time trained so far. Evaluation reads `params`
-and `meta` alone.
+tokenizer, the position of the data iterator, the step of the bank and the time trained so far. One
+saved between two refreshes of the bank has also `bank_params`, the trained parameters that the bank
+is of. Evaluation reads `params` and `meta` alone.
+
+A checkpoint appears under its name when it is complete; what a killed run has left half-written is
+removed when the run goes on.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dqe_jax.utils.errors import UserError
 
-ITEMS = ("params", "opt_state", "meta")
+ITEMS = ("params", "opt_state", "bank_params", "meta")
 
 
-def open_for_training(workdir: epath.Path, keep: int) -> ocp.CheckpointManager:
-    """The manager that saves a run's checkpoints and keeps the newest `keep`."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+@dataclasses.dataclass(frozen=True)
+class OnSchedule:
+    """Keeps the newest `keep` of the checkpoints of steps that are multiples of `every`.
+
+    Others were saved because the run was interrupted: they are needed until the next one alone.
+    """
+
+    keep: int
+    every: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each checkpoint, oldest first, is kept."""
+        del context
+        planned = [i for i, info in enumerate(checkpoints) if info.step % self.every == 0]
+        kept = set(planned[-self.keep :])
+        return [i in kept for i in range(len(checkpoints))]
+
+
+def open_for_training(workdir: epath.Path, config: Any) -> ocp.CheckpointManager:
+    """The manager that saves a run's checkpoints, and removes those that need not be kept.
+
+    Kept are the newest, the newest `keep_checkpoints` of those on schedule, those of every
+    `keep_period` steps, and the best by the metric `keep_best`.
+    """
+    best, policies = config.keep_best, preservation_policy
+    rules = [
+        policies.LatestN(1),
+        OnSchedule(config.keep_checkpoints, config.checkpoint_every),
+    ]
+    if config.keep_period:
+        rules.append(policies.EveryNSteps(config.keep_period))
+    if best:
+        rules.append(
+            policies.BestN(
+                get_metric_fn=lambda found: found[best],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    options = ocp.CheckpointManagerOptions(
+        create=True,
+        cleanup_tmp_directories=True,
+        preservation_policy=policies.AnyPreservationPolicy(rules),
+        best_fn=(lambda found: found[best]) if best else None,
+    )
     return ocp.CheckpointManager(workdir / "checkpoints", item_names=ITEMS, options=options)
 
 
@@ -46,18 +96,50 @@ def open_for_reading(directory: str | epath.Path) -> ocp.CheckpointManager:
     return manager
 
 
+def steps_of(workdir: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending; none if there is no such directory."""
+    root = workdir / "checkpoints"
+    return sorted(ocp.utils.checkpoint_steps(root)) if root.is_dir() else []
+
+
 def save(
-    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any, meta: dict[str, Any]
+    manager: ocp.CheckpointManager,
+    step: int,
+    params: Any,
+    opt_state: Any,
+    meta: dict[str, Any],
+    *,
+    bank_params: Any = None,
+    metrics: dict[str, float] | None = None,
 ) -> None:
-    """Saves a checkpoint, asynchronously: device memory is copied before this returns."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            opt_state=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave(meta),
-        ),
-    )
+    """Saves a checkpoint, asynchronously: device memory is copied before this returns.
+
+    Args:
+      manager: of the run.
+      step: of the checkpoint.
+      params: replicated.
+      opt_state: replicated.
+      meta: what JSON can hold.
+      bank_params: what the bank is of, as NumPy arrays, if it is not of `params`.
+      metrics: of this step, to choose the best by.
+    """
+    items = {
+        "params": ocp.args.StandardSave(_global(params)),
+        "opt_state": ocp.args.StandardSave(_global(opt_state)),
+        "meta": ocp.args.JsonSave(meta),
+    }
+    if bank_params is not None:
+        items["bank_params"] = ocp.args.StandardSave(bank_params)
+    manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+
+def _global(tree: Any) -> Any:
+    """Replicated arrays of one process's devices as arrays of all devices."""
+    if jax.process_count() == 1:
+        return tree
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
+    spec = jax.sharding.PartitionSpec()
+    return multihost_utils.host_local_array_to_global_array(tree, mesh, spec)
 
 
 def choose_step(manager: ocp.CheckpointManager, step: int | None) -> int:
@@ -86,13 +168,24 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str,
     Args:
       manager: of the run.
       step: one of its steps.
-      **like: item name to a tree of arrays or `ShapeDtypeStruct`s that says shapes and shardings.
+      **like: item name to a tree of arrays or `ShapeDtypeStruct`s that says the shapes.
+
+    Returns:
+      The items, as NumPy arrays in every process.
     """
+    # One copy in each process.
+    devices = jax.devices() if jax.process_count() > 1 else jax.local_devices()[:1]
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("all",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def described(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
     args = {
-        name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
-        for name, tree in like.items()
+        name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in like.items()
     }
-    return dict(manager.restore(step, args=ocp.args.Composite(**args)))
+    found = manager.restore(step, args=ocp.args.Composite(**args))
+    return {name: jax.tree.map(np.asarray, found[name]) for name in like}
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int) -> Any:

@@ -128,9 +128,12 @@ FIELDS: dict[str, Check] = {
     "optimizer.clip_norm": _POSITIVE,
     "optimizer.warmup_steps": _integer(0),
     "log_every": _integer(1),
-    "eval_every": _integer(1),
+    "eval_every": _integer(0),
     "checkpoint_every": _integer(1),
     "keep_checkpoints": _integer(1),
+    "keep_period": _integer(0),
+    "keep_best": _TEXT,
+    "max_bad_steps": _integer(1),
     "eval.batch_size": _integer(1),
     "eval.top_k": _integer(50),
     "eval.split": _one_of(*SPLITS),
@@ -150,6 +153,9 @@ FREE_FIELDS = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_period",
+    "keep_best",
+    "max_bad_steps",
     "eval.batch_size",
     "eval.split",
     "eval.protocol",
@@ -205,16 +211,6 @@ def check_config(config: Any) -> None:
             "with config.negatives.bounds = 'quantile' they must lie in 0 to 1."
         )
 
-    if negatives.rule != "in_batch" and negatives.pool == "bank":
-        # A resumed run refills the bank at its first step: it must be due there.
-        first, every = negatives.first_refresh, negatives.refresh_every
-        if first % every or config.checkpoint_every % every:
-            raise UserError(
-                f"config.negatives.refresh_every is {every}: config.negatives.first_refresh, "
-                f"{first}, and config.checkpoint_every, {config.checkpoint_every}, must be "
-                "multiples of it."
-            )
-
 
 def _check_sizes(config: Any) -> None:
     """Raises a `UserError` for sizes of the model that do not divide one another."""
@@ -242,12 +238,13 @@ def _check_sizes(config: Any) -> None:
             )
 
 
-def check_batch(config: Any, num_devices: int) -> None:
+def check_batch(config: Any, num_devices: int, num_processes: int = 1) -> None:
     """Raises a `UserError` if the batch does not divide by the devices."""
     if config.batch.references % num_devices:
+        of = f" of {num_processes} processes" if num_processes > 1 else ""
         raise UserError(
             f"config.batch.references is {config.batch.references}: it must be a multiple of the "
-            f"{num_devices} devices."
+            f"{num_devices} devices{of}."
         )
 
 

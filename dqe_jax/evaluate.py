@@ -2,6 +2,10 @@
 
 python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes [--split=test]
 
+or of every checkpoint of a run that trains elsewhere, as it appears:
+
+python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes --watch
+
 or of a file of predictions, without a model and without images:
 
 python -m dqe_jax.evaluate --config=configs/circo.py --split=val --predictions=FILE --raw_dir=DIR
@@ -23,7 +27,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of checkpoints, or --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _SPLIT = flags.DEFINE_string(
-    "split", None, "train, validation (val) or test (test1); default: config.eval.split."
+    "split",
+    None,
+    "train, validation (val) or test (test1); default: config.eval.split; of --watch: validation.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Where results go; default: <run>/eval.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Short for --config.data.data_dir.")
@@ -33,6 +39,13 @@ _PREDICTIONS = flags.DEFINE_string(
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory of the raw annotation files.")
 _HP_FASHIONIQ = flags.DEFINE_string(
     "hp_fashioniq", None, "Also measure the preference ratio on this hpfiq.json (FashionIQ, val)."
+)
+_WATCH = flags.DEFINE_bool(
+    "watch", False, "Follow the --workdir: evaluate each new checkpoint, until training is done."
+)
+_POLL_S = flags.DEFINE_float("poll_s", 30.0, "Seconds between looks of --watch.", 0.0)
+_PATIENCE_S = flags.DEFINE_float(
+    "patience_s", 0.0, "Seconds without a new checkpoint after which --watch fails; 0: never.", 0.0
 )
 
 
@@ -46,11 +59,15 @@ def main(argv: Sequence[str]) -> None:
     if _DATA_DIR.value is not None:
         config.data.data_dir = _DATA_DIR.value
     check_config(config)
-    split = datasets.split_of(config.data.dataset, _SPLIT.value or config.eval.split)
-    if _PREDICTIONS.value is None:
-        _evaluate(config, split)
-    else:
+    # A run that still trains is watched on the validation split.
+    default = "validation" if _WATCH.value else config.eval.split
+    split = datasets.split_of(config.data.dataset, _SPLIT.value or default)
+    if _PREDICTIONS.value is not None:
         _score(config, split)
+    elif _WATCH.value:
+        _watch(config, split)
+    else:
+        _evaluate(config, split)
 
 
 def _evaluate(config, split: str) -> None:
@@ -76,6 +93,25 @@ def _evaluate(config, split: str) -> None:
     if judged is not None:
         path = output / f"hp_fashioniq-{step}.json"
         run_setup.measure_preferences(evaluator, words, params, judged, path)
+
+
+def _watch(config, split: str) -> None:
+    from etils import epath
+
+    from dqe_jax.watch import watch
+
+    if _WORKDIR.value is None or _CHECKPOINT.value or _STEP.value is not None:
+        raise UserError("--watch follows --workdir=DIR, without --checkpoint and --step.")
+    workdir = epath.Path(_WORKDIR.value).expanduser().absolute()
+    output = epath.Path(_OUTPUT.value) if _OUTPUT.value else workdir / "eval"
+    watch(
+        config,
+        workdir,
+        split,
+        output=output,
+        poll_s=_POLL_S.value,
+        patience_s=_PATIENCE_S.value,
+    )
 
 
 def _score(config, split: str) -> None:

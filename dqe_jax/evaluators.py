@@ -99,6 +99,12 @@ class RetrievalEvaluator:
         """Positions of the queries whose target is published, int `[n]`."""
         return np.flatnonzero(self.split.queries.target >= 0)
 
+    def metric_names(self) -> list[str]:
+        """Names of the metrics that `run` measures; none for a split without labels."""
+        rows = np.full((len(self.split.queries), 1), -1, np.int32)
+        subsets = rows if max(map(len, self.split.queries.subset)) else None
+        return sorted(self._measure(rows, subsets))
+
     def run(self, params: Any, *, baselines: bool = False) -> Result:
         """Evaluates parameters that are replicated over the devices."""
         queries = self.split.queries

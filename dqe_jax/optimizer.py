@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import optax
 
+_ALWAYS = 2**31 - 1
+
 
 def make_schedule(config: Any, total_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up to `learning_rate`, then cosine decay to 0.
@@ -27,11 +29,14 @@ def make_schedule(config: Any, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm; only matrices decay.
 
+    Gradients that are not finite change nothing but the counts of the state, an
+    `optax.ApplyIfFiniteState`.
+
     Args:
       config: `config.optimizer`.
       total_steps: steps of the whole run.
     """
-    return optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config, total_steps),
@@ -41,3 +46,4 @@ def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformatio
             mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
         ),
     )
+    return optax.apply_if_finite(adamw, _ALWAYS)

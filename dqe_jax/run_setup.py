@@ -15,7 +15,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, parallel, partition, protocols, report
+from dqe_jax import checkpoint, distributed, parallel, partition, programs, protocols, report
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences
 from dqe_jax.data import tokenizer as text_tokens
@@ -298,6 +298,7 @@ def make_bank_keeper(
         known_positives=known_positives(split),
         encode_query=encode_query,
         encode_gallery=encode_gallery,
+        trained=lambda params: programs.splitter(config.model)(params)[0],
         negatives=config.negatives,
         seed=config.seed,
         batch_size=config.eval.batch_size,
@@ -363,6 +364,8 @@ def evaluate_and_report(
       UserError: the directory is not writable, or a submission would be refused.
     """
     result = evaluator.run(params, baselines=True)
+    if not distributed.leads():
+        return result
     report.write_report(
         evaluator,
         result,

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import json
 import os
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, evaluators, models, parallel, partition, programs, run_setup
+from dqe_jax import (
+    checkpoint,
+    distributed,
+    evaluators,
+    models,
+    parallel,
+    partition,
+    programs,
+    run_setup,
+)
 from dqe_jax.bank import BankKeeper
-from dqe_jax.config import check_batch, check_config, differences
+from dqe_jax.config import check_batch, check_config
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import BENCHMARKS
+from dqe_jax.interrupts import Interrupted, Interrupts
 from dqe_jax.optimizer import make_optimizer, make_schedule
 from dqe_jax.train_step import TrainState
-from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.metric_log import MetricLog
+from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.metric_log import MetricLog, NoLog
 from dqe_jax.weights import sizes as size_files
 from dqe_jax.weights.initial import Pretrained
+from dqe_jax.workdir import claim_workdir, lock_workdir
+
+# What libraries say of a full disk, in errors of their own.
+FULL = ("No space left on device", "Disk quota exceeded")
 
 
 def train_and_evaluate(
@@ -36,81 +51,41 @@ def train_and_evaluate(
 
     Args:
       config: see `configs/common.py`.
-      workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl`, `events/` and `eval/`.
+      workdir: gets `config.json`, `checkpoints/`, the files of `MetricLog` and `eval/`.
       stop_at: ends after this step as if the run were interrupted there: a checkpoint is saved, the
         same command without it goes on.
 
     Returns:
-      The metrics of `config.eval.split`, or of the last validation if `stop_at` ended the run.
+      The metrics of `config.eval.split`, or of the last validation if `stop_at` ended the run; none
+      with `config.eval_every = 0`.
 
     Raises:
-      UserError: for everything that a user can put right, before training starts.
+      UserError: for everything that a user can put right, before training starts where possible.
+      Interrupted: a signal asked the run to end; it is saved.
     """
     began = time.time()
     check_config(config)
     partition.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
     devices = run_setup.devices_of(config.num_devices)
-    check_batch(config, len(devices))
+    check_batch(config, len(devices), jax.process_count())
     if config.data.dataset in BENCHMARKS:
         datasets.find_dataset(config.data)  # before weights are downloaded for nothing
-    workdir = claim_workdir(workdir, config)
-    pretrained = run_setup.open_weights(config)
-    tokenizer = run_setup.tokenizer_of(config, pretrained) if pretrained else None
-    builder = datasets.open_dataset(config.data)
-    run = _prepare(config, builder, devices, pretrained, tokenizer)
-
-    manager = checkpoint.open_for_training(workdir, config.keep_checkpoints)
-    state, seconds = _restore_or_init(run, manager)
-    start, end = int(state.step), min(stop_at or config.total_steps, config.total_steps)
-    log = MetricLog(workdir, resume_step=start)
+    path = distributed.leader_first("workdir", lambda: claim_workdir(workdir, config))
+    lock = lock_workdir(path) if distributed.leads() else None
     try:
-        if start == 0:
-            _log_start(run, state.params)
-        logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
-        state, measured = _loop(run, state, end, manager, log, seconds)
-        manager.wait_until_finished()
-        if end < config.total_steps:
-            return measured
-        return _final_evaluation(run, state, workdir, log)
+        pretrained = run_setup.open_weights(config)
+        tokenizer = run_setup.tokenizer_of(config, pretrained) if pretrained else None
+        builder = distributed.leader_first("data", lambda: datasets.open_dataset(config.data))
+        run = _prepare(config, path, builder, devices, pretrained, tokenizer)
+        manager = checkpoint.open_for_training(path, config)
+        try:
+            state, seconds = _restore_or_init(run, manager)
+            return _train(run, state, manager, seconds, began, stop_at)
+        finally:
+            manager.close()
     finally:
-        log.close()
-        manager.close()
-
-
-def claim_workdir(workdir: str | os.PathLike[str], config: Any) -> epath.Path:
-    """Makes the workdir and writes `config.json` there.
-
-    Raises:
-      UserError: it is not writable, or holds a run of another config.
-    """
-    path = epath.Path(workdir).expanduser().absolute()
-    file = path / "config.json"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if file.exists() and _has_trained(path):
-            held = json.loads(file.read_text())
-            changed = differences(config.to_dict(), held)
-            if changed:
-                raise UserError(
-                    f"{path} holds a run of another config; it differs in {'; '.join(changed)}: "
-                    "take another --workdir, or the config of that run."
-                )
-        file.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"--workdir: cannot write to {path} ({error.strerror}); name a writable directory."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file} is not JSON ({error}); remove it or take another --workdir."
-        ) from error
-    return path
-
-
-def _has_trained(workdir: epath.Path) -> bool:
-    """Whether there is a checkpoint: a run that ended before its first one is no obstacle."""
-    root = workdir / "checkpoints"
-    return root.is_dir() and any(child.name.isdigit() for child in root.iterdir())
+        if lock is not None:
+            lock.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +93,8 @@ class Run:
     """All that the loop needs and that does not change."""
 
     config: Any
+    workdir: epath.Path
+    data_dir: epath.Path
     devices: list[jax.Device]
     pretrained: Pretrained | None
     tokenizer: Any
@@ -133,6 +110,7 @@ class Run:
 
 def _prepare(
     config: Any,
+    workdir: epath.Path,
     builder: Any,
     devices: list[jax.Device],
     pretrained: Pretrained | None,
@@ -164,10 +142,19 @@ def _prepare(
         augment=data.augment,
         seed=config.seed,
         num_threads=data.num_threads,
+        process=jax.process_index(),
+        num_processes=jax.process_count(),
     )
     validation = run_setup.make_evaluator(config, model, tokenizer, held_out, devices)
+    if config.keep_best and config.keep_best not in validation.metric_names():
+        raise UserError(
+            f"config.keep_best is {config.keep_best!r}: validation measures "
+            f"{', '.join(validation.metric_names()) or 'nothing, for want of labels'}."
+        )
     return Run(
         config=config,
+        workdir=workdir,
+        data_dir=epath.Path(builder.data_dir),
         devices=devices,
         pretrained=pretrained,
         tokenizer=tokenizer,
@@ -188,18 +175,69 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     if newest is None:
         params = run_setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
         opt_state = jax.jit(run.tx.init)(split(params)[0])
-        step, seconds = 0, 0.0
+        state = TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+        return parallel.replicate(state, run.devices), 0.0
+    params = run_setup.param_shapes(run.model, run.config)
+    like = {"params": params, "opt_state": jax.eval_shape(run.tx.init, split(params)[0])}
+    meta = checkpoint.read_meta(manager, newest)
+    # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
+    rebuilt = (
+        run.keeper is not None and meta["bank_step"] is not None and not run.keeper.due(newest)
+    )
+    if rebuilt:
+        like["bank_params"] = split(params)[0]
+    items = checkpoint.restore(manager, newest, **like)
+    run.batches.set_state(meta["data_state"])
+    if rebuilt:
+        whole = partition.merge(items["bank_params"], split(items["params"])[1])
+        run.keeper.refresh(parallel.replicate(whole, run.devices), meta["bank_step"])
+    state = TrainState(jnp.asarray(newest, jnp.int32), items["params"], items["opt_state"])
+    logging.info("Resumed from step %d of %s.", newest, manager.directory)
+    return parallel.replicate(state, run.devices), meta["train_seconds"]
+
+
+def _train(
+    run: Run, state: TrainState, manager: Any, seconds: float, began: float, stop_at: int | None
+) -> dict[str, float]:
+    """Trains and evaluates from a state on; `began` and `seconds` are for the log."""
+    config, start = run.config, int(state.step)
+    end = min(stop_at or config.total_steps, config.total_steps)
+    try:
+        log = MetricLog(run.workdir, resume_step=start) if distributed.leads() else NoLog()
+        try:
+            if start == 0:
+                _log_start(run, state.params)
+            logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
+            with Interrupts() as interrupts:
+                state, measured = _loop(run, state, end, manager, log, seconds, interrupts)
+            manager.wait_until_finished()
+            if end < config.total_steps or not config.eval_every:
+                return measured
+            return _final_evaluation(run, state, log)
+        finally:
+            log.close()
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:
+        sentence = _in_a_sentence(error, run, manager.latest_step())
+        if sentence is None:
+            raise
+        raise sentence from error
+
+
+def _in_a_sentence(error: Exception, run: Run, newest: int | None) -> UserError | None:
+    """The `UserError` for what the machine did to a run; None for anything else."""
+    kept = "nothing is saved yet" if newest is None else f"step {newest} is saved"
+    if not run.data_dir.is_dir():
+        sentence = f"the data in {run.data_dir} is gone: {kept}; put it back"
+    elif isinstance(error, OSError) or any(word in str(error) for word in FULL):
+        sentence = (
+            f"cannot write to {run.workdir} ({reason_of(error)}): {kept}; free space or make it "
+            "writable"
+        )
     else:
-        params = run_setup.param_shapes(run.model, run.config)
-        opt_state = jax.eval_shape(run.tx.init, split(params)[0])
-        meta = checkpoint.read_meta(manager, newest)
-        items = checkpoint.restore(manager, newest, params=params, opt_state=opt_state)
-        params, opt_state = items["params"], items["opt_state"]
-        run.batches.set_state(meta["data_state"])
-        step, seconds = newest, meta["train_seconds"]
-        logging.info("Resumed from step %d of %s.", step, manager.directory)
-    state = TrainState(jnp.asarray(step, jnp.int32), params, opt_state)
-    return parallel.replicate(state, run.devices), seconds
+        return None
+    return UserError(f"{sentence}, and run the same command again: it goes on from there.")
 
 
 def _log_start(run: Run, params: Any) -> None:
@@ -208,85 +246,156 @@ def _log_start(run: Run, params: Any) -> None:
 
 
 def _loop(
-    run: Run, state: TrainState, end: int, manager: Any, log: MetricLog, seconds: float
+    run: Run,
+    state: TrainState,
+    end: int,
+    manager: Any,
+    log: MetricLog | NoLog,
+    seconds: float,
+    interrupts: Interrupts,
 ) -> tuple[TrainState, dict[str, float]]:
     """Takes the steps up to `end`; time spent evaluating and saving is not counted as training."""
     config, measured = run.config, {}
     schedule = make_schedule(config.optimizer, config.total_steps)
     per_step = config.batch.references * config.batch.queries_per_reference
-    start = int(state.step)
+    start, keeper, guard = int(state.step), run.keeper, _Guard(config.max_bad_steps, manager)
     bar = tqdm.tqdm(
-        initial=start, total=config.total_steps, desc="train", unit="step", dynamic_ncols=True
+        initial=start,
+        total=config.total_steps,
+        desc="train",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not distributed.leads(),
     )
     clock, mark, counted = time.time(), seconds, start
     for step in range(start + 1, end + 1):
-        refreshed = run.keeper is not None and run.keeper.due(step - 1)
+        refreshed = keeper is not None and keeper.due(step - 1)
         if refreshed:
-            run.keeper.refresh(state.params, step - 1)
-        state, metrics = _take_step(run, state, next(run.batches))
+            keeper.refresh(state.params, step - 1)
+        state, metrics = _take_step(run, state, interrupts.seen)
         bar.update()
+        stop = guard.check(step, metrics)
         last = step == end
         # On both sides of a refresh, to show how far the bank had aged.
-        due = run.keeper is not None and run.keeper.due(step)
+        due = keeper is not None and keeper.due(step)
         if step % config.log_every == 0 or last or refreshed or due:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = {name: x for name, x in values.items() if name not in ("stop", "bad_in_a_row")}
             seconds, clock = seconds + time.time() - clock, time.time()
             rate = (step - counted) * per_step / max(seconds - mark, 1e-9)
             mark, counted = seconds, step
-            values |= {
-                "learning_rate": float(schedule(step - 1)),
-                "examples_per_second": rate,
-                "train_seconds": seconds,
-            }
-            log.write(step, values)
+            log.write(step, {**values, "learning_rate": float(schedule(step - 1))})
+            log.write_timing(step, {"train_seconds": seconds, "examples_per_second": rate})
             bar.set_postfix(loss=f"{values['loss']:.3f}", examples_s=f"{rate:.0f}")
-        evaluate = step % config.eval_every == 0 or last
-        save = step % config.checkpoint_every == 0 or last
+        evaluate = config.eval_every > 0 and (step % config.eval_every == 0 or last)
+        save = step % config.checkpoint_every == 0 or last or stop > 0
         if evaluate or save:
             jax.block_until_ready(state)
             seconds += time.time() - clock
-            if save:
-                meta = _meta(run, seconds)
-                checkpoint.save(manager, step, state.params, state.opt_state, meta)
+            found = None
             if evaluate:
-                measured = run.validation.run(state.params).metrics
+                found = measured = run.validation.run(state.params).metrics
                 log.write(step, {f"validation/{k}": v for k, v in measured.items()})
-                headline = run.validation.protocol.headline
-                shown = {k: round(measured[k], 4) for k in headline if k in measured}
-                bar.write(f"step {step}, validation: {shown}")
+                if distributed.leads():
+                    headline = run.validation.protocol.headline
+                    shown = {k: round(measured[k], 4) for k in headline if k in measured}
+                    bar.write(f"step {step}, validation: {shown}")
+            if save:
+                guard.check_all()  # nothing unsound is saved
+                _save(run, manager, step, state, seconds, found)
             clock = time.time()
+        if stop:
+            bar.close()
+            manager.wait_until_finished()
+            raise Interrupted(stop, step)
+    guard.check_all()
     bar.close()
     return state, measured
 
 
-def _take_step(run: Run, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
+def _take_step(run: Run, state: TrainState, stop: int) -> tuple[TrainState, Any]:
     """One step, with negatives of the bank as soon as there is one."""
+    batch = next(run.batches)
+    own = parallel.count_own(run.devices)
+    batch = {**batch, "stop": np.full(own, stop, np.int32)}
     if run.keeper is None or run.keeper.bank is None:
-        return run.step(state, parallel.shard(batch, parallel.count_own(run.devices)))
+        return run.step(state, parallel.shard(batch, own))
     batch = run.keeper.add_mined(batch)
-    return run.bank_step(
-        state, parallel.shard(batch, parallel.count_own(run.devices)), run.keeper.bank
-    )
+    return run.bank_step(state, parallel.shard(batch, own), run.keeper.bank)
 
 
-def _meta(run: Run, seconds: float) -> dict[str, Any]:
-    """What is saved with a checkpoint beside the arrays."""
-    return {
+class _Guard:
+    """Looks at steps shortly after they were taken, so that the device never waits for the host.
+
+    All processes see the same values at the same step, and so act alike.
+    """
+
+    BEHIND = 2
+
+    def __init__(self, max_bad_steps: int, manager: Any):
+        self._most, self._manager = max_bad_steps, manager
+        self._waiting: collections.deque[tuple[int, Any, Any]] = collections.deque()
+
+    def check(self, step: int, metrics: Any) -> int:
+        """Notes a step; the number of the signal that came by `BEHIND` steps before, or 0.
+
+        Raises:
+          UserError: too many steps in a row were not finite.
+        """
+        self._waiting.append((step, metrics["stop"], metrics["bad_in_a_row"]))
+        return self._look() if len(self._waiting) > self.BEHIND else 0
+
+    def check_all(self) -> None:
+        """Looks at all that are left."""
+        while self._waiting:
+            self._look()
+
+    def _look(self) -> int:
+        step, stop, bad = self._waiting.popleft()
+        stop, bad = (int(x) for x in jax.device_get((stop, bad)))
+        if bad == 1:
+            logging.warning("Step %d: the loss or a gradient is not finite; it is skipped.", step)
+        if bad >= self._most:
+            newest = self._manager.latest_step()
+            kept = "no checkpoint is saved" if newest is None else f"step {newest} is saved"
+            raise UserError(
+                f"the loss or a gradient was not finite in {bad} steps in a row, up to step "
+                f"{step}: lower config.optimizer.learning_rate, or look at the data of these steps "
+                f"(config.max_bad_steps is {self._most}); {kept}."
+            )
+        return stop
+
+
+def _save(
+    run: Run,
+    manager: Any,
+    step: int,
+    state: TrainState,
+    seconds: float,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Saves a checkpoint, with all that the run needs to go on exactly."""
+    keeper = run.keeper
+    banked = keeper is not None and keeper.bank is not None
+    meta = {
         "config": run.config.to_dict(),
         "tokenizer": run.tokenizer.to_str(),
         "sizes": run.pretrained and size_files.to_json(run.pretrained.sizes),
         "data_state": run.batches.get_state(),
+        "bank_step": keeper.step if banked else None,
         "train_seconds": seconds,
     }
+    snapshot = keeper.snapshot if banked and not keeper.due(step) else None
+    checkpoint.save(
+        manager, step, state.params, state.opt_state, meta, bank_params=snapshot, metrics=metrics
+    )
 
 
-def _final_evaluation(
-    run: Run, state: TrainState, workdir: epath.Path, log: MetricLog
-) -> dict[str, float]:
+def _final_evaluation(run: Run, state: TrainState, log: MetricLog | NoLog) -> dict[str, float]:
     split, step = run.last, int(state.step)
     evaluator = run_setup.make_evaluator(run.config, run.model, run.tokenizer, split, run.devices)
     result = run_setup.evaluate_and_report(
-        run.config, evaluator, state.params, step=step, directory=workdir / "eval"
+        run.config, evaluator, state.params, step=step, directory=run.workdir / "eval"
     )
     # Of the validation split there is a line already.
     if split.name != "validation":

@@ -298,7 +298,10 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the per-device step `(state, batch, bank=None) -> (state, metrics)`.
 
-    All that it closes over is here.
+    All that it closes over is here. A step whose loss or gradients are not finite changes no
+    parameter (`optimizer.make_optimizer`); `bad_steps` counts them, `bad_in_a_row` the last ones.
+    `stop` in the batch, int32 `[n]`, becomes a metric, the largest of all devices: so processes
+    agree to end.
 
     Args:
       loss_fn: from `make_loss_fn`, of the same axis.
@@ -320,9 +323,18 @@ def make_train_step(
         if axis_name is not None:
             # A sum: the losses of the devices add up to the global mean.
             grads = lax.psum(grads, axis_name)
+        # A loss that is not finite may have finite gradients: they are no better.
+        sound = jnp.isfinite(metrics["loss"])
+        grads = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), grads)
         updates, opt_state = tx.update(grads, state.opt_state, training)
         params = partition.merge(optax.apply_updates(training, updates), frozen)
         metrics["grad_norm"] = optax.global_norm(grads)
+        if isinstance(opt_state, optax.ApplyIfFiniteState):
+            metrics["bad_steps"] = opt_state.total_notfinite
+            metrics["bad_in_a_row"] = opt_state.notfinite_count
+        if "stop" in batch:
+            stop = batch["stop"].max()
+            metrics["stop"] = stop if axis_name is None else lax.pmax(stop, axis_name)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

@@ -19,6 +19,9 @@ PACKAGE = "dqe_jax"
 
 ROOT_INIT = "__init__"
 UNITS_OF_BINARIES = (
+    "distributed",
+    "interrupts",
+    "watch",
     "train",
     "run_setup",
     "evaluators",
@@ -59,11 +62,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "auditing": ("auditing", "bank", "mining", "parallel", "data", "utils"),
     "config": ("models", "data", "utils", "trns"),
     "weights": ("weights", "models", "data", "partition", "utils"),
+    "distributed": ("utils",),
+    "interrupts": ("utils",),
+    "workdir": ("config", "utils"),
+    "watch": ("checkpoint", "run_setup", "data", "utils"),
     "programs": ("train_step", "models", "parallel", "partition"),
     "run_setup": (
         "bank",
         "checkpoint",
         "config",
+        "distributed",
+        "programs",
         "parallel",
         "evaluators",
         "report",

@@ -7,6 +7,8 @@ _FLAG = "--xla_force_host_platform_device_count"
 # XLA reads the flag once, when jax first asks for a device: set it before any test imports jax.
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+import gc  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -19,4 +21,5 @@ def _drop_programs():
     65,530 that Linux allows a process, and beyond them it dies.
     """
     yield
+    gc.collect()
     jax.clear_caches()

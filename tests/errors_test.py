@@ -12,6 +12,7 @@ from small_runs import small_config
 
 from configs import fashion_products, shapes
 from dqe_jax import train
+from dqe_jax import workdir as workdirs
 from dqe_jax.config import FIELDS, check_config, flatten
 from dqe_jax.data import pipeline
 from dqe_jax.data.index import make_index
@@ -165,7 +166,7 @@ def test_a_corrected_command_may_use_the_same_workdir(prepared_dir, tmp_path):
     wrong = small_config(prepared_dir, **{"model.attributes.names": ("smell",)})
     with pytest.raises(UserError, match="no section"):
         train.train_and_evaluate(wrong, workdir)
-    train.claim_workdir(workdir, small_config(prepared_dir))  # nothing was trained: no objection
+    workdirs.claim_workdir(workdir, small_config(prepared_dir))  # nothing was trained: no objection
 
 
 def test_an_empty_or_unknown_split(tmp_path, monkeypatch):
@@ -201,16 +202,16 @@ def test_workdir(prepared_dir, tmp_path):
     config = small_config(prepared_dir)
     for path in ("file", "file/below"):
         with pytest.raises(UserError, match=rf"--workdir: cannot write to .*{path}"):
-            train.claim_workdir(tmp_path / path, config)
-    train.claim_workdir(tmp_path / "run", config)
+            workdirs.claim_workdir(tmp_path / path, config)
+    workdirs.claim_workdir(tmp_path / "run", config)
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)  # it has trained
     same = small_config(prepared_dir, log_every=1, num_devices=1)  # fields that may differ
-    train.claim_workdir(tmp_path / "run", same)
+    workdirs.claim_workdir(tmp_path / "run", same)
     other = small_config(prepared_dir, **{"seed": 3, "loss.margin": 0.5})
     with pytest.raises(
         UserError, match=r"another config.*loss\.margin: 0\.5 \(not 0\.02\); seed: 3 \(not 0\)"
     ):
-        train.claim_workdir(tmp_path / "run", other)
+        workdirs.claim_workdir(tmp_path / "run", other)
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
-        train.claim_workdir(tmp_path / "run", config)
+        workdirs.claim_workdir(tmp_path / "run", config)

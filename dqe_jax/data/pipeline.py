@@ -333,9 +333,14 @@ def train_batches(
     augment: str,
     seed: int,
     num_threads: int = 4,
-    prefetch: int = 64,
+    prefetch: int = 4,
+    process: int = 0,
+    num_processes: int = 1,
 ) -> grain.DatasetIterator:
     """An endless iterator over training batches whose state can be saved and restored.
+
+    The batches of several processes are consecutive parts of one batch: together they are what one
+    process alone would read. The state counts batches, so it holds for any number of processes.
 
     References are shuffled anew in every epoch; each brings up to `queries_per_reference`
     consecutive ones of its queries from a random start. The stream depends on the seed alone.
@@ -349,7 +354,9 @@ def train_batches(
       augment: a name of `transforms.AUGMENTATIONS`.
       seed: of shuffling, drawing and augmentation.
       num_threads: readers.
-      prefetch: references read ahead.
+      prefetch: batches read ahead.
+      process: which part of the batch is read.
+      num_processes: parts; `references` is a multiple.
     """
     order = np.argsort(split.queries.reference, kind="stable")
     _, starts = np.unique(split.queries.reference[order], return_index=True)
@@ -369,7 +376,8 @@ def train_batches(
         .shuffle()
         .repeat()
         .random_map(load)
+        .batch(references // num_processes)
+        .slice(slice(process, None, num_processes))
         .to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
-        .batch(references)
     )
     return iter(dataset)

@@ -1,4 +1,8 @@
-"""Where a run's metrics go: `metrics.jsonl`, one JSON object a line, and TensorBoard events."""
+"""Where a run's metrics go: JSON lines, and TensorBoard events.
+
+`metrics.jsonl` holds what the run computes: repeated, killed or resumed it is the same to the byte.
+`timing.jsonl` holds what the machine made of it.
+"""
 
 from __future__ import annotations
 
@@ -17,39 +21,73 @@ class MetricLog:
     checkpoint are taken again, and each step is logged once.
     """
 
-    def __init__(self, workdir: epath.Path, resume_step: int = 0):
-        """Opens the log of a workdir."""
-        self._path = workdir / "metrics.jsonl"
-        kept = "".join(line + "\n" for line in _lines_until(self._path, resume_step))
-        self._path.write_text(kept)
+    def __init__(self, directory: epath.Path, resume_step: int | None = 0, again: str = "test/"):
+        """Opens the logs of a directory, which is made if it is not there.
+
+        Args:
+          directory: for the files of the module's description, and `events/`.
+          resume_step: the last step whose lines stay; None for all.
+          again: lines with a name that starts so are dropped too: the run writes them anew.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "timing")}
+        for path in self._paths.values():
+            kept = _lines_until(path, resume_step, again)
+            # At once: a run that is killed here must not lose the lines.
+            new = path.with_name(path.name + ".new")
+            new.write_text("".join(line + "\n" for line in kept))
+            new.replace(path)
         # TensorBoard drops what an earlier attempt wrote at or after this step.
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=resume_step + 1)
+        purged = None if resume_step is None else resume_step + 1
+        self._events = SummaryWriter(str(directory / "events"), purge_step=purged)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends a line `{"step": step, ...}` and the same numbers to TensorBoard."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                # TensorBoard allows no @ in a name.
-                self._events.add_scalar(name.replace("@", "_at_"), value, step)
+        self._append("metrics", step, values)
+
+    def write_timing(self, step: int, values: Mapping[str, float]) -> None:
+        """The same for times and rates."""
+        self._append("timing", step, values)
+
+    def steps(self) -> list[int]:
+        """Steps of the lines of `metrics.jsonl`."""
+        return [json.loads(x)["step"] for x in self._paths["metrics"].read_text().splitlines()]
 
     def close(self) -> None:
         """Flushes."""
         self._events.close()
 
+    def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        with self._paths[name].open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                # TensorBoard allows no @ in a name.
+                self._events.add_scalar(key.replace("@", "_at_"), value, step)
 
-def _lines_until(path: epath.Path, step: int) -> list[str]:
-    """The lines of steps up to `step`; a half-written last line is dropped.
 
-    So is the line of the test split: every run that reaches its end writes it anew.
-    """
+class NoLog:
+    """Of processes that do not lead: writes nothing."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_timing(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
+    """The lines that stay, see `MetricLog`; a half-written last line does not."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             values = json.loads(line)
-            if values["step"] <= step and not any(name.startswith("test/") for name in values):
-                kept.append(line)
+            early = step is None or values["step"] <= step
         except (json.JSONDecodeError, KeyError):
             continue
+        if early and not any(name.startswith(again) for name in values):
+            kept.append(line)
     return kept

@@ -1,0 +1,120 @@
+"""Several processes as one run: joining, taking turns, and ending together.
+
+Process 0 leads: it alone writes files and logs. Everything else is the same in all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from dqe_jax.utils.errors import UserError, reason_of
+
+MODES = ("auto", "on", "off")
+T = TypeVar("T")
+
+
+def join(
+    mode: str = "auto",
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout_s: int = 300,
+    environ: Mapping[str, str] = os.environ,
+) -> None:
+    """Joins the other processes of a run; must come before JAX is asked for a device.
+
+    Args:
+      mode: "off" never joins; "on" lets JAX find the others out (Cloud TPU, Slurm, Open MPI and
+        what else it knows); "auto" joins if the three arguments are given or Slurm started several
+        tasks.
+      coordinator: `host:port` of process 0.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+      timeout_s: seconds to wait for the others.
+      environ: the environment.
+
+    Raises:
+      UserError: the arguments do not fit together, or the others did not come.
+    """
+    given = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    explicit = len(missing) < len(given)
+    if explicit and missing:
+        raise UserError(
+            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id "
+            "belong together."
+        )
+    if explicit and not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id is {process_id}: with --num_processes={num_processes} it must be from "
+            f"0 to {num_processes - 1}."
+        )
+    if explicit and mode == "off":
+        raise UserError("--distributed=off and --coordinator contradict each other: drop one.")
+    # A batch script of Slurm has the count too, but only a task that srun started has a step.
+    slurm = "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
+    if mode == "off" or not (explicit or slurm or mode == "on"):
+        return
+    # Training handles SIGTERM by itself, in all processes alike.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=timeout_s
+        )
+    except (RuntimeError, ValueError) as error:
+        where = coordinator or "the others of this run"
+        raise UserError(
+            f"this process could not join {where} ({reason_of(error)}): start all processes, with "
+            "the same --coordinator, or pass --distributed=off."
+        ) from error
+    if not leads():
+        logging.set_verbosity(logging.WARNING)
+
+
+def leads() -> bool:
+    """Whether this process writes files and logs."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have come here; `what` is the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def leader_first(what: str, fn: Callable[[], T]) -> T:
+    """Runs `fn` in process 0, and then in the others, which find what it left on a shared disk."""
+    if leads():
+        result = fn()
+        wait_for_all(what)
+        return result
+    wait_for_all(what)
+    return fn()
+
+
+def leave_at_once(status: int) -> None:
+    """Makes this process end with `status` without waiting for the others, which then end too.
+
+    Otherwise its exit would wait for processes that wait for it.
+    """
+    if jax.process_count() > 1:
+        atexit.register(_exit, status)
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,98 @@
+"""Follows a run from elsewhere: evaluates each checkpoint once, until training is done.
+
+Only the run's directory is shared with the trainer, which it never waits for. Metrics go to
+`<workdir>/watch-<split>/`, the files of `MetricLog`: TensorBoard on the workdir shows them beside
+those of training. What is logged there is not evaluated again when the watcher is started anew.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from dqe_jax import checkpoint, run_setup
+from dqe_jax.data import datasets
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.metric_log import MetricLog
+
+
+def watch(
+    config: Any,
+    workdir: epath.Path,
+    split: str,
+    *,
+    output: epath.Path,
+    poll_s: float = 30.0,
+    patience_s: float = 0.0,
+) -> dict[int, dict[str, float]]:
+    """Evaluates the checkpoints of a run as they appear; the last one with a full report.
+
+    Args:
+      config: of the run.
+      workdir: of the run; need not exist yet.
+      split: to evaluate on.
+      output: where the files of the last checkpoint's report go.
+      poll_s: seconds between looks.
+      patience_s: seconds without a new checkpoint after which to give up; 0 for never.
+
+    Returns:
+      Metrics by step, of the checkpoints evaluated here.
+
+    Raises:
+      UserError: no data, another model, or no new checkpoint for `patience_s`.
+    """
+    opened = run_setup.open_split(config, datasets.open_dataset(config.data), split)
+    log = MetricLog(workdir / f"watch-{split}", resume_step=None, again="")
+    seen, found, evaluator, since = set(log.steps()), {}, None, time.time()
+    logging.info("Following %s: %d checkpoints were evaluated before.", workdir, len(seen))
+    try:
+        while not (seen and max(seen) >= _total_steps(workdir)):
+            waiting = [step for step in checkpoint.steps_of(workdir) if step not in seen]
+            if not waiting:
+                if patience_s and time.time() - since > patience_s:
+                    raise UserError(
+                        f"no new checkpoint in {workdir} for {patience_s:.0f} s: see what became "
+                        "of training, or raise --patience_s."
+                    )
+                time.sleep(poll_s)
+                continue
+            step, since = waiting[0], time.time()
+            seen.add(step)
+            try:
+                trained = run_setup.open_trained(config, workdir, step)
+                params = trained.read_params()
+            except Exception:
+                if step in checkpoint.steps_of(workdir):
+                    raise
+                logging.warning(
+                    "Step %d was removed before it was evaluated: raise config.keep_checkpoints.",
+                    step,
+                )
+                continue
+            if evaluator is None:
+                words, devices = trained.tokenizer, trained.devices
+                evaluator = run_setup.make_evaluator(config, trained.model, words, opened, devices)
+            if step >= _total_steps(workdir):
+                result = run_setup.evaluate_and_report(
+                    config, evaluator, params, step=step, directory=output
+                )
+            else:
+                result = evaluator.run(params)
+            found[step] = result.metrics
+            log.write(step, {f"{split}/{name}": x for name, x in result.metrics.items()})
+            headline = evaluator.protocol.headline
+            shown = {k: round(result.metrics[k], 4) for k in headline if k in result.metrics}
+            logging.info("Step %d, %s: %s", step, split, shown)
+    finally:
+        log.close()
+    logging.info("Training is done; %d checkpoints were evaluated here.", len(found))
+    return found
+
+
+def _total_steps(workdir: epath.Path) -> int:
+    """Steps of the whole run, which the trainer says when it starts."""
+    return json.loads((workdir / "config.json").read_text())["total_steps"]

@@ -1,0 +1,230 @@
+"""A run of several processes: the same as of one, and it ends as one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from dqe_jax import checkpoint, distributed
+from dqe_jax.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 20
+FIELDS = {
+    "total_steps": STEPS,
+    "log_every": 1,
+    "eval_every": 10,
+    "checkpoint_every": 10,
+    "optimizer.warmup_steps": 4,
+    "batch.references": 8,
+    "batch.queries_per_reference": 2,
+    "model.tiny.image_depth": 0,
+    "model.tiny.text_depth": 0,
+    "negatives.pool": "bank",
+    "negatives.first_refresh": 4,
+    "negatives.refresh_every": 8,
+    "negatives.warmup": "rule",
+}
+
+
+def command(base, workdir, *flags, **fields):
+    changes = {**FIELDS, "data.prepared_dir": str(base / "prepared"), **fields}
+    return [
+        *(sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"),
+        f"--workdir={base / workdir}",
+        *(f"--config.{name}={value}" for name, value in changes.items()),
+        *flags,
+    ]
+
+
+def environment(devices, base, **variables):
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(base / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **variables,
+    }
+
+
+def free_port():
+    with socket.socket() as held:
+        held.bind(("localhost", 0))
+        return held.getsockname()[1]
+
+
+def start(base, workdir, processes, devices, *flags, environments=None, **fields):
+    """Starts a run: one `Popen` a process, `devices` in all."""
+    started = []
+    coordinator = f"localhost:{free_port()}"
+    for i in range(processes):
+        joining = ()
+        if processes > 1 and environments is None:
+            joining = (
+                f"--coordinator={coordinator}",
+                f"--num_processes={processes}",
+                f"--process_id={i}",
+            )
+        started.append(
+            subprocess.Popen(
+                command(base, workdir, *joining, *flags, **fields),
+                cwd=ROOT,
+                env=environment(devices // processes, base, **(environments or [{}] * 9)[i]),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started, status=0):
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [status] * len(started), outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def one(base):
+    """One process with one device."""
+    finish(start(base, "one", 1, 1))
+    return base / "one"
+
+
+@pytest.fixture(scope="module")
+def two(base, one):
+    """Two processes with four devices each; and what they printed."""
+    return base / "two", finish(start(base, "two", 2, 8))
+
+
+def arrays(workdir, step):
+    manager = checkpoint.open_for_reading(epath.Path(workdir))
+    args = ocp.args.Composite(params=ocp.args.StandardRestore())
+    return jax.tree.map(np.asarray, manager.restore(step, args=args)["params"])
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one, other):
+    """Parameters after 20 steps, and the metrics of every step, those of the negatives too."""
+    a, b = arrays(one, STEPS), arrays(other, STEPS)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a, b)
+    logged, again = lines(one), lines(other)
+    assert [line["step"] for line in logged] == [line["step"] for line in again]
+    for first, second in zip(logged, again):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-4), (name, first)
+
+
+def test_two_processes_train_as_one_device_does(one, two):
+    assert_same_run(one, two[0])
+
+
+def test_two_processes_train_as_one_with_eight_devices(base, two):
+    finish(start(base, "eight", 1, 8))
+    assert_same_run(base / "eight", two[0])
+
+
+def test_process_0_alone_writes_and_logs(two):
+    workdir, (first, second) = two
+    assert "Ready after" in first
+    assert "Ready after" not in second
+    assert "train:" not in second
+    steps = [line["step"] for line in lines(workdir) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert len(list((workdir / "events").iterdir())) == 1
+
+
+def test_a_checkpoint_goes_on_with_other_devices(base, one):
+    """Half by two processes, between two refreshes of the bank; the rest by one device."""
+    finish(start(base, "moved", 2, 4, "--stop_at=7"))
+    finish(start(base, "moved", 1, 1))
+    a, b = arrays(one, STEPS), arrays(base / "moved", STEPS)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a, b)
+
+
+def test_a_signal_to_one_process_ends_all_of_them_after_one_save(base):
+    started = start(base, "signal", 2, 2, total_steps=100000, eval_every=100000)
+    log = base / "signal" / "metrics.jsonl"
+    until = time.time() + 200
+    while time.time() < until and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.2)
+    started[1].send_signal(signal.SIGTERM)
+    outputs = finish(started, status=143)
+    assert "SIGTERM after step" in outputs[0]
+    saved = int(outputs[0].rpartition("SIGTERM after step ")[2].split(";")[0])
+    manager = checkpoint.open_for_reading(epath.Path(base / "signal"))
+    assert manager.latest_step() == saved
+
+
+def test_slurms_variables_start_two_processes(base):
+    job = {
+        "SLURM_JOB_ID": str(free_port()),  # JAX makes the coordinator's port of it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    tasks = [{**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    first, _ = finish(start(base, "slurm", 2, 2, "--stop_at=2", environments=tasks))
+    assert first.count("CpuDevice") == 2 or "2 devices" in first, first
+
+
+def test_an_error_of_all_processes_ends_all(base):
+    outputs = finish(start(base, "odd", 2, 6), status=2)
+    message = "batch.references is 8: it must be a multiple of the 6 devices of 2 processes"
+    assert message in outputs[0]
+
+
+def test_an_error_of_the_leader_ends_all(base):
+    """It alone writes, and the other waits for it."""
+    (base / "held").mkdir()
+    (base / "held" / "config.json").mkdir()
+    started = start(base, "held", 2, 2)
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    assert started[0].returncode == 2, outputs
+    assert "error: --workdir: cannot write to" in outputs[0]
+    assert started[1].returncode, outputs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coordinator": "a:1"}, "--num_processes and --process_id missing"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process_id is 2"),
+        (
+            {"mode": "off", "coordinator": "a:1", "num_processes": 2, "process_id": 1},
+            "contradict",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_together(arguments, message):
+    with pytest.raises(UserError, match=message):
+        distributed.join(**arguments, environ={})
+
+
+def test_alone_nothing_is_joined(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    distributed.join(environ={})
+    distributed.join(environ={"SLURM_NTASKS": "8"})  # a batch script, not a task
+    distributed.join("off", environ={"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"})
