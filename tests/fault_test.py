@@ -1,0 +1,140 @@
+"""A run that is killed again and again ends as one that was left alone, to the byte.
+
+The short form kills a few times; `python -m pytest -m slow tests/fault_test.py` kills 24 times.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from dqe_jax import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERY = {"checkpoint_every": 10, "eval_every": 15, "negatives.refresh_every": 8}
+FIELDS = {
+    **EVERY,
+    "log_every": 1,
+    "keep_checkpoints": 1000,
+    "num_devices": 1,
+    "optimizer.warmup_steps": 4,
+    "batch.references": 4,
+    "batch.queries_per_reference": 2,
+    "model.tiny.image_depth": 0,
+    "model.tiny.text_depth": 0,
+    "negatives.pool": "bank",
+    "negatives.first_refresh": 4,
+    "negatives.warmup": "rule",
+}
+
+
+class Runs:
+    """Runs of one config in directories of their own."""
+
+    def __init__(self, base, total_steps):
+        self.base, self.fields = base, {**FIELDS, "total_steps": total_steps}
+        self.fields["data.prepared_dir"] = str(base / "prepared")
+
+    def start(self, name):
+        flags = [f"--config.{field}={value}" for field, value in self.fields.items()]
+        with (self.base / f"{name}.log").open("a") as log:
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"),
+                    f"--workdir={self.base / name}",
+                    *flags,
+                ],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "JAX_PLATFORMS": "cpu",
+                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                    "JAX_COMPILATION_CACHE_DIR": str(self.base / "compiled"),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+                    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                },
+                stdout=log,
+                stderr=log,
+            )
+
+    def said(self, name):
+        return (self.base / f"{name}.log").read_text()[-3000:]
+
+    def finish(self, name):
+        process = self.start(name)
+        assert process.wait(600) == 0, self.said(name)
+
+    def logged_steps(self, name):
+        """How many steps the log holds; a line that is being written does not count."""
+        path = self.base / name / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        lines = path.read_bytes().split(b"\n")[:-1]
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def kill_at(self, name, step, delay, number):
+        """Starts the run and kills it `delay` seconds after it has logged a step."""
+        process = self.start(name)
+        until = time.time() + 300
+        while self.logged_steps(name) < step:
+            assert process.poll() is None, self.said(name)
+            assert time.time() < until, self.said(name)
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(number)
+        status = process.wait(120)
+        assert status == (143 if number == signal.SIGTERM else -number), self.said(name)
+
+    def checkpoints(self, name):
+        return checkpoint.steps_of(epath.Path(self.base / name))
+
+    def arrays(self, name, step):
+        manager = checkpoint.open_for_reading(epath.Path(self.base / name))
+        names = ("params", "opt_state")
+        args = {item: ocp.args.StandardRestore() for item in names}
+        items = manager.restore(step, args=ocp.args.Composite(**args))
+        return jax.tree.map(np.asarray, {item: items[item] for item in names})
+
+
+def check_kills(base, total_steps, kills, seed):
+    runs, rng = Runs(base, total_steps), random.Random(seed)
+    runs.finish("whole")
+    # Always a few steps before the end; saves, evaluations and refreshes are all within reach.
+    steps = sorted(rng.randint(1, total_steps - 20) for _ in range(kills))
+    newest = 0
+    for i, step in enumerate(steps):
+        number = signal.SIGKILL if i % 2 else signal.SIGTERM
+        runs.kill_at("killed", step, rng.uniform(0, 0.3), number)
+        held = runs.checkpoints("killed")
+        assert max(held, default=0) >= newest, "a checkpoint was lost"
+        newest = max(held, default=0)
+        # What is there is whole.
+        assert not held or len(jax.tree.leaves(runs.arrays("killed", newest))) > 50
+    runs.finish("killed")
+    assert runs.said("killed").count("Resumed from step")
+    one, other = (base / name / "metrics.jsonl" for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    assert runs.checkpoints("whole") == runs.checkpoints("killed")
+    assert runs.checkpoints("whole")[-1] == total_steps
+    final = (runs.arrays(name, total_steps) for name in ("whole", "killed"))
+    jax.tree.map(np.testing.assert_array_equal, *final)
+
+
+def test_a_few_kills(tmp_path):
+    check_kills(tmp_path, total_steps=40, kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_many_kills(tmp_path, seed):
+    check_kills(tmp_path, total_steps=240, kills=24, seed=seed)

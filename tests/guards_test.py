@@ -1,0 +1,229 @@
+"""What a machine or bad data can do to a run: one sentence each, and nothing saved is lost."""
+
+import json
+import os
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from small_runs import compiled_once, small_config
+
+from dqe_jax import checkpoint, interrupts, train
+from dqe_jax import workdir as workdirs
+from dqe_jax.data import pipeline
+from dqe_jax.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("guards")
+    with compiled_once(directory / "compiled"):
+        yield directory
+
+
+def config_of(base, **changes):
+    changes = {
+        "total_steps": 6,
+        "log_every": 1,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        "num_devices": 1,
+        **changes,
+    }
+    return small_config(base / "prepared", **changes)
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(workdir):
+    return checkpoint.steps_of(epath.Path(workdir))
+
+
+def test_losses_that_are_not_finite_end_the_run(base):
+    config = config_of(base, **{"loss.in_batch": float("inf"), "max_bad_steps": 3})
+    with pytest.raises(
+        UserError,
+        match=r"not finite in 3 steps in a row, up to step 3: lower config\.optimizer\.learning_"
+        r"rate.*max_bad_steps is 3\); (no checkpoint|step 2) is saved",
+    ):
+        train.train_and_evaluate(config, base / "diverged")
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, caplog):
+    """Step 3 has weights of intent that are no numbers: nothing moves but the counts."""
+    config, workdir = config_of(base, keep_checkpoints=9, checkpoint_every=1), base / "skipped"
+    take, count = train._take_step, iter(range(1, 100))
+
+    def spoilt(run, state, stop):
+        class Batches:
+            def __next__(self):
+                batch = next(run.batches)
+                if next(count) == 3:
+                    batch = {**batch, "mentions": np.full_like(batch["mentions"], np.nan)}
+                return batch
+
+        changed = type("Spoilt", (), {"__getattr__": lambda _, name: getattr(run, name)})()
+        changed.batches = Batches()
+        return take(changed, state, stop)
+
+    monkeypatch.setattr(train, "_take_step", spoilt)
+    with caplog.at_level("WARNING"):
+        train.train_and_evaluate(config, workdir)
+    assert "Step 3: the loss or a gradient is not finite; it is skipped." in caplog.text
+    found = {line["step"]: line["bad_steps"] for line in lines_of(workdir) if "loss" in line}
+    assert found == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+    manager = checkpoint.open_for_reading(workdir)
+    params = {step: checkpoint.restore_params(manager, step) for step in (2, 3, 4)}
+    jax.tree.map(np.testing.assert_array_equal, params[2], params[3])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params[3], params[4])
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_a_second_trainer_is_kept_out(base):
+    workdir = epath.Path(base / "shared")
+    workdir.mkdir()
+    with (
+        workdirs.lock_workdir(workdir),
+        pytest.raises(
+            UserError, match=rf"process {os.getpid()} of .* trains in .*shared: wait until"
+        ),
+    ):
+        train.train_and_evaluate(config_of(base), workdir)
+    workdirs.lock_workdir(workdir).close()  # free again
+    assert workdirs.lock_workdir(epath.Path("gs://bucket/run")) is None
+
+
+def test_a_full_disk(base, tmp_path):
+    """A disk of 24 MB: the run says so, keeps what it has, and goes on when there is space."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        config = config_of(base, total_steps=40, keep_checkpoints=99, eval_every=0)
+        workdir = tmp_path / "run"
+        with pytest.raises(
+            UserError,
+            match=r"cannot write to .*run \(.*\): step \d+ is saved; free space .*, and run the "
+            r"same command again",
+        ) as error:
+            train.train_and_evaluate(config, workdir)
+        kept = steps_of(workdir)
+        assert f"step {kept[-1]} is saved" in str(error.value)
+        manager = checkpoint.open_for_reading(workdir)
+        for step in kept:
+            assert len(jax.tree.leaves(checkpoint.restore_params(manager, step))) > 20
+        subprocess.run(["mount", "-o", "remount,size=400m", str(tmp_path)], check=True)
+        train.train_and_evaluate(config, workdir)
+        assert steps_of(workdir) == list(range(2, 41, 2))
+        assert [line["step"] for line in lines_of(workdir)] == list(range(1, 41))
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_data_directory_that_vanishes(base, monkeypatch):
+    config = config_of(base, **{"data.prepared_dir": str(base / "moving")})
+    train.train_and_evaluate(config, base / "vanished", stop_at=2)
+
+    def gone(self, row):
+        if (base / "moving").exists():
+            (base / "moving").rename(base / "away")
+        raise FileNotFoundError(2, "No such file or directory", "shard")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Gallery, "__getitem__", gone)
+        with pytest.raises(
+            UserError, match=r"the data in .*moving.* is gone: step 2 is saved; put it back, and"
+        ):
+            train.train_and_evaluate(config, base / "vanished")
+    (base / "away").rename(base / "moving")
+    train.train_and_evaluate(config, base / "vanished")
+    assert steps_of(base / "vanished")[-1] == 6
+
+
+def test_an_error_of_the_code_stays_what_it_is(base, monkeypatch):
+    def broken(run, state, stop):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "_take_step", broken)
+    with pytest.raises(ZeroDivisionError):
+        train.train_and_evaluate(config_of(base), base / "broken")
+
+
+def test_what_is_kept(base):
+    config = config_of(base, keep_checkpoints=1, keep_period=4, keep_best="R@1")
+    config.total_steps, config.checkpoint_every, config.eval_every = 14, 2, 2
+    workdir = base / "kept"
+    train.train_and_evaluate(config, workdir)
+    found = {
+        line["step"]: line["validation/R@1"]
+        for line in lines_of(workdir)
+        if "validation/R@1" in line
+    }
+    best = max(found, key=lambda step: (found[step], step))
+    assert steps_of(workdir) == sorted({4, 8, 12, 14, best})
+    with pytest.raises(UserError, match=r"keep_best is 'recall': validation measures .*R@1, "):
+        train.train_and_evaluate(config_of(base, keep_best="recall"), base / "unknown")
+
+
+def test_a_checkpoint_between_two_on_schedule_lives_until_the_next(base):
+    config, workdir = config_of(base, keep_checkpoints=9), base / "between"
+    train.train_and_evaluate(config, workdir, stop_at=3)
+    assert steps_of(workdir) == [2, 3]
+    train.train_and_evaluate(config, workdir)
+    assert steps_of(workdir) == [2, 4, 6]
+
+
+def test_half_written_checkpoints_are_not_read_and_are_removed(base):
+    config, workdir = config_of(base), base / "half"
+    train.train_and_evaluate(config, workdir, stop_at=2)
+    half = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+    assert steps_of(workdir) == [2]
+    assert checkpoint.open_for_reading(workdir).latest_step() == 2
+    train.train_and_evaluate(config, workdir)
+    assert steps_of(workdir) == [2, 4, 6]
+    assert not half.exists()
+
+
+def test_training_without_evaluation(base):
+    config, workdir = config_of(base, eval_every=0), base / "unmeasured"
+    assert train.train_and_evaluate(config, workdir) == {}
+    assert not any("R@1" in name for line in lines_of(workdir) for name in line)
+    assert not (workdir / "eval").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(base, number, monkeypatch):
+    config = config_of(base, total_steps=100, checkpoint_every=50, eval_every=0)
+    workdir = base / f"signal-{number}"
+    take, before = train._take_step, signal.getsignal(number)
+
+    def sends(run, state, stop):
+        if int(state.step) == 3:
+            os.kill(os.getpid(), number)
+        return take(run, state, stop)
+
+    monkeypatch.setattr(train, "_take_step", sends)
+    with pytest.raises(interrupts.Interrupted) as ended:
+        train.train_and_evaluate(config, workdir)
+    assert ended.value.status == 128 + number
+    (saved,) = steps_of(workdir)
+    assert 4 <= saved <= 8
+    assert signal.getsignal(number) == before
+    assert [line["step"] for line in lines_of(workdir)] == list(range(1, saved + 1))
+
+
+def test_a_second_signal_acts_at_once():
+    with interrupts.Interrupts() as noted, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted.seen == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
