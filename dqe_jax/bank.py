@@ -115,10 +115,14 @@ class BankKeeper:
         # Places arrays on the devices, row by row.
         self._place = parallel.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
 
+    def scheduled(self, step: int) -> bool:
+        """Whether a refresh is planned after `step` steps."""
+        first, every = self._negatives.first_refresh, self._negatives.refresh_every
+        return step >= first and (step - first) % every == 0
+
     def due(self, step: int) -> bool:
         """Whether the bank is to be filled after `step` steps: on time, or for want of one."""
-        first, every = self._negatives.first_refresh, self._negatives.refresh_every
-        return step >= first and (self.bank is None or (step - first) % every == 0)
+        return self.scheduled(step) or (self.bank is None and step >= self._negatives.first_refresh)
 
     def refresh(self, params: Any, step: int) -> None:
         """Embeds the whole gallery, and mines all queries if the config says so.
@@ -156,7 +160,8 @@ class BankKeeper:
         if self._negatives.mining == "refresh":
             mined = self.mine_all(params, jax.random.fold_in(jax.random.key(self._seed), step))
             self.mined = mined.rows, mined.drawn
-        self.step, self.snapshot = step, jax.device_get(self._trained(params))
+        # Copies: on CPU NumPy would look at memory that the next step overwrites.
+        self.step, self.snapshot = step, jax.tree.map(np.array, self._trained(params))
         logging.debug("Bank of %d images filled after step %d.", len(gallery), step)
 
     def add_mined(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

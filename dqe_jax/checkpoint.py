@@ -189,6 +189,7 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str,
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int) -> Any:
-    """The parameters of a checkpoint as NumPy arrays, whatever their shapes."""
-    args = ocp.args.Composite(params=ocp.args.StandardRestore())
+    """The parameters of a checkpoint as NumPy arrays, whatever their shapes and devices."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))
     return jax.tree.map(np.asarray, manager.restore(step, args=args)["params"])

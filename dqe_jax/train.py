@@ -182,7 +182,9 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     meta = checkpoint.read_meta(manager, newest)
     # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
     rebuilt = (
-        run.keeper is not None and meta["bank_step"] is not None and not run.keeper.due(newest)
+        run.keeper is not None
+        and meta["bank_step"] is not None
+        and not run.keeper.scheduled(newest)
     )
     if rebuilt:
         like["bank_params"] = split(params)[0]
@@ -385,7 +387,7 @@ def _save(
         "bank_step": keeper.step if banked else None,
         "train_seconds": seconds,
     }
-    snapshot = keeper.snapshot if banked and not keeper.due(step) else None
+    snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
     checkpoint.save(
         manager, step, state.params, state.opt_state, meta, bank_params=snapshot, metrics=metrics
     )
