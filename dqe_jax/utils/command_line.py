@@ -28,10 +28,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` as `absl.app.run` does, with plain log lines and short errors."""
 
     def guarded(argv: Sequence[str]) -> None:
-        logging.use_absl_handler()
-        logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
-        logging.set_verbosity(logging.INFO)
-        logging.get_absl_handler().addFilter(_is_news)  # of the handler: for all libraries
+        log_plainly()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: flags start with --.")
@@ -40,6 +37,14 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             _end(str(error))
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def log_plainly() -> None:
+    """Logs what dqe_jax says as plain lines, and of libraries the warnings: in notebooks too."""
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_is_news)  # of the handler: for all libraries
 
 
 def default_workdir(*suffixes: str) -> str:
