@@ -92,6 +92,18 @@ def own_rows(rows: np.ndarray, batch: int, devices: Sequence[jax.Device]) -> np.
     return own.reshape(-1, *rows.shape[1:])
 
 
+def gather_rows(
+    fn: Callable[..., Any], *, columns: int, devices: Sequence[jax.Device]
+) -> Callable[..., Any]:
+    """The mapped program of `map_rows`: its arrays have a leading axis of devices."""
+
+    def gathered(params: Any, *arrays: jax.Array) -> Any:
+        return jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), fn(params, *arrays))
+
+    in_axes = (None,) + (0,) * columns
+    return pmap(gathered, in_axes=in_axes, out_axes=None, devices=devices)
+
+
 def map_rows(
     fn: Callable[..., Any], *, columns: int, devices: Sequence[jax.Device]
 ) -> Callable[..., Any]:
@@ -107,11 +119,7 @@ def map_rows(
       to a tree of NumPy arrays `[B, ...]` of the rows of all.
     """
 
-    def gathered(params: Any, *arrays: jax.Array) -> Any:
-        return jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), fn(params, *arrays))
-
-    in_axes = (None,) + (0,) * columns
-    mapped = pmap(gathered, in_axes=in_axes, out_axes=None, devices=devices)
+    mapped = gather_rows(fn, columns=columns, devices=devices)
 
     def call(params: Any, *arrays: np.ndarray) -> Any:
         return jax.tree.map(np.asarray, mapped(params, *shard(arrays, count_own(devices))))

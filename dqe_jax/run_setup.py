@@ -274,7 +274,7 @@ def make_evaluator(
     config: Any, model: DQE, tokenizer: Tokenizer, split: Split, devices: list[jax.Device]
 ) -> RetrievalEvaluator:
     """The evaluator of a split; it takes parameters."""
-    encode_query, encode_gallery = _encoders(model)
+    encode_query, encode_gallery = encoders(model)
     return RetrievalEvaluator(
         split=split,
         text=encode_texts(tokenizer, split),
@@ -291,7 +291,7 @@ def make_bank_keeper(
     config: Any, model: DQE, split: Split, text: np.ndarray, devices: list[jax.Device]
 ) -> BankKeeper:
     """The keeper of the bank of a split; `text` int32 `[n, L]` are its queries' texts."""
-    encode_query, encode_gallery = _encoders(model)
+    encode_query, encode_gallery = encoders(model)
     return BankKeeper(
         split=split,
         text=text,
@@ -306,7 +306,7 @@ def make_bank_keeper(
     )
 
 
-def _encoders(model: DQE) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
+def encoders(model: DQE) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
     """The two entry points as functions of parameters."""
 
     def encode_query(params, image, text):

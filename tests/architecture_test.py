@@ -93,6 +93,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "ablation": UNITS_OF_BINARIES,
     "ablate": ("ablation", "utils"),
     "mining_benchmark": ("bank", "mining", "parallel", "utils"),
+    "planning": (
+        *("planning", "programs", "run_setup", "bank", "mining", "models", "parallel"),
+        *("train_step", "optimizer", "data", "utils"),
+    ),
+    "plan": (*UNITS_OF_BINARIES, "planning"),
     "benchmark": (*UNITS_OF_BINARIES, "programs", "train_step", "optimizer"),
 }
 # The training loop puts everything together: anything but the binaries.
@@ -113,6 +118,8 @@ ALLOWED["train"] = (
             "audit",
             "ablation",
             "ablate",
+            "plan",
+            "planning",
         )
     ),
     "train",

@@ -1,0 +1,1 @@
+"""What `plan.py` is made of: chips, programs of a config, and facts of compiled programs."""

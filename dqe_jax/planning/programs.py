@@ -1,0 +1,194 @@
+"""The programs of a config with the shapes of what they take: nothing is placed or computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dqe_jax import bank as banks
+from dqe_jax import mining, models, parallel, run_setup
+from dqe_jax import programs as own_programs
+from dqe_jax.data.pipeline import batch_shapes
+from dqe_jax.models import DTYPES
+from dqe_jax.optimizer import make_optimizer
+from dqe_jax.train_step import TrainState
+
+# Images of the training gallery: published ones, or as the data set is generated at the most.
+GALLERY = {
+    "fashioniq": 45_429,
+    "cirr": 16_939,
+    "shapes": 45_000,
+    "fashion_products": 44_000,
+}
+OTHER_GALLERY = 20_000
+# Queries mined by one call at a refresh.
+MINED_AT_ONCE = 1024
+NAMES = ("step", "bank step", "bank refresh", "mining", "gallery embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A mapped program, ready to be lowered.
+
+    Attributes:
+      name: one of `NAMES`.
+      mapped: of `parallel.pmap`.
+      arguments: shapes; those that are sharded have a leading axis of devices.
+      inputs: bytes a device of each kind of argument, without padding.
+      resident: bytes a device of what lies there meanwhile and is no argument.
+      queries: training queries, or images, that one call takes on all devices.
+    """
+
+    name: str
+    mapped: Any
+    arguments: tuple[Any, ...]
+    inputs: dict[str, int]
+    resident: int
+    queries: int
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays of a tree of shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def make_programs(
+    config: Any,
+    devices: Sequence[jax.Device],
+    *,
+    gallery: int,
+    vocabulary: int,
+    names: Sequence[str] = NAMES,
+) -> list[Program]:
+    """The programs that a run of a config compiles, in the order of `NAMES`.
+
+    Args:
+      config: of a run, whose batch divides by the devices.
+      devices: of a slice.
+      gallery: images of the training split, the rows of the bank.
+      vocabulary: words of the tiny backbone.
+      names: those that are wanted; what the config does not run is left out.
+
+    Raises:
+      UserError: the model cannot be built.
+    """
+    maker = _Maker(config, devices, vocabulary)
+    bank = maker.bank(gallery) if own_programs.uses_bank(config.negatives) else None
+    made = {"step": maker.step, "gallery embedding": lambda: maker.gallery_embedding(bank)}
+    if bank is not None:
+        made["bank step"] = lambda: maker.bank_step(bank)
+        made["bank refresh"] = lambda: maker.bank_refresh(bank)
+        if config.negatives.mining == "refresh":
+            made["mining"] = lambda: maker.mining(bank)
+    return [made[name]() for name in NAMES if name in names and name in made]
+
+
+def _sharded(number: int, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """An array with a leading axis of devices."""
+    return jax.ShapeDtypeStruct((number, *shape), jnp.dtype(dtype))
+
+
+class _Maker:
+    """Makes the programs of a config over the devices of a slice."""
+
+    def __init__(self, config: Any, devices: Sequence[jax.Device], vocabulary: int):
+        pretrained = run_setup.describe_weights(config)
+        self.config, self.devices, self.number = config, list(devices), len(devices)
+        self.model = models.build_model(
+            config.model,
+            vocab_size=vocabulary,
+            max_length=config.data.max_length,
+            image_size=config.data.image_size,
+            sizes=pretrained and pretrained.sizes,
+        )
+        self.encode_gallery = run_setup.encoders(self.model)[1]
+        self.tx = make_optimizer(config.optimizer, config.total_steps)
+        params = run_setup.param_shapes(self.model, config)
+        training = own_programs.splitter(config.model)(params)[0]
+        moments = jax.eval_shape(self.tx.init, training)
+        self.state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, moments)
+        self.weights = {"parameters": size_of(params)}
+        self.moments = {"optimiser": size_of(moments)}
+        self.references = config.batch.references // self.number
+        self.shapes = batch_shapes(config, self.references)
+
+    def _images(self, count: int) -> jax.ShapeDtypeStruct:
+        side = self.config.data.image_size
+        return _sharded(self.number, jnp.uint8, count, side, side, 3)
+
+    def _step(self, name: str, bank: mining.Bank | None) -> Program:
+        config, shapes = self.config, dict(self.shapes)
+        per_reference, inputs = config.batch.queries_per_reference, self.weights | self.moments
+        if bank is not None:
+            inputs |= self._of_bank(bank)
+            if config.negatives.mining == "refresh":
+                drawn = (self.references, per_reference, config.negatives.per_query)
+                shapes |= {"mined_rows": ("int32", drawn), "mined_drawn": ("bool", drawn)}
+        batch = {k: _sharded(self.number, dtype, *s) for k, (dtype, s) in shapes.items()}
+        inputs |= {"batch": size_of(batch) // self.number}
+        step = own_programs.make_step(
+            config, self.model, self.tx, self.devices, bank=bank is not None
+        )
+        taken = (self.state, batch) if bank is None else (self.state, batch, bank)
+        return Program(name, step, taken, inputs, 0, config.batch.references * per_reference)
+
+    def _of_bank(self, bank: mining.Bank | None) -> dict[str, int]:
+        return {} if bank is None else {"bank": size_of(bank) // self.number}
+
+    def bank(self, gallery: int) -> mining.Bank:
+        """Shapes of the bank."""
+        one = jax.eval_shape(lambda x: x[0], self._images(1))
+        tokens = jax.eval_shape(self.encode_gallery, self.state.params, one).shape[1:]
+        rows = banks.rows_of_device(gallery, self.number)
+        dtype = DTYPES[self.config.negatives.bank_dtype]
+        return mining.Bank(
+            _sharded(self.number, dtype, rows, *tokens), _sharded(self.number, jnp.int32, rows)
+        )
+
+    def step(self) -> Program:
+        """Of training without a bank."""
+        return self._step("step", None)
+
+    def bank_step(self, bank: mining.Bank) -> Program:
+        """Of training with a bank."""
+        return self._step("bank step", bank)
+
+    def bank_refresh(self, bank: mining.Bank) -> Program:
+        """Embeds some rows of the bank."""
+        count = banks.step_rows(self.config.eval.batch_size, self.number)
+        start = jax.ShapeDtypeStruct((), jnp.int32)
+        taken = (self.state.params, self._images(count), start, bank.tokens)
+        inputs = self.weights | self._of_bank(bank)
+        inputs |= {"batch": size_of(taken[1]) // self.number}
+        fill = banks.make_fill(self.encode_gallery, bank.tokens.dtype, self.devices)
+        resident = sum(self.moments.values())
+        return Program("bank refresh", fill, taken, inputs, resident, count * self.number)
+
+    def mining(self, bank: mining.Bank) -> Program:
+        """Mines the bank for some queries, which are the same on all devices."""
+        count, known = MINED_AT_ONCE, self.shapes["known_positives"][1][-1]
+        queries = (
+            jax.ShapeDtypeStruct((count, bank.tokens.shape[-1]), jnp.float32),
+            jax.ShapeDtypeStruct((count,), jnp.int32),
+            jax.ShapeDtypeStruct((count, known), jnp.int32),
+            jax.ShapeDtypeStruct((count,), jnp.int32),
+        )
+        taken = (jax.eval_shape(lambda: jax.random.key(0)), *queries, bank)
+        inputs = self._of_bank(bank) | {"batch": size_of(queries)}
+        resident = sum((self.weights | self.moments).values())
+        mine = banks.make_mine(self.config.negatives, self.devices)
+        return Program("mining", mine, taken, inputs, resident, count)
+
+    def gallery_embedding(self, bank: mining.Bank | None) -> Program:
+        """Embeds images in evaluation, while training waits."""
+        count = -(-self.config.eval.batch_size // self.number)
+        embed = parallel.gather_rows(self.encode_gallery, columns=1, devices=self.devices)
+        taken = (self.state.params, self._images(count))
+        inputs = self.weights | {"batch": size_of(taken[1]) // self.number}
+        resident = sum((self.moments | self._of_bank(bank)).values())
+        return Program("gallery embedding", embed, taken, inputs, resident, count * self.number)

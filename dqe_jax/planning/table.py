@@ -1,0 +1,179 @@
+"""Facts of programs as tables, as JSON, and as advice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from dqe_jax.planning.chips import Topology
+from dqe_jax.planning.compiler import Facts
+from dqe_jax.utils.text_table import text_table
+
+INPUTS = ("parameters", "optimiser", "bank", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The programs of a config on a slice.
+
+    Attributes:
+      topology: the slice.
+      references: of the global batch.
+      facts: of each program.
+    """
+
+    topology: Topology
+    references: int
+    facts: tuple[Facts, ...]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}" if size >= 2**27 else f"{size / 2**30:.4f}".rstrip("0").rstrip(".")
+
+
+def examples_per_second(facts: Facts) -> float | None:
+    """Of all devices, by the estimate; None without one."""
+    return facts.queries / facts.seconds if facts.seconds else None
+
+
+def utilisation(facts: Facts, topology: Topology) -> float | None:
+    """Share of the peak that the matrix products reach by the estimate (MFU); None without one."""
+    if not facts.seconds or topology.chip is None:
+        return None
+    return facts.flops / facts.seconds / topology.chip.peak
+
+
+def memory_table(plans: Sequence[Plan]) -> str:
+    """GiB a device of each program, by kind."""
+    head = ("GiB a device", *INPUTS, "temporaries", "code, rest", "beside it", "sum", "of memory")
+    lines = [head]
+    for plan in plans:
+        for facts in plan.facts:
+            cells = [_gib(facts.inputs.get(kind, 0)) for kind in INPUTS]
+            rest = facts.arguments - sum(facts.inputs.values()) + facts.code + facts.outputs
+            compiled = facts.compute_seconds is not None
+            cells.append(_gib(facts.temporaries) if compiled or facts.temporaries else "")
+            cells.append(_gib(max(rest, 0)) if compiled else "")
+            cells += [_gib(facts.resident), _gib(facts.needed)]
+            cells.append(f"{facts.needed / facts.memory:.0%}" if facts.memory else "")
+            mark = "  DOES NOT FIT" if facts.fits is False else ""
+            lines.append((f"{plan.topology.name} {facts.name}{mark}", *cells))
+    return text_table(lines)
+
+
+def cost_table(plans: Sequence[Plan]) -> str:
+    """FLOP, collectives and the estimate of each program that was compiled or lowered.
+
+    `a device` is examples a second of one device, relative to the first slice with the same chip.
+    """
+    kinds = sorted({kind for plan in plans for facts in plan.facts for kind in facts.collectives})
+    head = ["a call", "examples", "TFLOP"]
+    head += [f"{kind} MB" for kind in kinds]
+    head += ["sent MB", "compute ms", "links ms", "examples/s", "MFU", "a device"]
+    lines: list[Sequence[str]] = [head]
+    first: dict[tuple[str, str], float] = {}
+    for plan in plans:
+        for facts in plan.facts:
+            if facts.fits is False and facts.compute_seconds is None:
+                continue
+            cells = [f"{facts.queries:,}", f"{facts.flops / 1e12:.3g}"]
+            for kind in kinds:
+                traffic = facts.collectives.get(kind)
+                cells.append(f"{traffic.bytes / 1e6:.3g} ({traffic.count})" if traffic else "0")
+            cells.append(f"{facts.sent / 1e6:.3g}")
+            rate = examples_per_second(facts)
+            if rate is None:
+                cells += [""] * 5
+            else:
+                links = facts.link_seconds
+                cells.append(f"{1e3 * facts.compute_seconds:.3g}")
+                cells.append("" if links is None else f"{1e3 * links:.3g}")
+                cells.append(f"{rate:,.0f}")
+                cells.append(f"{utilisation(facts, plan.topology):.1%}")
+                each = rate / plan.topology.devices
+                base = first.setdefault((plan.topology.name.split(":")[0], facts.name), each)
+                cells.append(f"{each / base:.0%}")
+            lines.append((f"{plan.topology.name} {facts.name}", *cells))
+    return text_table(lines)
+
+
+def advise(config: Any, facts: Facts) -> list[str]:
+    """What to change so that a program takes less memory, the most useful first.
+
+    Args:
+      config: of the run.
+      facts: of a program that does not fit.
+    """
+    model, kinds = config.model, dict(facts.inputs)
+    kinds["temporaries"] = facts.temporaries
+    advice = {
+        "temporaries": [
+            f"a smaller config.batch.references (now {config.batch.references}) or more chips",
+        ],
+        "batch": ["a smaller config.batch.references or more chips"],
+        "parameters": [],
+        "optimiser": ["more parts in config.model.frozen: they keep no moments"],
+        "bank": ["more chips: the bank is sharded over them"],
+    }
+    pretrained = model.backbone != "tiny"
+    if pretrained and not model.remat:
+        advice["temporaries"].append("config.model.remat=True")
+    if pretrained and not model.scan_layers:
+        advice["temporaries"].append("config.model.scan_layers=True")
+    if model.dtype == "float32":
+        advice["temporaries"].append("config.model.dtype=bfloat16")
+    frozen = set(model.frozen) - {"logit_scale", "itm_head", "temperature"}  # a few numbers
+    if frozen and model.frozen_dtype == "float32":
+        advice["parameters"].append("config.model.frozen_dtype=bfloat16")
+    advice["parameters"].append("a smaller backbone")
+    if config.negatives.bank_dtype == "float32":
+        advice["bank"].insert(0, "config.negatives.bank_dtype=bfloat16")
+    if facts.name in ("bank refresh", "gallery embedding"):
+        advice["temporaries"] = advice["batch"] = ["a smaller config.eval.batch_size"]
+    largest = sorted(kinds, key=kinds.get, reverse=True)
+    worth = [kind for kind in largest if 10 * kinds[kind] > kinds[largest[0]]]
+    return list(dict.fromkeys(one for kind in worth for one in advice[kind]))
+
+
+def sentences_of_misfits(config: Any, plan: Plan) -> list[str]:
+    """One sentence for each program that does not fit, with its largest arrays and what helps."""
+    found = []
+    for facts in plan.facts:
+        if facts.fits is not False:
+            continue
+        kinds = dict(facts.inputs) | {"temporaries": facts.temporaries}
+        kinds["what lies beside it"] = facts.resident
+        kinds = sorted(((k, n) for k, n in kinds.items() if n), key=lambda x: -x[1])
+        arrays = [f"{x.shape} ({x.count} of {_gib(x.bytes)}, {x.module})" for x in facts.largest]
+        found.append(
+            f"{plan.topology.name}: the {facts.name} does not fit: it needs {_gib(facts.needed)} "
+            f"of {_gib(facts.memory)} GiB a device, of these "
+            f"{', '.join(f'{_gib(n)} {kind}' for kind, n in kinds[:3])}; the largest arrays it "
+            f"computes are {', '.join(arrays)}; try {', or '.join(advise(config, facts)[:4])}."
+        )
+    return found
+
+
+def to_json(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """All facts, for `json.dumps`: bytes, FLOP and seconds of one device and one call."""
+    return [
+        {
+            "topology": plan.topology.name,
+            "chips": plan.topology.chips,
+            "devices": plan.topology.devices,
+            "chip": plan.topology.chip and dataclasses.asdict(plan.topology.chip),
+            "references": plan.references,
+            "programs": [
+                dataclasses.asdict(facts)
+                | {
+                    "estimated_seconds": facts.seconds,
+                    "estimated_examples_per_second": examples_per_second(facts),
+                    "estimated_mfu": utilisation(facts, plan.topology),
+                    "sent": facts.sent,
+                }
+                for facts in plan.facts
+            ],
+        }
+        for plan in plans
+    ]
