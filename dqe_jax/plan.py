@@ -6,7 +6,9 @@ Needs libtpu (pip install '.[tpu]', Linux x86-64), neither data nor weights. Pri
 by kind, FLOP, collectives, and an estimate of the time: the compiler's own count of cycles, and
 what the collectives send over the published bandwidth of the links, without overlap. Nothing is
 measured. With --topology=gpu programs are only lowered: bytes of arguments and FLOP, no estimate.
-Exits with status 1 if a program does not fit, and says what to change.
+Exits with status 1 if a program does not fit, and says what to change. Large models compile for
+many minutes; --quick takes a fraction of that, for memory (temporaries may be a quarter off) and
+collectives, without an estimate of time.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ _GALLERY = flags.DEFINE_integer(
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 100, "Words of the tiny backbone.", 1)
 _PROGRAMS = flags.DEFINE_list(
     "programs", [], "Of: step, bank step, bank refresh, mining, gallery embedding; all by default."
+)
+_QUICK = flags.DEFINE_bool(
+    "quick", False, "Let the compiler try less hard: several times faster, but no estimate of time."
 )
 _OPTIONS = flags.DEFINE_multi_string(
     "compiler_option", [], "NAME=VALUE for the compiler; the program is then another one."
@@ -74,7 +79,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--programs={unknown[0]}: give some of {', '.join(programs.NAMES)}.")
     if any("=" not in option for option in _OPTIONS.value):
         raise UserError("--compiler_option: give NAME=VALUE.")
-    options = {k: _number(v) for k, _, v in (option.partition("=") for option in _OPTIONS.value)}
+    options = dict(compiler.QUICK) if _QUICK.value else {}
+    options |= {k: _number(v) for k, _, v in (option.partition("=") for option in _OPTIONS.value)}
     gallery = _GALLERY.value or programs.GALLERY.get(config.data.dataset, programs.OTHER_GALLERY)
     output = pathlib.Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
     if output is not None and not output.parent.is_dir():
@@ -86,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
             one.batch.references = _REFERENCES.value * topology.chips
         check_batch(one, topology.devices)
         slices.append((topology, one, devices))
-    plans, misfits = [], []
+    plans, misfits, quick = [], [], _QUICK.value
     for topology, one, devices in slices:
         found = []
         for program in programs.make_programs(
@@ -99,14 +105,14 @@ def main(argv: Sequence[str]) -> None:
             if topology.chip is None:
                 facts = compiler.lower_for_gpu(program)
             else:
-                facts = compiler.compile_for(program, topology, options)
+                facts = compiler.compile_for(program, topology, options, timed=not quick)
             logging.info("%s, %s: %.0f s", topology.name, program.name, facts.compile_seconds)
             found.append(facts)
         plans.append(table.Plan(topology, one.batch.references, tuple(found)))
         misfits += table.sentences_of_misfits(one, plans[-1])
     if output is not None:
         facts = {"jax": jax.__version__, "gallery": gallery, "plans": table.to_json(plans)}
-        facts |= {"config": config.to_dict(), "compiler_options": options}
+        facts |= {"config": config.to_dict(), "compiler_options": options, "quick": quick}
         output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     lines = [
         f"jax {jax.__version__}, {config.model.backbone}, {config.model.dtype}, a gallery of "
@@ -119,6 +125,8 @@ def main(argv: Sequence[str]) -> None:
         table.memory_table(plans),
         table.cost_table(plans),
     ]
+    if quick:
+        lines.append("--quick: the compiler did not try hard; a run may need less or more memory.")
     if any(topology.chip is None for topology in topologies):
         lines.append("GPU: lowered only; memory beside the arguments and time are not known.")
     logging.info("%s", "\n\n".join(lines))

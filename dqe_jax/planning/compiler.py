@@ -14,6 +14,8 @@ from dqe_jax.planning.chips import Topology
 from dqe_jax.planning.programs import Program
 from dqe_jax.planning.traced import Arrays, largest_arrays, matrix_flops
 
+# Several times faster, and cycles several times worse: these are not the program that would run.
+QUICK = {"exec_time_optimization_effort": -1.0}
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NUMBER = r"([\d.]+)([KMGT]?)"
 _TOO_MUCH = re.compile(rf"HLO temporaries \({_NUMBER}\) exceeds available HBM \({_NUMBER}\)")
@@ -119,13 +121,16 @@ def lower_for_gpu(program: Program) -> Facts:
     )
 
 
-def compile_for(program: Program, topology: Topology, options: dict[str, Any]) -> Facts:
+def compile_for(
+    program: Program, topology: Topology, options: dict[str, Any], *, timed: bool = True
+) -> Facts:
     """Compiles for a slice of TPUs.
 
     Args:
       program: over the devices of the slice.
       topology: the slice.
       options: of the compiler.
+      timed: whether to estimate the time.
     """
     chip, start = topology.chip, time.monotonic()
     jaxpr = _trace(program)
@@ -176,10 +181,10 @@ def compile_for(program: Program, topology: Topology, options: dict[str, Any]) -
         outputs=parts[3],
         needed=sum(parts),
         memory=chip.memory,
-        compute_seconds=module.cycles() / chip.clock,
+        compute_seconds=module.cycles() / chip.clock if timed else None,
         link_seconds=sent / chip.link if chip.link else None,
         collectives=traffic,
-        optimal_seconds=(cost or {}).get("optimal_seconds"),
+        optimal_seconds=(cost or {}).get("optimal_seconds") if timed else None,
         loops_unknown=module.endless,
         compile_seconds=seconds,
     )

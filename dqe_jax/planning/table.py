@@ -52,7 +52,7 @@ def memory_table(plans: Sequence[Plan]) -> str:
         for facts in plan.facts:
             cells = [_gib(facts.inputs.get(kind, 0)) for kind in INPUTS]
             rest = facts.arguments - sum(facts.inputs.values()) + facts.code + facts.outputs
-            compiled = facts.compute_seconds is not None
+            compiled = facts.fits is True or facts.code > 0
             cells.append(_gib(facts.temporaries) if compiled or facts.temporaries else "")
             cells.append(_gib(max(rest, 0)) if compiled else "")
             cells += [_gib(facts.resident), _gib(facts.needed)]
@@ -75,24 +75,22 @@ def cost_table(plans: Sequence[Plan]) -> str:
     first: dict[tuple[str, str], float] = {}
     for plan in plans:
         for facts in plan.facts:
-            if facts.fits is False and facts.compute_seconds is None:
+            if facts.fits is False and not facts.code:  # the compiler gave up
                 continue
             cells = [f"{facts.queries:,}", f"{facts.flops / 1e12:.3g}"]
             for kind in kinds:
                 traffic = facts.collectives.get(kind)
                 cells.append(f"{traffic.bytes / 1e6:.3g} ({traffic.count})" if traffic else "0")
             cells.append(f"{facts.sent / 1e6:.3g}")
-            rate = examples_per_second(facts)
+            links, rate = facts.link_seconds, examples_per_second(facts)
+            cells.append("" if rate is None else f"{1e3 * facts.compute_seconds:.3g}")
+            cells.append("" if links is None else f"{1e3 * links:.3g}")
             if rate is None:
-                cells += [""] * 5
+                cells += [""] * 3
             else:
-                links = facts.link_seconds
-                cells.append(f"{1e3 * facts.compute_seconds:.3g}")
-                cells.append("" if links is None else f"{1e3 * links:.3g}")
-                cells.append(f"{rate:,.0f}")
-                cells.append(f"{utilisation(facts, plan.topology):.1%}")
                 each = rate / plan.topology.devices
                 base = first.setdefault((plan.topology.name.split(":")[0], facts.name), each)
+                cells += [f"{rate:,.0f}", f"{utilisation(facts, plan.topology):.1%}"]
                 cells.append(f"{each / base:.0%}")
             lines.append((f"{plan.topology.name} {facts.name}", *cells))
     return text_table(lines)
