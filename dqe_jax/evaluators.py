@@ -80,7 +80,7 @@ class RetrievalEvaluator:
           protocol: what is ranked and measured.
         """
         self.split, self.text, self.protocol = split, text, protocol
-        self._devices = list(devices)
+        self._devices, self._top_k = list(devices), top_k
         self._batch = -(-batch_size // len(devices)) * len(devices)
         pools = split.pools or {"": np.arange(len(split.gallery))}
         self._pools = protocols.pool_rows(protocol, split.queries, pools)
@@ -101,7 +101,7 @@ class RetrievalEvaluator:
 
     def metric_names(self) -> list[str]:
         """Names of the metrics that `run` measures; none for a split without labels."""
-        rows = np.full((len(self.split.queries), 1), -1, np.int32)
+        rows = np.full((len(self.split.queries), self._top_k), -1, np.int32)
         subsets = rows if max(map(len, self.split.queries.subset)) else None
         return sorted(self._measure(rows, subsets))
 
