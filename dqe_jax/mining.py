@@ -175,7 +175,9 @@ def bank_scores(query: jax.Array, bank: Bank, chunk: int = CHUNK_ROWS) -> jax.Ar
     return lax.fori_loop(0, len(tokens), step, start)
 
 
-def best_tokens(query: jax.Array, rows: jax.Array, bank: Bank, axis_name: str | None) -> jax.Array:
+def best_tokens(
+    query: jax.Array, rows: jax.Array, bank: Bank, axis_name: str | None, *, own: bool = False
+) -> jax.Array:
     """For each query and bank row, the token of that row that it scores best.
 
     The score is then `<q, token>`, with the token a constant of the bank's snapshot.
@@ -185,24 +187,30 @@ def best_tokens(query: jax.Array, rows: jax.Array, bank: Bank, axis_name: str | 
       rows: int `[B, n]` of the whole bank.
       bank: this device's part.
       axis_name: the mapped axis, or None.
+      own: whether each device gets its share of the queries alone, which are in device order.
 
     Returns:
-      float32 `[B, n, d]`, the same on all devices.
+      float32 `[B, n, d]`, the same on all devices; with `own` `[B / devices, n, d]`.
     """
     size = len(bank.photo)
     local = rows - (0 if axis_name is None else lax.axis_index(axis_name) * size)
-    mine = (local >= 0) & (local < size)
+    held = (local >= 0) & (local < size)
     rounded = lax.stop_gradient(query).astype(bank.tokens.dtype).astype(jnp.float32)
 
     def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
-        here, own = column
-        tokens = bank.tokens[jnp.where(own, here, 0)].astype(jnp.float32)  # [B, M, d]
+        here, is_held = column
+        tokens = bank.tokens[jnp.where(is_held, here, 0)].astype(jnp.float32)  # [B, M, d]
         scores = jnp.einsum("bd,bmd->bm", rounded, tokens, precision=lax.Precision.HIGHEST)
         best = jnp.take_along_axis(tokens, scores.argmax(1)[:, None, None], axis=1)[:, 0]
-        return jnp.where(own[:, None], best, 0)
+        return jnp.where(is_held[:, None], best, 0)
 
-    found = jnp.moveaxis(lax.map(of_column, (local.T, mine.T)), 0, 1)
-    return found if axis_name is None else lax.psum(found, axis_name)
+    found = jnp.moveaxis(lax.map(of_column, (local.T, held.T)), 0, 1)
+    if axis_name is None:
+        return found
+    # One device has a row, the others add zeros.
+    if own:
+        return lax.psum_scatter(found, axis_name, scatter_dimension=0, tiled=True)
+    return lax.psum(found, axis_name)
 
 
 def mine_bank(

@@ -260,12 +260,12 @@ def _bank_negatives(
         )
         rows, drawn = mined.rows, mined.drawn
     wanted = jnp.concatenate([target_row[:, None], rows], axis=1)
-    tokens = mining.best_tokens(all_queries, wanted, bank, axis_name)
+    tokens = mining.best_tokens(all_queries, wanted, bank, axis_name, own=True)
 
     def local(x: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, start, size)
 
-    scores = jnp.einsum("bd,bnd->bn", query, local(tokens), precision=lax.Precision.HIGHEST)
+    scores = jnp.einsum("bd,bnd->bn", query, tokens, precision=lax.Precision.HIGHEST)
     drawn, delta = local(drawn), lax.stop_gradient(scores[:, :1] - scores[:, 1:])
     truth, false = batch["truth"].reshape(size, -1), None
     if truth.shape[1]:

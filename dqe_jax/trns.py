@@ -237,13 +237,25 @@ def _local_top(order: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
 def _exchange(
     values: jax.Array, columns: jax.Array, num: int, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The `num` best of all devices' best, `[B, num]`: only these are exchanged."""
+    """The `num` best of all devices' best, `[B, num]`: only these are exchanged.
+
+    Where the queries can be shared out, each device decides for its share of them: what it receives
+    is then in proportion to B, not to B times the devices.
+    """
     if axis_name is not None:
-        values, columns = (
-            lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (values, columns)
-        )
+        shared = len(values) % lax.axis_size(axis_name) == 0
+
+        def bring(x: jax.Array) -> jax.Array:
+            """`[B, k]` of each device to `[B or a share of it, devices * k]`, devices in order."""
+            if shared:
+                return lax.all_to_all(x, axis_name, split_axis=0, concat_axis=1, tiled=True)
+            return lax.all_gather(x, axis_name, axis=1, tiled=True)
+
+        values, columns = bring(values), bring(columns)
         values, best = lax.top_k(values, min(num, values.shape[1]))
         columns = jnp.take_along_axis(columns, best, axis=1)
+        if shared:
+            values, columns = (lax.all_gather(x, axis_name, tiled=True) for x in (values, columns))
     missing = ((0, 0), (0, num - values.shape[1]))
     return jnp.pad(values, missing, constant_values=-jnp.inf), jnp.pad(columns, missing)
 
