@@ -227,9 +227,9 @@ class Watched:
             raise KeyboardInterrupt
         return self._train(config, workdir)
 
-    def save(self, manager, step, *rest):
+    def save(self, manager, step, *rest, **more):
         self.saved.append((Path(manager.directory).parent.name, step))
-        self._save(manager, step, *rest)
+        self._save(manager, step, *rest, **more)
 
 
 @pytest.fixture(scope="module")

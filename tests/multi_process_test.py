@@ -22,7 +22,7 @@ STEPS = 20
 FIELDS = {
     "total_steps": STEPS,
     "log_every": 1,
-    "eval_every": 10,
+    "eval_every": 20,
     "checkpoint_every": 10,
     "optimizer.warmup_steps": 4,
     "optimizer.learning_rate": 3e-4,
@@ -31,9 +31,8 @@ FIELDS = {
     "model.tiny.image_depth": 0,
     "model.tiny.text_depth": 0,
     "negatives.pool": "bank",
-    "negatives.first_refresh": 4,
+    "negatives.first_refresh": 0,
     "negatives.refresh_every": 8,
-    "negatives.warmup": "rule",
 }
 
 
@@ -47,15 +46,19 @@ def command(base, workdir, *flags, **fields):
     ]
 
 
-def environment(devices, base, **variables):
+def environment(devices, base, processes, **variables):
+    # Programs of several processes are compiled anew: read from a cache they may wait for ever.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(base / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(base / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **(cache if processes == 1 else {}),
         **variables,
     }
 
@@ -82,7 +85,9 @@ def start(base, workdir, processes, devices, *flags, environments=None, **fields
             subprocess.Popen(
                 command(base, workdir, *joining, *flags, **fields),
                 cwd=ROOT,
-                env=environment(devices // processes, base, **(environments or [{}] * 9)[i]),
+                env=environment(
+                    devices // processes, base, processes, **(environments or [{}] * 9)[i]
+                ),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

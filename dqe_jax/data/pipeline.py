@@ -34,6 +34,8 @@ from dqe_jax.data.transforms import AUGMENTATIONS, join_captions
 from dqe_jax.utils.errors import UserError
 
 READ_CHUNK = 256
+# References of a training run, at most: Grain cannot take parts of a truly endless data set.
+ENDLESS = 2**48
 
 
 class Gallery:
@@ -374,7 +376,7 @@ def train_batches(
         grain.MapDataset.source(groups)
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(ENDLESS // len(groups))
         .random_map(load)
         .batch(references // num_processes)
         .slice(slice(process, None, num_processes))

@@ -27,7 +27,8 @@ class MetricLog:
         Args:
           directory: for the files of the module's description, and `events/`.
           resume_step: the last step whose lines stay; None for all.
-          again: lines with a name that starts so are dropped too: the run writes them anew.
+          again: lines with a name that starts so are dropped too: the run writes them anew; ""
+            for none.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "timing")}
@@ -88,6 +89,7 @@ def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
             early = step is None or values["step"] <= step
         except (json.JSONDecodeError, KeyError):
             continue
-        if early and not any(name.startswith(again) for name in values):
+        written_anew = again and any(name.startswith(again) for name in values)
+        if early and not written_anew:
             kept.append(line)
     return kept
