@@ -68,7 +68,7 @@ class Runs:
             )
 
     def said(self, name):
-        return (self.base / f"{name}.log").read_text()[-3000:]
+        return (self.base / f"{name}.log").read_text()
 
     def finish(self, name):
         process = self.start(name)
@@ -121,7 +121,7 @@ def check_kills(base, total_steps, kills, seed):
         # What is there is whole.
         assert not held or len(jax.tree.leaves(runs.arrays("killed", newest))) > 50
     runs.finish("killed")
-    assert runs.said("killed").count("Resumed from step")
+    assert runs.said("killed").count("Resumed from step") >= 1
     one, other = (base / name / "metrics.jsonl" for name in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
     assert runs.checkpoints("whole") == runs.checkpoints("killed")
