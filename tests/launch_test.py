@@ -414,6 +414,8 @@ def test_the_vm_is_deleted_when_the_script_is_ended(world, number):
         **world.command("tpu/run.sh", CONFIG, POLL_SECONDS="0.5"),
         stdout=subprocess.DEVNULL,
         start_new_session=True,
+        # Under nohup a shell would pass on that it ignores it.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while "state" not in verbs(world.calls()) and time.monotonic() < deadline:
