@@ -16,6 +16,7 @@ from configs import circo, cirr, common, fiq, fiq_clip, triplets
 from dqe_jax import train
 from dqe_jax.data import datasets, pipeline, preparation, preprocess
 from dqe_jax.data.annotations import BENCHMARKS
+from dqe_jax.data.builders import benchmarks
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.photos import load_photo, load_photos
 from dqe_jax.utils.errors import UserError
@@ -264,6 +265,37 @@ def test_layouts(tmp_path, layout):
     )
     preparation.prepare(builder)
     assert preparation.write_report(builder, preparation.report(builder), None) == []
+
+
+def test_two_processes_that_prepare_the_same(tmp_path, monkeypatch):
+    standins.small_fashioniq(tmp_path / "raw", count=2, images=3)
+
+    def make():
+        return make_builder(
+            "fashioniq",
+            str(tmp_path / "data"),
+            image_size=SIZE,
+            preprocess="pad",
+            raw_dir=str(tmp_path / "raw"),
+            splits=("train", "validation"),
+            num_workers=1,
+        )
+
+    late, early = make(), make()
+    load, calls = benchmarks.load_photos, []
+
+    def overtaken(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 1:  # the other one starts now, and ends before this one
+            preparation.prepare(early)
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(benchmarks, "load_photos", overtaken)
+    preparation.prepare(late)
+    assert len(calls) > 1
+    assert late.info.splits["train"].num_examples == early.info.splits["train"].num_examples > 0
+    assert not preparation.leftovers(late)
+    assert preparation.write_report(late, preparation.report(late), None) == []
 
 
 def test_an_interrupted_run_leaves_nothing_that_counts(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def write_index(builder: Any, split: str) -> GalleryIndex:
     index = make_index(records)
     path = path_of(builder, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{path.name}.partial"
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     partial.write_text(index.to_json())
     partial.replace(path)  # a half-written index is never read
     return index

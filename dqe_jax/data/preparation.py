@@ -89,7 +89,8 @@ COLUMNS: dict[str, Any] = {
 def prepare(builder: Any, **download: Any) -> None:
     """Runs a builder, unless it has run, and indexes its galleries.
 
-    An interrupted run leaves nothing that counts as prepared: the same call starts again.
+    An interrupted run leaves nothing that counts as prepared: the same call starts again. Of two
+    processes that prepare the same, the one that ends first is taken by both.
 
     Args:
       builder: a TFDS builder of the schema in `examples.py`.
@@ -110,10 +111,13 @@ def prepare(builder: Any, **download: Any) -> None:
         try:
             builder.download_and_prepare(download_config=config)
         except OSError as error:
-            raise UserError(
-                f"cannot prepare {builder.name} in {builder.data_dir} ({reason_of(error)}); make "
-                "room there or name another directory."
-            ) from error
+            if not is_prepared(builder):
+                raise UserError(
+                    f"cannot prepare {builder.name} in {builder.data_dir} ({reason_of(error)}); "
+                    "make room there or name another directory."
+                ) from error
+            logging.info("Another process has prepared it too; its records are used.")
+            builder.info.read_from_directory(builder.data_path)
         logging.info("Prepared in %.0f s.", time.time() - start)
     for split in builder.info.splits:
         if is_gallery(split) and not index.path_of(builder, split).exists():
