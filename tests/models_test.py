@@ -432,7 +432,9 @@ def test_every_parameter_is_in_exactly_one_part(initial, backbone):
     assert set(run_setup.count_parameters(initial, parts)) == set(parts)
 
 
-@pytest.mark.parametrize(("remat", "scan"), [(True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("remat", "scan"), [pytest.param(True, False, marks=pytest.mark.slow), (True, True)]
+)
 def test_remat_and_scan_change_nothing(model, backbone, remat, scan):
     if backbone == "tiny":
         pytest.skip("for pretrained backbones")

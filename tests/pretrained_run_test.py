@@ -281,8 +281,12 @@ def test_weights_of_another_size_name_the_parameter(base, tmp_path, monkeypatch)
         train.train_and_evaluate(config, tmp_path / "run")
 
 
-def test_export_of_the_tiny_backbone_says_why_not(base, tmp_path):
-    config = small_config(base / "prepared", total_steps=1, eval_every=1, checkpoint_every=1)
-    train.train_and_evaluate(config, tmp_path / "run")
+def test_export_of_the_tiny_backbone_says_why_not(run, tmp_path):
+    name, _, workdir, _ = run
+    shutil.copytree(workdir / "checkpoints", tmp_path / "run" / "checkpoints")
+    for meta in (tmp_path / "run" / "checkpoints").glob("*/meta/metadata"):
+        text = meta.read_text()
+        assert f'"backbone": "{name}"' in text
+        meta.write_text(text.replace(f'"backbone": "{name}"', '"backbone": "tiny"'))
     arguments = (f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}")
     assert "'tiny', which has no counterpart" in binary("export", *arguments, status=2)

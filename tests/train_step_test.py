@@ -135,12 +135,12 @@ def three_steps(rule, num_devices):
 @pytest.mark.parametrize(
     ("rule", "num_devices"),
     # What the rules draw on several devices is tested in `mining_test.py`.
-    [("trns", 2), ("trns", 8), ("in_batch", 8)]
+    [("trns", 8)]
     + [
         pytest.param(rule, number, marks=pytest.mark.slow)
         for rule in RULES
         for number in (2, 4, 8)
-        if (rule, number) not in (("trns", 2), ("trns", 8), ("in_batch", 8))
+        if (rule, number) != ("trns", 8)
     ],
 )
 def test_same_on_any_number_of_devices(rule, num_devices):
