@@ -16,6 +16,7 @@ arrays `[chunk_queries, rows of the device]`, never `[B, N, M]`. Only candidates
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.struct
@@ -27,6 +28,10 @@ from dqe_jax import trns
 
 CHUNK_ROWS = 512
 CHUNK_QUERIES = 256
+CHUNK_SCORES = 2**23
+# Of the exchange of tokens: slots for each pair of devices, in means; rows read at once.
+SLOTS = 4
+AT_ONCE = 512
 
 
 @flax.struct.dataclass
@@ -183,42 +188,89 @@ def bank_scores(query: jax.Array, bank: Bank, chunk: int = CHUNK_ROWS) -> jax.Ar
     return lax.fori_loop(0, len(tokens), step, start)
 
 
-def best_tokens(
-    query: jax.Array, rows: jax.Array, bank: Bank, axis_name: str | None, *, own: bool = False
-) -> jax.Array:
+def best_tokens(query: jax.Array, rows: jax.Array, bank: Bank, axis_name: str | None) -> jax.Array:
     """For each query and bank row, the token of that row that it scores best.
 
-    The score is then `<q, token>`, with the token a constant of the bank's snapshot.
+    The score is then `<q, token>`, with the token a constant of the bank's snapshot. All devices
+    know what each asks for, so that only tokens are sent, from the device that holds a row to the
+    one that has the query: `SLOTS` times the mean number at a time, until all have been.
 
     Args:
-      query: `[B, d]`, the same on all devices.
+      query: `[B, d]`, the same on all devices; each has the `i`-th run of `B / devices` of them.
       rows: int `[B, n]` of the whole bank.
       bank: this device's part.
       axis_name: the mapped axis, or None.
-      own: whether each device gets its share of the queries alone, which are in device order.
 
     Returns:
-      float32 `[B, n, d]`, the same on all devices; with `own` `[B / devices, n, d]`.
+      float32 `[B / devices, n, d]`, of this device's queries.
     """
+    query, tokens, size = _rounded(query, bank), bank.tokens, len(bank.photo)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    me = 0 if axis_name is None else lax.axis_index(axis_name)
+    asked = rows.reshape(devices, -1)  # [devices, L], by the device that asks
+    length, shape = asked.shape[1], (len(query) // devices, rows.shape[1], tokens.shape[2])
+
+    def best_of(wanted: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Of one row of this device, in the bank's dtype."""
+        row, index = wanted
+        found = _rows(tokens, row)  # [M, d]
+        scores = jnp.einsum("d,md->m", query[index], found, precision=lax.Precision.HIGHEST)
+        return found[scores.argmax()].astype(tokens.dtype)
+
+    def best(row: jax.Array, index: jax.Array) -> jax.Array:
+        return lax.map(best_of, (row, index), batch_size=min(AT_ONCE, len(row)))
+
+    if devices == 1:
+        index = jnp.repeat(jnp.arange(len(query)), rows.shape[1])
+        return best(asked[0], index).reshape(shape).astype(jnp.float32)
+
+    slots = min(length, SLOTS * -(-length // devices))
+    # What this device holds, first of each line: places of `asked`.
+    held = asked // size == me
+    places = jnp.argsort(~held, axis=1, stable=True)
+    places = jnp.pad(places, ((0, 0), (0, -length % slots)))
+    # Which device holds what this one asks for, and which of the things that it asks of it that is.
+    holder = asked[me] // size
+    of_each = holder[:, None] == jnp.arange(devices)
+    rank = jnp.take_along_axis(jnp.cumsum(of_each, axis=0), holder[:, None], axis=1)[:, 0] - 1
+
+    def send(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        turn, found = state
+        place = lax.dynamic_slice_in_dim(places, turn * slots, slots, axis=1)  # [devices, slots]
+        row = jnp.take_along_axis(asked, place, axis=1) - me * size
+        index = jnp.arange(devices)[:, None] * shape[0] + place // shape[1]
+        # Slots that nothing fills have any row.
+        sent = best(jnp.clip(row, 0, size - 1).ravel(), index.ravel())
+        sent = sent.reshape(devices, slots, -1)
+        got = lax.all_to_all(sent, axis_name, split_axis=0, concat_axis=0, tiled=True)
+        slot = rank - turn * slots
+        here = (slot >= 0) & (slot < slots)
+        arrived = got[holder, jnp.clip(slot, 0, slots - 1)]
+        return turn + 1, jnp.where(here[:, None], arrived, found)
+
+    state = jnp.int32(0), jnp.zeros((length, tokens.shape[2]), tokens.dtype)
+    if slots == length:
+        state = send(state)
+    else:
+        turns = lax.pmax(-(-(rank.max() + 1) // slots), axis_name)
+        state = lax.while_loop(lambda state: state[0] < turns, send, state)
+    return state[1].reshape(shape).astype(jnp.float32)
+
+
+def _target_scores(
+    query: jax.Array, row: jax.Array, bank: Bank, axis_name: str | None
+) -> jax.Array:
+    """`s(q_i, T_i)` with each query's target in the bank: `[B, d], [B] -> [B]` float32."""
     size = len(bank.photo)
-    local = rows - (0 if axis_name is None else lax.axis_index(axis_name) * size)
+    local = row - (0 if axis_name is None else lax.axis_index(axis_name) * size)
     held = (local >= 0) & (local < size)
-    rounded = _rounded(query, bank)
-
-    def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
-        here, is_held = column
-        tokens = _rows(bank.tokens, jnp.where(is_held, here, 0))  # [B, M, d]
-        scores = jnp.einsum("bd,bmd->bm", rounded, tokens, precision=lax.Precision.HIGHEST)
-        best = jnp.take_along_axis(tokens, scores.argmax(1)[:, None, None], axis=1)[:, 0]
-        return jnp.where(is_held[:, None], best, 0)
-
-    found = jnp.moveaxis(lax.map(of_column, (local.T, held.T)), 0, 1)
-    if axis_name is None:
-        return found
-    # One device has a row, the others add zeros.
-    if own:
-        return lax.psum_scatter(found, axis_name, scatter_dimension=0, tiled=True)
-    return lax.psum(found, axis_name)
+    tokens = _rows(bank.tokens, jnp.where(held, local, 0))  # [B, M, d]
+    scores = jnp.einsum(
+        "bd,bmd->bm", _rounded(query, bank), tokens, precision=lax.Precision.HIGHEST
+    )
+    scores = jnp.where(held, scores.max(1), 0)
+    # One device has a row, the others add zero.
+    return scores if axis_name is None else lax.psum(scores, axis_name)
 
 
 def mine_bank(
@@ -232,7 +284,7 @@ def mine_bank(
     *,
     axis_name: str | None,
     chunk_rows: int = CHUNK_ROWS,
-    chunk_queries: int = CHUNK_QUERIES,
+    chunk_queries: int | None = None,
 ) -> Mined:
     """Mines the whole bank for queries that are the same on all devices.
 
@@ -248,20 +300,23 @@ def mine_bank(
       negatives: `config.negatives`.
       axis_name: the mapped axis, or None for one device.
       chunk_rows: rows scored at once; draws depend on it.
-      chunk_queries: queries mined at once; nothing but memory and time depends on it.
+      chunk_queries: queries mined at once; nothing but memory and time depends on it. By default
+        as many as have `CHUNK_SCORES` scores, and at least `CHUNK_QUERIES`: the more devices hold
+        the bank, the fewer exchanges.
     """
     query = lax.stop_gradient(query)
     padding = bank.photo < 0
 
     def of_chunk(columns: tuple[jax.Array, ...]) -> Mined:
         q, row, known, ids = columns
-        token = best_tokens(q, row[:, None], bank, axis_name)[:, 0]
-        target = jnp.einsum("bd,bd->b", _rounded(q, bank), token, precision=lax.Precision.HIGHEST)
+        target = _target_scores(q, row, bank, axis_name)
         delta = target[:, None] - bank_scores(q, bank, chunk_rows)
         # Fused comparison and reduction: no [B, S, P] array is kept.
         forbidden = jnp.any(known[:, None, :] == bank.photo[None, :, None], axis=-1) | padding
         return draw(key, delta, forbidden, ids, negatives, axis_name=axis_name, chunk=chunk_rows)
 
+    if chunk_queries is None:
+        chunk_queries = max(CHUNK_QUERIES, 2 ** int(math.log2(CHUNK_SCORES / len(bank.photo))))
     size = min(chunk_queries, len(query))
     missing = -len(query) % size
 

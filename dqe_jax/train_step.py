@@ -260,7 +260,7 @@ def _bank_negatives(
         )
         rows, drawn = mined.rows, mined.drawn
     wanted = jnp.concatenate([target_row[:, None], rows], axis=1)
-    tokens = mining.best_tokens(all_queries, wanted, bank, axis_name, own=True)
+    tokens = mining.best_tokens(all_queries, wanted, bank, axis_name)
 
     def local(x: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, start, size)

@@ -202,17 +202,25 @@ def test_a_bfloat16_bank_of_whole_numbers_is_exact(made):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_best_tokens_give_the_scores(made, devices):
+@pytest.mark.parametrize("slots", [1, 4, 100])
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_best_tokens_give_the_scores(made, devices, uneven, slots, monkeypatch):
+    """Each device gets those of its queries, in turns where one device holds most of them."""
     gallery, photo, query, *_ = made
-    rows = np.random.default_rng(1).integers(0, ROWS, (len(query), 4)).astype(np.int32)
+    query = np.concatenate([query, query[:3]])  # 16: as many for each device
+    high = ROWS // 8 if uneven else ROWS
+    rows = np.random.default_rng(1).integers(0, high, (len(query), 4)).astype(np.int32)
+    monkeypatch.setattr(mining, "SLOTS", slots)
+    monkeypatch.setattr(mining, "AT_ONCE", 5)
     fn = parallel.pmap(
         lambda q, r, held: mining.best_tokens(q, r, held, parallel.AXIS),
         in_axes=(None, None, 0),
-        out_axes=None,
+        out_axes=0,
         devices=jax.devices()[:devices],
     )
     tokens = np.asarray(fn(query, rows, sharded(gallery, photo, devices)))
+    tokens = tokens.reshape(len(query), 4, -1)
     scores = np.einsum("bd,bnd->bn", query, tokens)
     np.testing.assert_array_equal(scores, (gallery[rows] @ query[:, None, :, None])[..., 0].max(2))
     assert (gallery[rows] == tokens[:, :, None]).all(3).any(2).all()
