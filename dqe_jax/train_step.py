@@ -299,7 +299,7 @@ def make_train_step(
     """Makes the per-device step `(state, batch, bank=None) -> (state, metrics)`.
 
     All that it closes over is here. A step whose loss or gradients are not finite changes no
-    parameter (`optimizer.make_optimizer`); `bad_steps` counts them, `bad_in_a_row` the last ones.
+    parameter (`optimizer.skip_unsound`); `bad_steps` counts them, `bad_in_a_row` the last ones.
     `stop` in the batch, int32 `[n]`, becomes a metric, the largest of all devices: so processes
     agree to end.
 
@@ -311,6 +311,8 @@ def make_train_step(
         optimiser and the backward pass see the first alone.
       axis_name: the mapped axis; None for one device without a map.
     """
+
+    tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, batch: dict[str, jax.Array], bank: Any = None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -325,8 +327,7 @@ def make_train_step(
             grads = lax.psum(grads, axis_name)
         # A loss that is not finite may have finite gradients: they are no better.
         sound = jnp.isfinite(metrics["loss"])
-        grads = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, training)
+        updates, opt_state = tx.update(grads, state.opt_state, training, sound=sound)
         params = partition.merge(optax.apply_updates(training, updates), frozen)
         metrics["grad_norm"] = optax.global_norm(grads)
         if isinstance(opt_state, optax.ApplyIfFiniteState):

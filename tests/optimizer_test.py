@@ -7,10 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import common
-from dqe_jax.optimizer import make_optimizer, make_schedule
+from dqe_jax.optimizer import make_optimizer, make_schedule, skip_unsound
 
 
 def settings(**changes):
@@ -140,3 +141,33 @@ def test_clipping_is_by_the_norm_of_all_gradients_together():
     )
     total = math.sqrt(sum(float((np.asarray(m) ** 2).sum()) for m in moments.mu.values()))
     assert total == pytest.approx((1 - config.b1) * 1.0, rel=1e-5)
+
+
+def assert_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the square of the last is infinite
+def test_unsound_gradients_change_nothing_and_are_counted(bad):
+    ours = skip_unsound(optax.adam(0.1))
+    theirs = optax.apply_if_finite(optax.adam(0.1), 100)
+    params = {"a": jnp.ones(3), "b": jnp.zeros(())}
+    good = {"a": jnp.array([1.0, -2.0, 3.0]), "b": jnp.float32(0.5)}
+    unsound = good | {"b": jnp.float32(bad)}
+    never = jax.tree.map(lambda x: x * np.nan, good)
+    states = [ours.init(params), theirs.init(params)]
+    steps = [
+        (good, True, good),
+        (unsound, True, never),
+        (unsound, True, never),
+        (good, True, good),
+        (good, False, never),
+    ]
+    for grads, sound, as_optax_needs in steps:
+        found, states[0] = ours.update(grads, states[0], params, sound=sound)
+        expected, states[1] = theirs.update(as_optax_needs, states[1], params)
+        assert_close(found, expected)
+        assert_close(*states)
+    assert states[0].total_notfinite == 3
+    assert states[0].notfinite_count == 1
+    assert not states[0].last_finite
