@@ -99,16 +99,16 @@ def test_a_second_trainer_is_kept_out(base):
 
 
 def test_a_full_disk(base, tmp_path):
-    """A disk of 24 MB: the run says so, keeps what it has, and goes on when there is space."""
+    """A disk of 12 MB: the run says so, keeps what it has, and goes on when there is space."""
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path)],
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(tmp_path)],
         capture_output=True,
         check=False,
     )
     if mounted.returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
-        config = config_of(base, total_steps=40, keep_checkpoints=99, eval_every=0)
+        config = config_of(base, total_steps=24, keep_checkpoints=99, eval_every=0)
         workdir = tmp_path / "run"
         with pytest.raises(
             UserError,
@@ -123,8 +123,8 @@ def test_a_full_disk(base, tmp_path):
             assert len(jax.tree.leaves(checkpoint.restore_params(manager, step))) > 20
         subprocess.run(["mount", "-o", "remount,size=400m", str(tmp_path)], check=True)
         train.train_and_evaluate(config, workdir)
-        assert steps_of(workdir) == list(range(2, 41, 2))
-        assert [line["step"] for line in lines_of(workdir)] == list(range(1, 41))
+        assert steps_of(workdir) == list(range(2, 25, 2))
+        assert [line["step"] for line in lines_of(workdir)] == list(range(1, 25))
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
