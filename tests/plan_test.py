@@ -253,7 +253,8 @@ def test_the_table_and_the_json_have_all_programs(planned):
             assert p["inputs"]["batch"] > 0
     for p in facts["plans"][0]["programs"]:
         assert p["fits"]
-        assert p["loops_unknown"] == 0
+        # The exchange of tokens takes turns until all are sent: hardly ever more than one.
+        assert p["loops_unknown"] == (p["name"] == "bank step")
         assert p["needed"] >= p["arguments"] + p["temporaries"] + p["resident"]
         assert p["memory"] == 16 * 2**30
         assert 0 < p["estimated_mfu"] < 1
