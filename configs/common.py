@@ -127,6 +127,9 @@ def get_config() -> ConfigDict:
     # Rule: "trns" (mid-zone), "qure" (between the steepest drops behind the target), "random",
     # "hardest", or "in_batch" (none is mined: InfoNCE).
     negatives.rule = "trns"
+    # An oracle, for comparison on data that say which images are in truth valid: these are no
+    # negatives of the "mined" terms, or of "all" terms, InfoNCE included. "none" for real runs.
+    negatives.oracle = "none"
     # Negatives drawn for each query.
     negatives.per_query = 16
     # Candidates: "batch" (the targets and references of the global batch) or "bank" (the whole

@@ -7,9 +7,12 @@
 | `trns` | no | TRNS |
 | `full` | yes | TRNS |
 | `qure`, `hardest`, `random` | as the config says | by that rule |
+| `in_batch-oracle` | as the config says | none, and nothing valid is a negative of InfoNCE |
+| `trns-oracle`, `hardest-oracle` | as the config says | by that rule, of what is not valid |
 
-All else is as the config says. There is no oracle that knows which candidates are valid: training
-tells no rule.
+All else is as the config says. Oracles know which images are in truth valid (`negatives.oracle`):
+they show what a rule that told them apart without fail would gain. They are left out where the
+truth is not known.
 
 **Equal steps**: `config.total_steps` for all. **Equal time**: a variant gets the steps that its run
 with equal steps and the first seed had taken when it had trained for as long as that of `infonce`;
@@ -28,11 +31,12 @@ Of a complete run `checkpoints/` may be removed; `--config.keep_checkpoints=1` k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +51,7 @@ from dqe_jax import protocols, train
 from dqe_jax.config import check_config, differences
 from dqe_jax.report import write_json
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
 BASE = "infonce"
@@ -59,7 +64,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qure": {"negatives.rule": "qure"},
     "hardest": {"negatives.rule": "hardest"},
     "random": {"negatives.rule": "random"},
+    "in_batch-oracle": {"negatives.rule": "in_batch", "negatives.oracle": "all"},
+    "trns-oracle": {"negatives.rule": "trns", "negatives.oracle": "mined"},
+    "hardest-oracle": {"negatives.rule": "hardest", "negatives.oracle": "mined"},
 }
+TRUTH_KNOWN = ("shapes", "fashion_products")
 EQUAL = ("steps", "time")
 # Columns of the tables, and metrics of the plot, of those that the data set has.
 METRICS = ("R@1", "R@10", "mAP@10")
@@ -79,6 +88,10 @@ STYLES = {
     "qure": ("#009e73", "v"),
     "hardest": ("#cc79a7", "P"),
     "random": ("#0072b2", "X"),
+    # Oracles: lighter or darker shades.
+    "in_batch-oracle": ("#b07500", "s"),
+    "trns-oracle": ("#7a2e00", "D"),
+    "hardest-oracle": ("#e0b0cc", "P"),
 }
 
 
@@ -138,8 +151,10 @@ class Line:
 # ---------------------------------------------------------------------------------------- the runs
 
 
-def choose_variants(names: Sequence[str]) -> tuple[str, ...]:
+def choose_variants(names: Sequence[str], dataset: str = "shapes") -> tuple[str, ...]:
     """The variants of these names, all for none, in the order of `VARIANTS` and with `infonce`.
+
+    Without names, oracles are left out for a data set whose truth is not known.
 
     Raises:
       UserError: a name is not known.
@@ -149,7 +164,10 @@ def choose_variants(names: Sequence[str]) -> tuple[str, ...]:
             raise UserError(
                 f"--variants: there is no variant {name!r}; choose of {', '.join(VARIANTS)}."
             )
-    return tuple(v for v in VARIANTS if not names or v in names or v == BASE)
+    if not names:
+        tells = dataset in TRUTH_KNOWN
+        names = [v for v, changes in VARIANTS.items() if tells or "negatives.oracle" not in changes]
+    return tuple(v for v in VARIANTS if v in names or v == BASE)
 
 
 def variant_config(config: Any, variant: str, seed: int, steps: int) -> Any:
@@ -188,7 +206,7 @@ def run_ablation(
         raise UserError(f"--seeds is {seeds}: it must be at least 1.")
     for variant in variants:
         check_config(variant_config(config, variant, config.seed, config.total_steps))
-    workdir = epath.Path(workdir).expanduser().absolute()
+    workdir = whole_path(workdir)
     count, runs = len(equal) * seeds * len(variants), []
     for kind in equal:
         steps = dict.fromkeys(variants, config.total_steps)
@@ -216,20 +234,31 @@ def complete(
     # With the same steps it is the same run.
     place = "steps" if steps == config.total_steps else equal
     directory = workdir / f"{variant}-{place}-{seed}"
-    held = metrics = held_metrics(own, directory)
-    if held is None:
-        # Each run compiles the same, whatever ran before, and memory does not grow with the runs.
-        jax.clear_caches()
-        metrics = train.train_and_evaluate(own, directory)
-    if not set(METRICS) & set(metrics):
-        raise UserError(
-            f"config.eval.split is {own.eval.split!r}: {own.data.dataset} has no labels there to "
-            "compare variants by; take --config.eval.split=validation."
-        )
+    metrics, is_new = train_or_read(own, directory)
     log = read_log(directory)
     seconds, validation = training_times(log)[-1][1], validation_metrics(log)
     run = Run(variant, equal, seed, steps, seconds, metrics, validation, directory.name)
-    return run, held is None
+    return run, is_new
+
+
+def train_or_read(config: Any, directory: epath.Path) -> tuple[dict[str, float], bool]:
+    """The final metrics of the run of a config, and whether it had still to be trained.
+
+    Raises:
+      UserError: as `complete`.
+    """
+    metrics = held_metrics(config, directory)
+    is_new = metrics is None
+    if is_new:
+        # Each run compiles the same, whatever ran before, and memory does not grow with the runs.
+        jax.clear_caches()
+        metrics = train.train_and_evaluate(config, directory)
+    if not set(METRICS) & set(metrics):
+        raise UserError(
+            f"config.eval.split is {config.eval.split!r}: {config.data.dataset} has no labels "
+            "there to compare variants by; take --config.eval.split=validation."
+        )
+    return metrics, is_new
 
 
 def held_metrics(config: Any, directory: epath.Path) -> dict[str, float] | None:
@@ -454,9 +483,16 @@ def write_results(config: Any, workdir: epath.Path, runs: Sequence[Run]) -> None
         logging.info("Equal %s, %s:\n%s", kind, split, text_table(cells))
         text += [f"## Equal {kind}", markdown_table(cells)]
     text += ["## Validation", "![Validation metrics against steps](ablation.png)"]
-    try:
+    with told_unwritable(workdir):
         (workdir / "ablation.md").write_text("\n\n".join(text) + "\n")
         draw(runs, workdir / "ablation.png")
+
+
+@contextlib.contextmanager
+def told_unwritable(workdir: epath.Path) -> Iterator[None]:
+    """Raises a `UserError` for what cannot be written to the directory."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write to {workdir} ({error.strerror}): name a writable --workdir."

@@ -85,17 +85,16 @@ def _lowers(negatives: Any) -> list[float]:
 
 
 def _audit(config: Any, split: str, directory: str, lowers: Sequence[float]) -> None:
-    from etils import epath
-
     from dqe_jax import report, run_setup
     from dqe_jax.auditing import candidates, draws, figure
     from dqe_jax.data import datasets
+    from dqe_jax.utils.paths import whole_path
 
     trained = run_setup.open_trained(config, directory, _STEP.value)
     model, words, devices, step = trained.model, trained.tokenizer, trained.devices, trained.step
     opened = run_setup.open_split(config, datasets.open_dataset(config.data), split)
     rows = candidates.sample_queries(opened, _QUERIES.value, config.seed)
-    output = epath.Path(_OUTPUT.value) if _OUTPUT.value else trained.directory.parent / "eval"
+    output = whole_path(_OUTPUT.value) if _OUTPUT.value else trained.output
     _make_directory(output)
     params = trained.read_params()
     banked = config.copy_and_resolve_references()

@@ -85,7 +85,7 @@ class BankKeeper:
         Args:
           split: the training split, see `data/pipeline.py`.
           text: int32 `[n, L]`, ids of the queries' texts.
-          known_positives: int32 `[n, P]`, image ids, padded with -1.
+          known_positives: int32 `[n, P]`, image ids that are never mined, padded with -1.
           encode_query: `(params, image, text) -> QueryOutput`.
           encode_gallery: `(params, image) -> [B, M, d]`, L2-normalised.
           trained: the parameters that train, of all.

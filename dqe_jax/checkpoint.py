@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import whole_path
 
 ITEMS = ("params", "opt_state", "bank_params", "meta")
 
@@ -84,7 +85,7 @@ def open_for_reading(directory: str | epath.Path) -> ocp.CheckpointManager:
     Raises:
       UserError: there is no checkpoint.
     """
-    root = epath.Path(directory).expanduser().absolute()
+    root = whole_path(directory)
     nested = root / "checkpoints"
     root = nested if nested.is_dir() else root
     if not root.is_dir():

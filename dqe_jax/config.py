@@ -102,6 +102,7 @@ FIELDS: dict[str, Check] = {
     "model.attributes.activation": _one_of("sigmoid", "softmax"),
     "negatives.rule": _one_of(*trns.RULES),
     "negatives.per_query": _integer(1),
+    "negatives.oracle": _one_of(*trns.ORACLES),
     "negatives.pool": _one_of("batch", "bank"),
     "negatives.mining": _one_of("step", "refresh"),
     "negatives.first_refresh": _integer(0),
@@ -199,6 +200,12 @@ def check_config(config: Any) -> None:
         if not fits or value != value or not check.test(value):
             raise UserError(f"config.{name} is {flat[name]!r}: it must be {check.words}.")
     _check_sizes(config)
+    if config.keep_best and (not config.eval_every or config.checkpoint_every % config.eval_every):
+        raise UserError(
+            f"config.keep_best is {config.keep_best!r}: it needs an evaluation at each checkpoint; "
+            f"config.checkpoint_every, {config.checkpoint_every}, must be a multiple of "
+            f"config.eval_every, {config.eval_every}, which must not be 0."
+        )
     negatives = config.negatives
     if negatives.lower >= negatives.upper:
         raise UserError(

@@ -31,7 +31,9 @@ _SPLIT = flags.DEFINE_string(
     None,
     "train, validation (val) or test (test1); default: config.eval.split; of --watch: validation.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Where results go; default: <run>/eval.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Where results go; default: <run>/eval, or a place named by another data set."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Short for --config.data.data_dir.")
 _PREDICTIONS = flags.DEFINE_string(
     "predictions", None, "Score this file of ranked image ids; needs --raw_dir."
@@ -71,10 +73,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _evaluate(config, split: str) -> None:
-    from etils import epath
-
     from dqe_jax import run_setup
     from dqe_jax.data import datasets
+    from dqe_jax.utils.paths import whole_path
 
     directory = _CHECKPOINT.value or _WORKDIR.value
     if directory is None:
@@ -88,7 +89,7 @@ def _evaluate(config, split: str) -> None:
         judged = run_setup.open_preferences(config, opened, _HP_FASHIONIQ.value)
     evaluator = run_setup.make_evaluator(config, model, words, opened, trained.devices)
     params = trained.read_params()
-    output = epath.Path(_OUTPUT.value) if _OUTPUT.value else trained.directory.parent / "eval"
+    output = whole_path(_OUTPUT.value) if _OUTPUT.value else trained.output
     run_setup.evaluate_and_report(config, evaluator, params, step=step, directory=output)
     if judged is not None:
         path = output / f"hp_fashioniq-{step}.json"
@@ -96,14 +97,13 @@ def _evaluate(config, split: str) -> None:
 
 
 def _watch(config, split: str) -> None:
-    from etils import epath
-
+    from dqe_jax.utils.paths import whole_path
     from dqe_jax.watch import watch
 
     if _WORKDIR.value is None or _CHECKPOINT.value or _STEP.value is not None:
         raise UserError("--watch follows --workdir=DIR, without --checkpoint and --step.")
-    workdir = epath.Path(_WORKDIR.value).expanduser().absolute()
-    output = epath.Path(_OUTPUT.value) if _OUTPUT.value else workdir / "eval"
+    workdir = whole_path(_WORKDIR.value)
+    output = whole_path(_OUTPUT.value) if _OUTPUT.value else workdir / "eval"
     watch(
         config,
         workdir,

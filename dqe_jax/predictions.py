@@ -37,6 +37,8 @@ from dqe_jax.utils.errors import UserError
 
 PathLike = str | os.PathLike[str]
 
+LONGEST = 20  # digits of an image id
+
 
 def score(
     dataset: str, split: str, path: PathLike, raw_dir: PathLike, variant: str = "original"
@@ -71,6 +73,10 @@ def score(
 
     row_of = {image: row for row, image in enumerate(labels.images)}
     queries = _queries(labels, row_of)
+    if not len(queries):
+        raise UserError(
+            f"{raw_dir} has no sound record of {split} of {dataset}: get the annotation file again."
+        )
     if not (queries.target >= 0).any():
         _refuse_unlabelled(dataset, split, path, content, queries, labels)
 
@@ -168,10 +174,12 @@ def _read_lists(
 
 
 def _are_ids(values: Any, numbers: bool) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int or (isinstance(value, str) and (value.isdecimal() or not numbers))
-        for value in values
-    )
+    def is_id(value: Any) -> bool:
+        if type(value) is int or not isinstance(value, str):
+            return type(value) is int
+        return not numbers or (value.isdecimal() and len(value) <= LONGEST)
+
+    return isinstance(values, list) and all(map(is_id, values))
 
 
 def _allowed(labels: Annotations, *, within_subset: bool) -> dict[str, Container[str]]:

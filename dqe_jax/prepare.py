@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dqe_jax.data import preparation
     from dqe_jax.data.builders import benchmarks
+    from dqe_jax.data.raw_files import RawFiles
 
     dataset = _DATASET.value
     names = _SPLITS.value or BENCHMARKS[dataset].splits
@@ -58,9 +59,16 @@ def main(argv: Sequence[str]) -> None:
     for path in preparation.leftovers(builder):
         logging.warning("An interrupted run left %s: remove it.", path)
     if preparation.is_prepared(builder) and _OVERWRITE.value:
+        benchmarks.read_splits(dataset, RawFiles(_RAW_DIR.value), splits)  # or nothing is lost
         builder.data_path.rmtree()
         builder = make()
     elif preparation.is_prepared(builder):
+        lacking = [split for split in splits if split not in builder.info.splits]
+        if lacking and _SPLITS.value:
+            raise UserError(
+                f"{builder.data_dir} was prepared without {', '.join(lacking)}: run again with "
+                "--overwrite and all the splits that you want."
+            )
         logging.info("%s is prepared already; --overwrite prepares it again.", builder.data_dir)
     preparation.prepare(builder, **_beam())
     found = preparation.report(builder)

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 
 from dqe_jax import checkpoint, distributed, parallel, partition, programs, protocols, report
 from dqe_jax.bank import BankKeeper
-from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences
+from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences, flatten
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
-from dqe_jax.data.pipeline import Split, known_positives, load_split
+from dqe_jax.data.pipeline import Split, known_positives, load_split, photo_ids
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.evaluators import Result, RetrievalEvaluator
 from dqe_jax.models import DQE, DTYPES, build_model, parts_of
@@ -172,6 +172,7 @@ class Trained:
 
     Attributes:
       config: of the caller.
+      trained_by: config of the run, as a nested dict.
       manager: of the run's checkpoints.
       step: of the checkpoint.
       model: as the config and the checkpoint say.
@@ -180,6 +181,7 @@ class Trained:
     """
 
     config: Any
+    trained_by: dict[str, Any]
     manager: Any
     step: int
     model: DQE
@@ -190,6 +192,15 @@ class Trained:
     def directory(self) -> epath.Path:
         """Of the checkpoints."""
         return self.manager.directory
+
+    @property
+    def output(self) -> epath.Path:
+        """Where results go: `eval/`, or a place of its own for what the run was not trained on."""
+        names = ("data.dataset", "data.variant", "eval.protocol")
+        own, run = (flatten(c) for c in (self.config.to_dict(), self.trained_by))
+        other = [] if own[names[0]] == run[names[0]] else [own[names[0]]]
+        other += [own[name] for name in names[1:] if own[name] != run[name]]
+        return self.directory.parent / "-".join(["eval", *other])
 
     def read_params(self) -> Any:
         """The parameters alone, replicated over the devices."""
@@ -221,7 +232,8 @@ def open_trained(config: Any, directory: str, step: int | None) -> Trained:
     devices = devices_of(config.num_devices)
     words = text_tokens.tokenizer_from_json(meta["tokenizer"])
     sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
-    return Trained(config, manager, step, model_of(config, words, sizes), words, devices)
+    model = model_of(config, words, sizes)
+    return Trained(config, meta["config"], manager, step, model, words, devices)
 
 
 def param_shapes(model: DQE, config: Any) -> Any:
@@ -292,10 +304,13 @@ def make_bank_keeper(
 ) -> BankKeeper:
     """The keeper of the bank of a split; `text` int32 `[n, L]` are its queries' texts."""
     encode_query, encode_gallery = encoders(model)
+    never = known_positives(split)
+    if config.negatives.oracle != "none":
+        never = np.concatenate([never, photo_ids(split, split.queries.valid)], axis=1)
     return BankKeeper(
         split=split,
         text=text,
-        known_positives=known_positives(split),
+        known_positives=never,
         encode_query=encode_query,
         encode_gallery=encode_gallery,
         trained=lambda params: programs.splitter(config.model)(params)[0],

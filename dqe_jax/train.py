@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import errno
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -38,8 +41,9 @@ from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.metric_log import MetricLog, NoLog
 from dqe_jax.weights import sizes as size_files
 from dqe_jax.weights.initial import Pretrained
-from dqe_jax.workdir import claim_workdir, lock_workdir
+from dqe_jax.workdir import claim_workdir
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # What libraries say of a full disk, in errors of their own.
 FULL = ("No space left on device", "Disk quota exceeded")
 
@@ -70,19 +74,20 @@ def train_and_evaluate(
     check_batch(config, len(devices), jax.process_count())
     if config.data.dataset in BENCHMARKS:
         datasets.find_dataset(config.data)  # before weights are downloaded for nothing
-    path = distributed.leader_first("workdir", lambda: claim_workdir(workdir, config))
-    lock = lock_workdir(path) if distributed.leads() else None
+    path, lock = distributed.leader_first(
+        "workdir", lambda: claim_workdir(workdir, config, alone=distributed.leads())
+    )
     try:
         pretrained = run_setup.open_weights(config)
         tokenizer = run_setup.tokenizer_of(config, pretrained) if pretrained else None
         builder = distributed.leader_first("data", lambda: datasets.open_dataset(config.data))
         run = _prepare(config, path, builder, devices, pretrained, tokenizer)
-        manager = checkpoint.open_for_training(path, config)
-        try:
+        with (
+            _in_sentences(run),
+            contextlib.closing(checkpoint.open_for_training(path, config)) as manager,
+        ):
             state, seconds = _restore_or_init(run, manager)
             return _train(run, state, manager, seconds, began, stop_at)
-        finally:
-            manager.close()
     finally:
         if lock is not None:
             lock.close()
@@ -127,6 +132,11 @@ def _prepare(
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, data.max_length)
     text = run_setup.encode_wordings(tokenizer, split, data.captions)
     held_out = run_setup.open_split(config, builder, "validation")
+    if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
+        raise UserError(
+            f"config.negatives.oracle is {config.negatives.oracle!r}: {data.dataset} does not say "
+            "which images are in truth valid; take 'none'."
+        )
     model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
     tx = make_optimizer(config.optimizer, config.total_steps)
 
@@ -204,35 +214,42 @@ def _train(
     """Trains and evaluates from a state on; `began` and `seconds` are for the log."""
     config, start = run.config, int(state.step)
     end = min(stop_at or config.total_steps, config.total_steps)
+    log = MetricLog(run.workdir, resume_step=start) if distributed.leads() else NoLog()
     try:
-        log = MetricLog(run.workdir, resume_step=start) if distributed.leads() else NoLog()
-        try:
-            if start == 0:
-                _log_start(run, state.params)
-            logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
-            with Interrupts() as interrupts:
-                state, measured = _loop(run, state, end, manager, log, seconds, interrupts)
-            manager.wait_until_finished()
-            if end < config.total_steps or not config.eval_every:
-                return measured
-            return _final_evaluation(run, state, log)
-        finally:
-            log.close()
+        if start == 0:
+            _log_start(run, state.params)
+        logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
+        with Interrupts() as interrupts:
+            state, measured = _loop(run, state, end, manager, log, seconds, interrupts)
+        manager.wait_until_finished()
+        if end < config.total_steps or not config.eval_every:
+            return measured
+        return _final_evaluation(run, state, log)
+    finally:
+        log.close()
+
+
+@contextlib.contextmanager
+def _in_sentences(run: Run) -> Iterator[None]:
+    """Raises a `UserError` for what the machine does to a run, the end of saving included."""
+    try:
+        yield
     except (UserError, Interrupted):
         raise
     except Exception as error:
-        sentence = _in_a_sentence(error, run, manager.latest_step())
+        sentence = _in_a_sentence(error, run)
         if sentence is None:
             raise
         raise sentence from error
 
 
-def _in_a_sentence(error: Exception, run: Run, newest: int | None) -> UserError | None:
+def _in_a_sentence(error: Exception, run: Run) -> UserError | None:
     """The `UserError` for what the machine did to a run; None for anything else."""
-    kept = "nothing is saved yet" if newest is None else f"step {newest} is saved"
+    steps = checkpoint.steps_of(run.workdir)
+    kept = f"step {steps[-1]} is saved" if steps else "nothing is saved yet"
     if not run.data_dir.is_dir():
         sentence = f"the data in {run.data_dir} is gone: {kept}; put it back"
-    elif isinstance(error, OSError) or any(word in str(error) for word in FULL):
+    elif getattr(error, "errno", None) in CANNOT_WRITE or any(w in str(error) for w in FULL):
         sentence = (
             f"cannot write to {run.workdir} ({reason_of(error)}): {kept}; free space or make it "
             "writable"
@@ -303,14 +320,13 @@ def _loop(
                     shown = {k: round(measured[k], 4) for k in headline if k in measured}
                     bar.write(f"step {step}, validation: {shown}")
             if save:
-                guard.check_all()  # nothing unsound is saved
+                stop = max(stop, guard.check_all())  # nothing unsound is saved
                 _save(run, manager, step, state, seconds, found)
             clock = time.time()
         if stop:
             bar.close()
             manager.wait_until_finished()
             raise Interrupted(stop, step)
-    guard.check_all()
     bar.close()
     return state, measured
 
@@ -347,10 +363,9 @@ class _Guard:
         self._waiting.append((step, metrics["stop"], metrics["bad_in_a_row"]))
         return self._look() if len(self._waiting) > self.BEHIND else 0
 
-    def check_all(self) -> None:
-        """Looks at all that are left."""
-        while self._waiting:
-            self._look()
+    def check_all(self) -> int:
+        """Looks at all that are left; returns and raises as `check`."""
+        return max([self._look() for _ in range(len(self._waiting))], default=0)
 
     def _look(self) -> int:
         step, stop, bad = self._waiting.popleft()

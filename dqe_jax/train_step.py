@@ -144,9 +144,13 @@ def make_loss_fn(
         )
         q = out.query.embedding  # [B, d]
         valid = batch["valid"].reshape(-1)  # [B]
-        known = batch["known_positives"].reshape(len(valid), -1)  # [B, P]
         pool = gather_pool(out, batch, axis_name)
-        forbidden = trns.forbidden_candidates(known, pool.ids, valid, pool.valid)
+
+        def forbidden_by(oracle: bool) -> jax.Array:
+            never = _never_negatives(batch, oracle).reshape(len(valid), -1)
+            return trns.forbidden_candidates(never, pool.ids, valid, pool.valid)
+
+        forbidden = forbidden_by(negatives.oracle == "all")
 
         target_score = trns.paired_similarity(q, out.target)  # [B]
         scores = trns.similarity(q, pool.embeddings)  # [B, N]
@@ -167,8 +171,9 @@ def make_loss_fn(
         if negatives.rule != "in_batch":
             if bank is None:
                 truth = batch["truth"].reshape(len(valid), -1)
+                excluded = forbidden_by(negatives.oracle != "none")
                 compared = _in_batch_negatives(
-                    sample_key, target_score, scores, forbidden, pool, truth, negatives
+                    sample_key, target_score, scores, excluded, pool, truth, negatives
                 )
             else:
                 compared = _bank_negatives(sample_key, q, batch, bank, negatives, axis_name)
@@ -247,7 +252,8 @@ def _bank_negatives(
     if axis_name is not None:
         all_queries = lax.all_gather(all_queries, axis_name, tiled=True)
     start = 0 if axis_name is None else lax.axis_index(axis_name) * size
-    target_row, known = gather(batch["target_row"]), gather(batch["known_positives"])
+    target_row = gather(batch["target_row"])
+    known = gather(_never_negatives(batch, negatives.oracle != "none"))
     if "mined_rows" in batch:
         rows, drawn = gather(batch["mined_rows"]), gather(batch["mined_drawn"])
         mined = None
@@ -281,6 +287,12 @@ def _bank_negatives(
     else:
         logs = mining.describe(jax.tree.map(local, mined), delta, false, negatives.rule)
     return scores[:, 0], scores[:, 1:], drawn, logs
+
+
+def _never_negatives(batch: dict[str, jax.Array], oracle: bool) -> jax.Array:
+    """Image ids that are no negatives: the known positives, of an oracle also all valid ones."""
+    known = batch["known_positives"]
+    return jnp.concatenate([known, batch["truth"]], axis=-1) if oracle else known
 
 
 def _among(ids: jax.Array, truth: jax.Array) -> jax.Array:

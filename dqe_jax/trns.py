@@ -21,6 +21,7 @@ from jax import lax
 SORTED = 2048  # candidates up to which sorting is the quicker way to quantiles
 BOUND_MODES = ("absolute", "quantile", "std", "drops")
 RULES = ("in_batch", "random", "hardest", "qure", "trns")
+ORACLES = ("none", "mined", "all")
 
 
 def _scores(query: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -19,6 +19,8 @@ from dqe_jax.data import datasets
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.metric_log import MetricLog
 
+RETRIES = 3
+
 
 def watch(
     config: Any,
@@ -62,17 +64,14 @@ def watch(
                 continue
             step, since = waiting[0], time.time()
             seen.add(step)
-            try:
-                trained = run_setup.open_trained(config, workdir, step)
-                params = trained.read_params()
-            except Exception:
-                if step in checkpoint.steps_of(workdir):
-                    raise
+            read = _read(config, workdir, step, poll_s)
+            if read is None:
                 logging.warning(
                     "Step %d was removed before it was evaluated: raise config.keep_checkpoints.",
                     step,
                 )
                 continue
+            trained, params = read
             if evaluator is None:
                 words, devices = trained.tokenizer, trained.devices
                 evaluator = run_setup.make_evaluator(config, trained.model, words, opened, devices)
@@ -91,6 +90,28 @@ def watch(
         log.close()
     logging.info("Training is done; %d checkpoints were evaluated here.", len(found))
     return found
+
+
+def _read(config: Any, workdir: epath.Path, step: int, poll_s: float) -> tuple[Any, Any] | None:
+    """A checkpoint and its parameters; None if the trainer has removed it meanwhile.
+
+    It removes one file by file: an error of a checkpoint that is still there is an error only when
+    it stays.
+    """
+    for attempt in range(RETRIES):
+        try:
+            trained = run_setup.open_trained(config, workdir, step)
+            try:
+                return trained, trained.read_params()
+            finally:
+                trained.manager.close()
+        except Exception as error:
+            if step not in checkpoint.steps_of(workdir):
+                return None
+            if isinstance(error, UserError) or attempt == RETRIES - 1:
+                raise
+            time.sleep(poll_s)
+    return None
 
 
 def _total_steps(workdir: epath.Path) -> int:

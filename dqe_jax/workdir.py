@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 from typing import Any, TextIO
 
+from absl import logging
 from etils import epath
 
 from dqe_jax.config import differences
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import is_remote, whole_path
 
 LOCK = "trainer.lock"
 
 
-def claim_workdir(workdir: str | os.PathLike[str], config: Any) -> epath.Path:
-    """Makes the workdir and writes `config.json` there.
+def claim_workdir(
+    workdir: str | os.PathLike[str], config: Any, *, alone: bool = True
+) -> tuple[epath.Path, TextIO | None]:
+    """Makes the workdir, keeps other trainers out of it and writes `config.json` there.
+
+    Args:
+      workdir: of the run.
+      config: of the run.
+      alone: whether this process is to have the lock: of several that train together one has.
+
+    Returns:
+      The workdir, and the lock as `lock_workdir` gives it.
 
     Raises:
-      UserError: it is not writable, or holds a run of another config.
+      UserError: it is not writable, another process trains there, or it holds a run of another
+        config.
     """
-    path = epath.Path(workdir).expanduser().absolute()
+    path = whole_path(workdir)
     file = path / "config.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if file.exists() and _has_trained(path):
-            held = json.loads(file.read_text())
-            changed = differences(config.to_dict(), held)
-            if changed:
-                raise UserError(
-                    f"{path} holds a run of another config; it differs in {'; '.join(changed)}: "
-                    "take another --workdir, or the config of that run."
-                )
-        file.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        with contextlib.ExitStack() as stack:
+            # First: what follows is for the one trainer to do.
+            lock = lock_workdir(path) if alone else None
+            if lock is not None:
+                stack.enter_context(lock)
+            _write_config(file, config)
+            stack.pop_all()  # all is well: the lock stays
     except OSError as error:
         raise UserError(
             f"--workdir: cannot write to {path} ({error.strerror}); name a writable directory."
@@ -43,7 +55,28 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Any) -> epath.Path:
         raise UserError(
             f"{file} is not JSON ({error}); remove it or take another --workdir."
         ) from error
-    return path
+    return path, lock
+
+
+def _write_config(file: epath.Path, config: Any) -> None:
+    """Writes the config if it is not there.
+
+    Raises:
+      UserError: something was trained here by another config.
+    """
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    held = file.read_text() if file.exists() else ""
+    if held and _has_trained(file.parent):
+        changed = differences(config.to_dict(), json.loads(held))
+        if changed:
+            raise UserError(
+                f"{file.parent} holds a run of another config; it differs in {'; '.join(changed)}: "
+                "take another --workdir, or the config of that run."
+            )
+    if held != text:
+        new = file.with_name("config.json.new")
+        new.write_text(text)
+        new.replace(file)  # at once: a watcher may read it, and this process be killed
 
 
 def _has_trained(workdir: epath.Path) -> bool:
@@ -58,21 +91,29 @@ def lock_workdir(path: epath.Path) -> TextIO | None:
     The lock is the system's: of one machine, or of a network disk that has locks. Bucket storage
     (`gs://`) has none: there this is None, and nothing keeps a second trainer out.
 
+    Args:
+      path: of an existing directory.
+
     Raises:
       UserError: another process trains there.
     """
-    if "://" in os.fspath(path):
+    if is_remote(path):
         return None
     file = open(os.fspath(path / LOCK), "a+")  # noqa: SIM115 (open as long as it is locked)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
         raise UserError(
             f"{holder} trains in {path}: wait until it ends, or take another --workdir."
         ) from error
+    except OSError as error:
+        logging.warning(
+            "The disk of %s has no locks (%s): nothing keeps a second trainer out.",
+            *(path, error.strerror),
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
     file.flush()

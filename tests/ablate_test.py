@@ -45,6 +45,9 @@ CHANGES = {
     "qure": {"negatives.rule": "qure"},
     "hardest": {"negatives.rule": "hardest"},
     "random": {"negatives.rule": "random"},
+    "in_batch-oracle": {"negatives.rule": "in_batch", "negatives.oracle": "all"},
+    "trns-oracle": {"negatives.oracle": "mined"},
+    "hardest-oracle": {"negatives.rule": "hardest", "negatives.oracle": "mined"},
 }
 
 
@@ -72,15 +75,18 @@ def test_rules_without_a_word_on_attributes_leave_them_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("names", "chosen"),
+    ("names", "dataset", "chosen"),
     [
-        ([], tuple(ablation.VARIANTS)),
-        (["full", "trns", "full"], ("infonce", "trns", "full")),
-        (["infonce"], ("infonce",)),
+        ([], "shapes", tuple(ablation.VARIANTS)),
+        ([], "fashion_products", tuple(ablation.VARIANTS)),
+        ([], "fashioniq", tuple(v for v in ablation.VARIANTS if "oracle" not in v)),
+        (["full", "trns", "full"], "shapes", ("infonce", "trns", "full")),
+        (["trns-oracle"], "triplets", ("infonce", "trns-oracle")),
+        (["infonce"], "shapes", ("infonce",)),
     ],
 )
-def test_infonce_is_always_among_the_chosen(names, chosen):
-    assert ablation.choose_variants(names) == chosen
+def test_infonce_is_always_among_the_chosen(names, dataset, chosen):
+    assert ablation.choose_variants(names, dataset) == chosen
 
 
 # ---------------------------------------------------------------------------------- the arithmetic
@@ -427,6 +433,8 @@ def test_a_split_without_labels(base, tmp_path, monkeypatch):
         (("--seeds=0",), r"flag --seeds=0: .*"),
         (("--equal=money",), r"flag --equal=money: .*"),
         (("--variants=full,none",), r"--variants: there is no variant 'none'; .*"),
+        (("--lowers=0,low",), r"--lowers=0,low: name numbers, .*"),
+        (("--lowers=0", "--variants=full"), r"--lowers trains no variants: .*"),
     ],
 )
 def test_errors_of_the_binary(arguments, sentence):
@@ -436,7 +444,7 @@ def test_errors_of_the_binary(arguments, sentence):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(rf"error: {sentence}\n", done.stderr)

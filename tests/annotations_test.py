@@ -450,11 +450,17 @@ def test_a_repeated_image_id_is_reported(tmp_path):
     [
         ("fashioniq", "captions/cap.dress.train.json", b'["\xff"]', r"is not UTF-8 \(byte 2\)"),
         ("fashioniq", "captions/cap.dress.train.json", b"[1,\n", r"is not JSON \(line 2, column 1"),
+        ("fashioniq", "captions/cap.dress.train.json", b"[" * 100_000, "is not JSON .*recursion"),
+        ("fashioniq", "captions/cap.dress.train.json", b"[" + b"1" * 5000, "is not JSON .*digits"),
         ("fashioniq", "captions/cap.shirt.train.json", {}, "must hold a list of records"),
         ("fashioniq", "image_splits/split.toptee.train.json", {}, "must hold a list"),
         (
             *("fashioniq", "image_splits/split.toptee.train.json", ["A", 5]),
             "item 1 must be an image id, not 5; get the file again",
+        ),
+        (
+            *("fashioniq", "image_splits/split.toptee.train.json", b'["\\ud800"]'),
+            "item 0 must be an image id, not .*; get the file again",
         ),
         (
             *("fashioniq", "image_splits/split.toptee.train.json", [""]),

@@ -91,7 +91,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "prepare": UNITS_OF_BINARIES,
     "audit": (*UNITS_OF_BINARIES, "auditing"),
     "ablation": UNITS_OF_BINARIES,
-    "ablate": ("ablation", "utils"),
+    "bound_curve": ("ablation", "config", "report", "utils"),
+    "ablate": ("ablation", "bound_curve", "utils"),
     "mining_benchmark": ("bank", "mining", "parallel", "utils"),
     "planning": (
         *("planning", "programs", "run_setup", "bank", "mining", "models", "parallel"),
@@ -117,6 +118,7 @@ ALLOWED["train"] = (
             "mining_benchmark",
             "audit",
             "ablation",
+            "bound_curve",
             "ablate",
             "plan",
             "planning",

@@ -161,6 +161,37 @@ def test_what_is_mined_at_a_refresh_is_never_a_known_positive(keeper):
     np.testing.assert_array_equal(batch["mined_rows"][0, 1], rows[1])
 
 
+@pytest.mark.parametrize("mining", ["step", "refresh"])
+def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, mining):
+    changes = {
+        "negatives.mining": mining,
+        "negatives.rule": "hardest",
+        "data.variant": "coarse_smoke",
+    }
+    share = {}
+    for oracle in ("none", "mined"):
+        config = config_of(base, **changes, **{"negatives.oracle": oracle})
+        workdir = base / f"oracle-{oracle}-{mining}"
+        train.train_and_evaluate(config, workdir)
+        share[oracle] = [line.get("negatives/false") for line in lines_of(workdir).values()][2:]
+    assert min(share["none"]) > 0
+    assert share["mined"] == [0] * 4
+
+
+def test_an_oracle_needs_truth(base, monkeypatch):
+    config = config_of(base, **{"negatives.oracle": "mined"})
+    open_split = run_setup.open_split
+
+    def without_truth(*args):
+        split = open_split(*args)
+        split.queries.valid[:] = [np.zeros(0, np.int32)] * len(split.queries)
+        return split
+
+    monkeypatch.setattr(run_setup, "open_split", without_truth)
+    with pytest.raises(UserError, match=r"negatives\.oracle is 'mined': shapes does not say which"):
+        train.train_and_evaluate(config, base / "no-truth")
+
+
 def test_queries_are_embedded_as_the_model_does(keeper):
     keeper, split, model, params, text = keeper
     found = keeper.embed_queries(params, np.array([5, 0, 9]))

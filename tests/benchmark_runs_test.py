@@ -107,14 +107,15 @@ def test_fashioniq(base, fashioniq_run, call):
     assert any("validation/R@10/dress" in line for line in lines)
 
     config = tiny(fiq.get_config(), base / "data", **{"eval.protocol": "val"})
-    call(config, workdir=workdir, split="val", output=base / "val")
-    report = read(base / "val" / "validation-2.json")
+    call(config, workdir=workdir, split="val")
+    assert read(workdir / "eval" / "validation-2.json") == report  # not overwritten
+    report = read(workdir / "eval-val" / "validation-2.json")
     assert report["protocol"] == "fashioniq-val"
     named = {q["candidate"] for q in read_captions(base)} | {
         q["target"] for q in read_captions(base)
     }
     assert report["ranked_images"] == len(named)
-    lists = read(base / "val" / "validation-2.ranked.json")
+    lists = read(workdir / "eval-val" / "validation-2.ranked.json")
     assert set().union(*lists.values()) == named
 
 

@@ -181,6 +181,7 @@ def test_every_field_has_a_comment_above_it_or_its_group():
         *(("model.dtype", "float16"), ("model.initial_tau", 0.0), ("model.tiny.dropout", 1.0)),
         *(("model.attributes.names", ()), ("model.attributes.names", (1,))),
         *(("negatives.rule", "hard"), ("negatives.bounds", "rank"), ("negatives.per_query", 0)),
+        ("negatives.oracle", "trns"),
         *(("loss.margin", -0.1), ("loss.in_batch", float("nan")), ("optimizer.clip_norm", 0.0)),
         *(("eval.top_k", 49), ("eval.batch_size", 0), ("log_every", 0), ("keep_checkpoints", 0)),
         ("optimizer.learning_rate", float("inf")),

@@ -39,7 +39,7 @@ def main(*arguments):
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

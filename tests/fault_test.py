@@ -21,6 +21,7 @@ from etils import epath
 from dqe_jax import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+END = 40  # steps before the end in which nothing is killed
 EVERY = {"checkpoint_every": 10, "eval_every": 15, "negatives.refresh_every": 8}
 FIELDS = {
     **EVERY,
@@ -83,17 +84,29 @@ class Runs:
         return json.loads(lines[-1])["step"] if lines else 0
 
     def kill_at(self, name, step, delay, number):
-        """Starts the run and kills it `delay` seconds after it has logged a step."""
-        process = self.start(name)
-        until = time.time() + 300
-        while self.logged_steps(name) < step:
+        """Starts the run and kills it `delay` seconds after it has logged a step of its own.
+
+        Kills nothing, and lets it end, if it goes on so near to its end that it could be missed.
+        """
+        log = self.base / f"{name}.log"
+        before = self.said(name).count("Ready after") if log.exists() else 0
+        process, resumed = self.start(name), None
+        until = time.time() + 600
+        while resumed is None or self.logged_steps(name) < max(step, resumed + 1):
+            if resumed is None and self.said(name).count("Ready after") > before:
+                resumed = self.logged_steps(name)
+                if resumed > self.fields["total_steps"] - END:
+                    assert process.wait(600) == 0, self.said(name)
+                    return False
             assert process.poll() is None, self.said(name)
             assert time.time() < until, self.said(name)
             time.sleep(0.005)
         time.sleep(delay)
         process.send_signal(number)
-        # Before the first step and after the last a signal ends the process as it always does.
-        assert process.wait(120) in (-number, 128 + number), self.said(name)
+        assert process.wait(300) == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], self.said(
+            name
+        )
+        return True
 
     def checkpoints(self, name):
         return checkpoint.steps_of(epath.Path(self.base / name))
@@ -106,21 +119,22 @@ class Runs:
         return jax.tree.map(np.asarray, {item: items[item] for item in names})
 
 
-def check_kills(base, total_steps, kills, seed):
+def check_kills(base, total_steps, kills, least, seed):
     runs, rng = Runs(base, total_steps), random.Random(seed)
     runs.finish("whole")
-    # Always a few steps before the end; saves, evaluations and refreshes are all within reach.
-    steps = sorted(rng.randint(1, total_steps - 20) for _ in range(kills))
-    newest = 0
+    # Always well before the end; saves, evaluations and refreshes are all within reach.
+    steps = sorted(rng.randint(1, total_steps - END) for _ in range(kills))
+    newest, killed = 0, 0
     for i, step in enumerate(steps):
-        number = signal.SIGKILL if i % 2 else signal.SIGTERM
-        runs.kill_at("killed", step, rng.uniform(0, 0.3), number)
+        number = signal.SIGTERM if i % 2 else signal.SIGKILL
+        killed += runs.kill_at("killed", step, rng.uniform(0, 0.1), number)
         held = runs.checkpoints("killed")
         assert max(held, default=0) >= newest, "a checkpoint was lost"
         newest = max(held, default=0)
         # What is there is whole.
         assert not held or len(jax.tree.leaves(runs.arrays("killed", newest))) > 50
     runs.finish("killed")
+    assert killed >= least
     assert runs.said("killed").count("Resumed from step") >= 1
     one, other = (base / name / "metrics.jsonl" for name in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
@@ -131,10 +145,10 @@ def check_kills(base, total_steps, kills, seed):
 
 
 def test_a_few_kills(tmp_path):
-    check_kills(tmp_path, total_steps=40, kills=2, seed=0)
+    check_kills(tmp_path, total_steps=80, kills=2, least=2, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_many_kills(tmp_path, seed):
-    check_kills(tmp_path, total_steps=240, kills=24, seed=seed)
+    check_kills(tmp_path, total_steps=800, kills=24, least=20, seed=seed)

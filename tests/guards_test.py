@@ -1,5 +1,6 @@
 """What a machine or bad data can do to a run: one sentence each, and nothing saved is lost."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from small_runs import compiled_once, small_config
 
 from dqe_jax import checkpoint, interrupts, train
 from dqe_jax import workdir as workdirs
+from dqe_jax.config import check_config
 from dqe_jax.data import pipeline
 from dqe_jax.utils.errors import UserError
 
@@ -94,8 +96,33 @@ def test_a_second_trainer_is_kept_out(base):
         ),
     ):
         train.train_and_evaluate(config_of(base), workdir)
+    assert not (workdir / "config.json").exists()  # it has changed nothing
     workdirs.lock_workdir(workdir).close()  # free again
     assert workdirs.lock_workdir(epath.Path("gs://bucket/run")) is None
+
+
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdirs.fcntl, "flock", refuse)
+    with caplog.at_level("WARNING"):
+        workdirs.lock_workdir(epath.Path(tmp_path)).close()
+    assert "has no locks (No locks available)" in caplog.text
+
+
+def test_the_config_of_a_run_is_written_at_once(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    path, lock = workdirs.claim_workdir(tmp_path, config)
+    lock.close()
+    whole = (path / "config.json").read_text()
+    monkeypatch.setattr(type(path), "write_text", None)  # the same config is not written again
+    workdirs.claim_workdir(tmp_path, config)[1].close()
+    monkeypatch.undo()
+    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        workdirs.claim_workdir(tmp_path, config_of(tmp_path, total_steps=7))
+    assert (path / "config.json").read_text() == whole
 
 
 def test_a_full_disk(base, tmp_path):
@@ -170,6 +197,9 @@ def test_what_is_kept(base):
     }
     best = max(found, key=lambda step: (found[step], step))
     assert steps_of(workdir) == sorted({4, 8, 12, 14, best})
+    for changes in ({"eval_every": 0}, {"eval_every": 4}):
+        with pytest.raises(UserError, match=r"keep_best is 'R@1': it needs an evaluation at each"):
+            check_config(config_of(base, keep_best="R@1", **changes))
     with pytest.raises(UserError, match=r"keep_best is 'recall': validation measures .*R@1, "):
         train.train_and_evaluate(config_of(base, keep_best="recall"), base / "unknown")
 
@@ -201,11 +231,13 @@ def test_training_without_evaluation(base):
     assert not (workdir / "eval").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends(base, number, monkeypatch):
-    config = config_of(base, total_steps=100, checkpoint_every=50, eval_every=0)
-    workdir = base / f"signal-{number}"
-    take, before = train._take_step, signal.getsignal(number)
+@pytest.mark.parametrize(
+    ("number", "every"), [(signal.SIGTERM, 50), (signal.SIGINT, 50), (signal.SIGTERM, 1)]
+)
+def test_a_signal_saves_and_ends(base, number, every, monkeypatch):
+    config = config_of(base, total_steps=100, checkpoint_every=every, eval_every=0)
+    workdir = base / f"signal-{number}-{every}"
+    take, handler = train._take_step, signal.getsignal(number)
 
     def sends(run, state, stop):
         if int(state.step) == 3:
@@ -216,9 +248,10 @@ def test_a_signal_saves_and_ends(base, number, monkeypatch):
     with pytest.raises(interrupts.Interrupted) as ended:
         train.train_and_evaluate(config, workdir)
     assert ended.value.status == 128 + number
-    (saved,) = steps_of(workdir)
+    *before_it, saved = steps_of(workdir)
     assert 4 <= saved <= 8
-    assert signal.getsignal(number) == before
+    assert before_it == ([] if every == 50 else list(range(1, saved)))
+    assert signal.getsignal(number) == handler
     assert [line["step"] for line in lines_of(workdir)] == list(range(1, saved + 1))
 
 

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
+from dqe_jax.utils import metric_log
 from dqe_jax.utils.metric_log import MetricLog
 
 
@@ -48,6 +49,25 @@ def scalars(workdir):
         for event in events(workdir)
         for value in event.summary.value
     ]
+
+
+def test_a_bucket_gets_whole_files(workdir, monkeypatch):
+    """There appending replaces what a file holds."""
+    monkeypatch.setattr(metric_log, "is_remote", lambda path: True)
+    open_file = type(workdir).open
+
+    def open_whole(self, mode="r", *args, **kwargs):
+        assert "a" not in mode
+        return open_file(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(type(workdir), "open", open_whole)
+    for resume, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = metric_log.MetricLog(workdir, resume_step=resume)
+        for step in steps:
+            log.write(step, {"loss": step / 2})
+            assert log.steps()[-1] == step
+        log.close()
+    assert log.steps() == [1, 2, 3, 4]
 
 
 def test_lines_in_order(workdir):

@@ -245,8 +245,25 @@ def test_overwriting_after_the_photos_are_back(tmp_path):
     run("--dataset=fashioniq", raw=tmp_path / "raw", data=tmp_path / "data", status=2)
     photo.parent.joinpath("deep").mkdir()
     (tmp_path / "aside.jpg").rename(photo.parent / "deep" / photo.name)
-    log = run("--dataset=fashioniq", "--overwrite", raw=tmp_path / "raw", data=tmp_path / "data")
+    config = fiq.get_config()
+    config.data.data_dir, config.data.image_size = str(tmp_path / "data"), SIZE
+    caption = tmp_path / "raw" / "captions" / "cap.dress.val.json"
+    caption.rename(tmp_path / "cap.json")
+    over = ("--dataset=fashioniq", "--overwrite")
+    error = run(*over, raw=tmp_path / "raw", data=tmp_path / "data", status=2)
+    assert "lacks the file cap.dress.val.json" in error
+    (tmp_path / "cap.json").rename(caption)
+    with pytest.raises(UserError, match="is not complete"):  # what was there still is
+        datasets.find_dataset(config.data)
+    log = run(*over, "--splits=val", raw=tmp_path / "raw", data=tmp_path / "data")
     assert "Use it with --data_dir=" in log
+    error = run(
+        *("--dataset=fashioniq", "--splits=train,val"),
+        raw=tmp_path / "raw",
+        data=tmp_path / "data",
+        status=2,
+    )
+    assert "was prepared without train: run again with --overwrite" in error
 
 
 @pytest.mark.parametrize("layout", ["{id}.png", "{category}/{id}.jpg", "image_data/x/{id}.JPEG"])

@@ -1,9 +1,12 @@
 """Photos to squares: as the image processors of `transformers`, and CLIP4Cir's target padding."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from dqe_jax.data.photos import decode_photo
 from dqe_jax.data.preprocess import PREPROCESS, target_pad
 
 SHAPES = [(40, 40), (60, 40), (40, 61), (33, 90), (300, 20), (23, 24)]
@@ -61,3 +64,10 @@ def test_pad_keeps_the_whole_photo():
     assert (image[:9] == 255).all()
     assert (image[11:29] == 9).all()
     assert (image[-9:] == 255).all()
+
+
+def test_a_thin_strip_is_refused_before_it_is_padded():
+    data = io.BytesIO()
+    Image.new("RGB", (12_000, 10)).save(data, "PNG")
+    with pytest.raises(ValueError, match="has 12000 x 10 pixels"):
+        decode_photo(data.getvalue(), 16, "target_pad")

@@ -247,6 +247,26 @@ def test_loss_equals_its_plain_statement(rule):
     assert all(value > 0 for value in means.values())
 
 
+def test_an_oracle_takes_what_is_in_truth_valid_for_known_positives():
+    batch, key, params = make_batch(3), jax.random.key(5), init_params()[1]
+    truth = np.random.default_rng(0).integers(-1, PHOTOS, (R, Q, 4)).astype(np.int32)
+    known = np.concatenate([batch["known_positives"], truth], axis=-1)
+
+    def metrics(oracle, **changes):
+        config = make_config("trns", **{"negatives.oracle": oracle})
+        return jax.jit(loss_of(config, None))(params, batch | changes, key)[1]
+
+    none, mined, whole = (metrics(oracle, truth=truth) for oracle in ("none", "mined", "all"))
+    told = metrics("none", truth=truth, known_positives=known)
+    for name, value in told.items():  # "all": as if the valid ones were annotated
+        np.testing.assert_allclose(whole[name], value, rtol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(mined["loss/in_batch"], none["loss/in_batch"])
+    np.testing.assert_array_equal(mined["loss/preference"], whole["loss/preference"])
+    assert none["negatives/false"] > 0
+    assert mined["negatives/false"] == whole["negatives/false"] == 0
+    assert whole["loss/in_batch"] < none["loss/in_batch"]  # fewer negatives
+
+
 @pytest.mark.parametrize("rule", ["trns", "in_batch"])
 def test_padding_changes_nothing(rule):
     config, batch = make_config(rule), make_batch(4)

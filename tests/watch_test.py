@@ -105,8 +105,11 @@ def test_it_may_start_before_the_run_and_ends_with_it(base):
         stderr=subprocess.STDOUT,
         text=True,
     ) as watcher:
-        train.train_and_evaluate(config, workdir)
-        said, _ = watcher.communicate(timeout=300)
+        try:
+            train.train_and_evaluate(config, workdir)
+            said, _ = watcher.communicate(timeout=600)
+        finally:
+            watcher.kill()
     assert watcher.returncode == 0, said
     assert "Training is done; 3 checkpoints were evaluated here." in said
     found = lines_of(workdir / "watch-validation")

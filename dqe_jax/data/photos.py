@@ -1,14 +1,15 @@
 """From a photo's file to the square image that is stored, on all cores.
 
 A photo is refused, with a reason, if it is no JPEG, PNG or WebP, does not decode completely, has
-more than 50 million pixels (a decompression bomb, or no photo) or more than 64 MiB. Transparency is
-dropped and rotation tags are ignored, as the scripts of the benchmarks do.
+more than 50 million pixels or 10,000 a side (a decompression bomb, or no photo), or more than 64
+MiB. Transparency is dropped and rotation tags are ignored, as the scripts of the benchmarks do.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import hashlib
 import io
@@ -23,8 +24,10 @@ from PIL import Image, UnidentifiedImageError
 
 from dqe_jax.data.examples import encode_png
 from dqe_jax.data.preprocess import PREPROCESS
+from dqe_jax.utils.errors import UserError
 
 MAX_PIXELS = 50_000_000
+MAX_SIDE = 10_000  # padding to a square must not make a bomb of a thin strip
 MAX_BYTES = 64 * 2**20
 _CHUNK = 32
 _MISSING = "is missing"
@@ -68,7 +71,7 @@ def decode_photo(
     # Other formats than those of photos have decoders that are better not fed unknown files.
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
         width, height = opened.size
-        if width * height > MAX_PIXELS:
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise ValueError(f"has {width} x {height} pixels")
         if decode_side is not None:
             opened.draft("RGB", (decode_side, decode_side))
@@ -119,6 +122,9 @@ def load_photos(
       image_size: pixels a side.
       preprocess: a name of `preprocess.PREPROCESS`.
       num_workers: processes; 0 for one a core, 1 works in this one.
+
+    Raises:
+      UserError: a process was killed.
     """
     how = (root, image_size, preprocess)
     workers = num_workers or os.cpu_count() or 1
@@ -138,6 +144,11 @@ def load_photos(
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                f"a process that decodes photos of {root} was killed, perhaps for want of memory: "
+                f"run again with --num_workers below {workers}."
+            ) from error
         finally:
             for future in pending:
                 future.cancel()

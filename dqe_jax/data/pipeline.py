@@ -13,7 +13,7 @@ reference is encoded once), as NumPy arrays:
 | `target_photo` | int32 `[R, Q]` | |
 | `target_row` | int32 `[R, Q]` | row of the gallery |
 | `known_positives` | int32 `[R, Q, P]` | image ids that are never negatives, -1 for none |
-| `truth` | int32 `[R, Q, V]` | image ids that are in truth valid, -1 for none: for the log alone |
+| `truth` | int32 `[R, Q, V]` | image ids in truth valid, -1 for none: for log and oracles |
 | `mentions` | float32 `[R, Q, K]` | attributes that the text mentions |
 | `valid` | bool `[R, Q]` | false for padding: a reference with fewer than `Q` queries |
 """

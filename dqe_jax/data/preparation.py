@@ -66,7 +66,7 @@ class SplitReport:
     @property
     def share_missing(self) -> float:
         """The larger of the shares of queries and of gallery images that are not at hand."""
-        queries = 1 - self.queries / max(self.official_queries, 1)
+        queries = (self.official_queries - self.queries) / max(self.official_queries, 1)
         return max(queries, self.missing / max(self.official_gallery, 1))
 
 
@@ -226,8 +226,15 @@ def write_report(builder: Any, found: dict[str, Any], max_missing: float | None)
     }
     path = builder.data_path / REPORT
     partial = path.parent / f"{REPORT}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        if not path.exists() or path.read_text() != text:  # a shared copy may be read-only
+            partial.write_text(text)
+            partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): make its directory writable, or free space."
+        ) from error
     return complaints
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -145,13 +145,16 @@ def read_json(path: epath.Path, kind: type) -> Any:
     Raises:
       UserError: it cannot be read, is not JSON, or holds something else.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); get the "
             "file again."
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers too long, nested too deeply
+        raise UserError(f"{path} is not JSON ({reason_of(error)}); get the file again.") from error
     if not isinstance(content, kind):
         words = {list: "a list of records", dict: "an object"}[kind]
         raise UserError(f"{path} must hold {words}; get the file again.")

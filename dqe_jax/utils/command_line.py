@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import look_anew
 
 _HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
 _NAME_ALONE = re.compile(r"""[\\'"]*(?P<name>\w+)[\\'"]*""")
@@ -29,6 +30,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         log_plainly()
+        look_anew()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: flags start with --.")

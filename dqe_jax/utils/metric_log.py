@@ -13,6 +13,8 @@ from typing import Any
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from dqe_jax.utils.paths import is_remote
+
 
 class MetricLog:
     """Writes metrics by step.
@@ -32,11 +34,15 @@ class MetricLog:
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "timing")}
-        for path in self._paths.values():
-            kept = _lines_until(path, resume_step, again)
+        # Of a bucket, whose files are only written as a whole: what they hold.
+        self._held: dict[str, str] | None = {} if is_remote(directory) else None
+        for name, path in self._paths.items():
+            text = "".join(line + "\n" for line in _lines_until(path, resume_step, again))
+            if self._held is not None:
+                self._held[name] = text
             # At once: a run that is killed here must not lose the lines.
             new = path.with_name(path.name + ".new")
-            new.write_text("".join(line + "\n" for line in kept))
+            new.write_text(text)
             new.replace(path)
         # TensorBoard drops what an earlier attempt wrote at or after this step.
         purged = None if resume_step is None else resume_step + 1
@@ -59,8 +65,13 @@ class MetricLog:
         self._events.close()
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        with self._paths[name].open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._held is None:
+            with self._paths[name].open("a") as file:
+                file.write(line)
+        else:
+            self._held[name] += line
+            self._paths[name].write_text(self._held[name])
         for key, value in values.items():
             if isinstance(value, (int, float)):
                 # TensorBoard allows no @ in a name.

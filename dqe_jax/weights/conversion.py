@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.models import VARIANTS
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import whole_path
 from dqe_jax.weights import sizes as size_files
 from dqe_jax.weights.initial import FACTS, PARAMS, Pretrained
 from dqe_jax.weights.source import open_source
@@ -45,7 +46,7 @@ def convert(
     pretrained = Pretrained(backbone, sizes, source, source=opened)
     words = text_tokens.tokenizer_in(opened.directory, sizes.max_length)
     params = pretrained.read()
-    directory = epath.Path(output).expanduser().absolute()
+    directory = whole_path(output)
     write_converted(directory, params, pretrained, words and words.to_str())
     count = sum(math.prod(x.shape) for x in flatten_dict(params).values())
     return directory, pretrained, count, words is not None

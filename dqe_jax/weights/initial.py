@@ -18,6 +18,7 @@ from etils import epath
 
 from dqe_jax.models import VARIANTS
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.paths import whole_path
 from dqe_jax.weights import sizes as size_files
 from dqe_jax.weights.source import Source, open_source
 from dqe_jax.weights.transfer import layout_of, read_backbone
@@ -51,7 +52,7 @@ class Pretrained:
         """
         if self.source is not None:
             return read_backbone(self.source, self.backbone, self.sizes)
-        directory = epath.Path(self.origin).expanduser().absolute() / PARAMS
+        directory = whole_path(self.origin) / PARAMS
         try:
             restored = ocp.StandardCheckpointer().restore(directory)
         except Exception as error:

@@ -207,11 +207,19 @@ def gallery(path: os.PathLike[str], ids: Iterable[Any]) -> list[str]:
     """
     checked = list(ids)
     for index, image in enumerate(checked):
-        if not isinstance(image, str) or not image:
+        if not isinstance(image, str) or not image or not _is_text(image):
             raise UserError(
                 f"{path}: item {index} must be an image id, not {image!r}; get the file again."
             )
     return checked
+
+
+def _is_text(text: str) -> bool:
+    try:
+        _check_text(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_text(text: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -63,15 +63,7 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager  # nothing to download
         benchmark, config = BENCHMARKS[self.name], self.builder_config
         files = RawFiles(config.raw_dir)
-        read = {split: benchmark.read(files, split) for split in config.splits}
-        for split, part in read.items():
-            if not part.queries:
-                why = [f"{len(v)} have {reason}: {v[0]}" for reason, v in part.dropped.items()]
-                raise UserError(
-                    f"split {split!r} of {self.name} in {files.root} has no sound record "
-                    f"({'; '.join(why) or 'none is of this split'}): mend the file, or leave the "
-                    "split out by --splits."
-                )
+        read = read_splits(self.name, files, config.splits)
         self.info.metadata.update(official={s: _facts(a) for s, a in read.items()})
         generators = {}
         for name, parts in _galleries(read, benchmark.shared_gallery).items():
@@ -105,6 +97,24 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, records: Iterable[dict]) -> Iterator[tuple[int, dict]]:
         yield from enumerate(records)
+
+
+def read_splits(dataset: str, files: RawFiles, splits: Sequence[str]) -> dict[str, Annotations]:
+    """The annotations of splits.
+
+    Raises:
+      UserError: a file is missing or damaged, or a split has no sound record.
+    """
+    read = {split: BENCHMARKS[dataset].read(files, split) for split in splits}
+    for split, part in read.items():
+        if not part.queries:
+            why = [f"{len(v)} have {reason}: {v[0]}" for reason, v in part.dropped.items()]
+            raise UserError(
+                f"split {split!r} of {dataset} in {files.root} has no sound record "
+                f"({'; '.join(why) or 'none is of this split'}): mend the file, or leave the "
+                "split out by --splits."
+            )
+    return read
 
 
 def _images(parts: Mapping[str, Annotations]) -> list[str]:
