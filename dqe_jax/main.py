@@ -64,6 +64,9 @@ def main(argv: Sequence[str]) -> None:
     except UserError:
         distributed.leave_at_once(2)
         raise
+    except Exception:
+        distributed.leave_at_once(1)
+        raise
 
 
 if __name__ == "__main__":

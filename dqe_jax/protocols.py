@@ -140,7 +140,7 @@ def fashioniq_metrics(
     | --- | --- |
     | `R@k/<category>` | recall of the category's queries, k of 1, 5, 10, 50 |
     | `R@k` | the unweighted mean of the categories' |
-    | `mean` | `(R@10 + R@50) / 2` |
+    | `mean`, `mean/<category>` | `(R@10 + R@50) / 2` |
     | `top1_is_reference` | share of all queries whose first result is their own reference |
     | `queries`, `queries/<category>` | numbers of queries |
     | `categories` | how many categories there are: published means are over three |
@@ -157,10 +157,15 @@ def fashioniq_metrics(
         name: float(np.mean([by_category[f"{name}/{category}"] for category in categories]))
         for name in recalls
     }
+    halves = {
+        f"mean/{category}": (by_category[f"R@10/{category}"] + by_category[f"R@50/{category}"]) / 2
+        for category in categories
+    }
     return {
         **means,
         "mean": (means["R@10"] + means["R@50"]) / 2,
         **by_category,
+        **halves,
         "top1_is_reference": _top1_is_reference(queries, rows),
         "queries": len(queries),
         **{f"queries/{category}": int(members.sum()) for category, members in categories.items()},

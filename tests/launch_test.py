@@ -268,6 +268,14 @@ def test_create_installs_one_commit_on_all_workers(world):
     assert " git checkout --quiet abc " in line
 
 
+def test_no_password_is_sent(world):
+    result, calls = world.run("tpu/create.sh", SOURCE="https://me:secret@example.com/x.git")
+    assert result.returncode == 1
+    assert "SOURCE holds a user or a password" in result.stderr
+    assert "secret" not in result.stdout + result.stderr
+    assert calls == []
+
+
 def test_training_runs_on_all_workers_and_joins_only_on_slices(world):
     (world.folder / "vm").mkdir()
     world.set("LOOKS", "running", "running 0", "silence", "0 0")

@@ -236,6 +236,16 @@ def planned(tmp_path_factory):
 
 
 @needs_libtpu
+@pytest.mark.slow  # tests of the bank compile the same program for CPUs
+def test_mining_at_a_refresh_compiles(tmp_path):
+    flags = ("--programs=mining", "--config.negatives.pool=bank", "--quick")
+    refresh = "--config.negatives.mining=refresh"
+    _, facts = plan_to(tmp_path / "facts.json", "--topology=v5e:2x4", refresh, *flags)
+    (mined,) = facts["plans"][0]["programs"]
+    assert (mined["name"], mined["fits"], mined["queries"]) == ("mining", True, 1024)
+
+
+@needs_libtpu
 def test_the_table_and_the_json_have_all_programs(planned):
     said, facts = planned
     assert "Not measured" in said

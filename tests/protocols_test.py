@@ -39,6 +39,7 @@ def official_fashioniq(rankings, targets):
     for category, sorted_names in rankings.items():
         for k, value in official_recalls(sorted_names, targets[category], (1, 5, 10, 50)).items():
             result[f"R@{k}/{category}"] = value
+        result[f"mean/{category}"] = (result[f"R@10/{category}"] + result[f"R@50/{category}"]) / 2
         result[f"queries/{category}"] = len(sorted_names)
         result["queries"] += len(sorted_names)
     for k in (1, 5, 10, 50):

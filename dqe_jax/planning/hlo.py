@@ -18,6 +18,8 @@ COLLECTIVES = (
     "reduce-scatter",
     "collective-permute",
     "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
 )
 _BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -243,7 +245,9 @@ class Module:
                 "all-reduce": 2 * share,
                 "reduce-scatter": members - 1,
                 "all-to-all": share,
+                "ragged-all-to-all": share,
                 "collective-permute": 1,
+                "collective-broadcast": 1,
             }[kind]
             sum_ = found.setdefault(kind, Traffic())
             sum_.count += int(times)

@@ -9,6 +9,9 @@ set -euo pipefail
 parse "$@"
 need_no_args
 : "${SOURCE:?set SOURCE to a git address of dqe_jax}" "${REVISION:?set REVISION to a commit of it}"
+case "${SOURCE}" in
+  http*://*@*) die "SOURCE holds a user or a password, which would be printed and sent: set one without." ;;
+esac
 
 read -ra flags <<<"--accelerator-type=${TYPE} --version=${VERSION} ${CREATE_FLAGS}"
 if [ "${SPOT}" = true ]; then flags+=(--spot); fi
