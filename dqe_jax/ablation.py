@@ -89,9 +89,9 @@ STYLES = {
     "hardest": ("#cc79a7", "P"),
     "random": ("#0072b2", "X"),
     # Oracles: lighter or darker shades.
-    "in_batch-oracle": ("#b07500", "s"),
-    "trns-oracle": ("#7a2e00", "D"),
-    "hardest-oracle": ("#e0b0cc", "P"),
+    "in_batch-oracle": ("#b07500", "<"),
+    "trns-oracle": ("#7a2e00", ">"),
+    "hardest-oracle": ("#e0b0cc", "*"),
 }
 
 

@@ -162,7 +162,8 @@ def test_what_is_mined_at_a_refresh_is_never_a_known_positive(keeper):
     np.testing.assert_array_equal(batch["mined_rows"][0, 1], rows[1])
 
 
-def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
+@pytest.mark.slow  # `train_step_test.py` and the next test have its parts
+def test_an_oracle_trains_against_nothing_that_is_in_truth_valid(base):
     changes = {"negatives.rule": "hardest", "data.variant": "coarse_smoke"}
     share = {}
     for oracle in ("none", "mined"):
@@ -172,7 +173,10 @@ def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
         share[oracle] = [lines[step]["negatives/false"] for step in (3, 4, 5, 6)]
     assert max(share["none"]) > 0
     assert share["mined"] == [0] * 4
-    # At a refresh: with all but five images valid for each query, these five are drawn.
+
+
+def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
+    """With all but five images valid for each query, none but these are drawn."""
     held, split, model, params, text = keeper
     few = np.arange(5, len(split.gallery), dtype=np.int32)
     queries = dataclasses.replace(split.queries, valid=[few] * len(split.queries))

@@ -96,7 +96,7 @@ def finished(tmp_path_factory):
         },
     )
     with compiled_once(base / "compiled"):
-        points = bound_curve.run_curve(config, base / "runs", lowers=(0.0, 0.3), seeds=1)
+        points = bound_curve.run_curve(config, base / "runs", lowers=(0.0,), seeds=1)
     return config, base / "runs", points
 
 
@@ -104,12 +104,10 @@ def test_what_it_writes(finished):
     _, workdir, points = finished
     assert [point.directory for point in points] == [
         "lower-0-floor-0",
-        "lower-0.3-floor-0",
         "lower-0-free-0",
-        "lower-0.3-free-0",
     ]
     facts = json.loads((workdir / "bounds.json").read_text())
-    assert [row["lower"] for row in facts["rows"]] == [0, 0.3, 0, 0.3]
+    assert [row["lower"] for row in facts["rows"]] == [0, 0]
     for point, written in zip(points, facts["points"]):
         report = json.loads((workdir / point.directory / "eval" / "test-4.json").read_text())
         assert written["metrics"]["mAP@10"] == report["metrics"]["mAP@10"]
@@ -117,12 +115,14 @@ def test_what_it_writes(finished):
         false = [line["negatives/false"] for line in lines if "negatives/false" in line]
         assert len(false) == 4
         assert written["drawn"]["false"] == pytest.approx(np.mean(false))
-    # A higher bound draws easier ones, and the floor keeps the hardest out.
-    delta = {(point.lower, point.floor): point.drawn["delta"] for point in points}
-    assert delta[0.3, "free"] > delta[0, "free"]
-    assert delta[0, "floor"] > delta[0, "free"]
+    # The floor keeps the hardest out.
+    delta = {point.floor: point.drawn["delta"] for point in points}
+    assert delta["floor"] > delta["free"]
     text = (workdir / "bounds.md").read_text()
-    assert len(re.findall(r"^\| 0(\.3)? \| (none|delta > floor) \| 1 \|", text, re.M)) == 4
+    assert re.findall(r"^\| 0 \| (none|delta > floor) \| 1 \|", text, re.M) == [
+        "delta > floor",
+        "none",
+    ]
     with Image.open(workdir / "bounds.png") as image:
         assert image.width == round(150 * 3 * 3.6)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
@@ -131,7 +131,7 @@ def test_what_it_writes(finished):
 def test_a_complete_curve_is_only_read(finished, monkeypatch):
     config, workdir, points = finished
     monkeypatch.setattr(train, "train_and_evaluate", None)
-    assert bound_curve.run_curve(config, workdir, lowers=(0.0, 0.3), seeds=1) == points
+    assert bound_curve.run_curve(config, workdir, lowers=(0.0,), seeds=1) == points
 
 
 def test_a_curve_needs_a_floor(finished, tmp_path):
