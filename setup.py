@@ -19,6 +19,7 @@ setup(
         "array_record>=0.8.1",
         "etils[epath]>=1.13",
         "flax>=0.12",
+        "fsspec>=2026.9",
         "grain>=0.2.15",
         "huggingface_hub>=2.4",
         # tensorflow-datasets imports it, and does not install it by itself.

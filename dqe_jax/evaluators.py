@@ -105,6 +105,12 @@ class RetrievalEvaluator:
         subsets = rows if max(map(len, self.split.queries.subset)) else None
         return sorted(self._measure(rows, subsets))
 
+    def describe(self, measured: dict[str, float]) -> str:
+        """Headline metrics as a line, with the protocol and how much of the split was at hand."""
+        headline = self.protocol.headline
+        shown = {k: round(measured[k], 4) for k in headline if k in measured}
+        return f"{self.split.name} ({self.protocol.name}; {self.split.coverage}): {shown}"
+
     def run(self, params: Any, *, baselines: bool = False) -> Result:
         """Evaluates parameters that are replicated over the devices."""
         queries = self.split.queries

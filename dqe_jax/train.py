@@ -316,9 +316,7 @@ def _loop(
                 found = measured = run.validation.run(state.params).metrics
                 log.write(step, {f"validation/{k}": v for k, v in measured.items()})
                 if distributed.leads():
-                    headline = run.validation.protocol.headline
-                    shown = {k: round(measured[k], 4) for k in headline if k in measured}
-                    bar.write(f"step {step}, validation: {shown}")
+                    bar.write(f"step {step}, {run.validation.describe(measured)}")
             if save:
                 stop = max(stop, guard.check_all())  # nothing unsound is saved
                 _save(run, manager, step, state, seconds, found)

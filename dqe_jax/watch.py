@@ -83,9 +83,7 @@ def watch(
                 result = evaluator.run(params)
             found[step] = result.metrics
             log.write(step, {f"{split}/{name}": x for name, x in result.metrics.items()})
-            headline = evaluator.protocol.headline
-            shown = {k: round(result.metrics[k], 4) for k in headline if k in result.metrics}
-            logging.info("Step %d, %s: %s", step, split, shown)
+            logging.info("Step %d, %s", step, evaluator.describe(result.metrics))
     finally:
         log.close()
     logging.info("Training is done; %d checkpoints were evaluated here.", len(found))
