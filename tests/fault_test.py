@@ -1,6 +1,6 @@
 """A run that is killed again and again ends as one that was left alone, to the byte.
 
-The short form kills a few times; `python -m pytest -m slow tests/fault_test.py` kills at least 20 times.
+The short form kills a few times; `python -m pytest -m slow tests/fault_test.py` at least 20.
 """
 
 import json
