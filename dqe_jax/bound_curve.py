@@ -116,6 +116,14 @@ def run_curve(
         raise UserError(
             "config.negatives.floor is -inf: the curve compares with and without it; take 0."
         )
+    negatives = config.negatives
+    if (negatives.pool, negatives.warmup) == ("bank", "in_batch") and (
+        negatives.first_refresh >= config.total_steps
+    ):
+        raise UserError(
+            f"config.negatives.first_refresh is {negatives.first_refresh}: nothing would be mined; "
+            f"it must be below config.total_steps, {config.total_steps}."
+        )
     wanted = [
         (lower, floor, seed)
         for seed in range(config.seed, config.seed + seeds)
@@ -130,7 +138,7 @@ def run_curve(
         own = config_at(config, lower, floor, seed)
         metrics, is_new = ablation.train_or_read(own, directory)
         kept = {key: metrics[key] for key in ablation.METRICS if key in metrics}
-        drawn = means_of_drawn(ablation.read_log(directory), directory)
+        drawn = means_of_drawn(ablation.read_log(directory))
         points.append(Point(lower, floor, seed, kept, drawn, directory.name))
         logging.info("Run %d of %d: %s", len(points), len(wanted), points[-1])
         if is_new or len(points) == len(wanted):
@@ -138,23 +146,10 @@ def run_curve(
     return points
 
 
-def means_of_drawn(log: Sequence[Mapping[str, Any]], directory: epath.Path) -> dict[str, float]:
-    """Means of `DRAWN` over the lines of a run's log that have them.
-
-    Raises:
-      UserError: the run mined nothing.
-    """
-    found = {}
-    for name, key in DRAWN.items():
-        values = [line[key] for line in log if key in line]
-        if values:
-            found[name] = statistics.fmean(values)
-    if not found:
-        raise UserError(
-            f"{directory} mined no negatives: config.negatives.first_refresh must be below "
-            "config.total_steps."
-        )
-    return found
+def means_of_drawn(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of `DRAWN` over the lines of a run's log that have them."""
+    columns = {name: [line[key] for line in log if key in line] for name, key in DRAWN.items()}
+    return {name: statistics.fmean(values) for name, values in columns.items() if values}
 
 
 def summarize(points: Sequence[Point]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     for path in preparation.leftovers(builder):
         logging.warning("An interrupted run left %s: remove it.", path)
     if preparation.is_prepared(builder) and _OVERWRITE.value:
-        benchmarks.read_splits(dataset, RawFiles(_RAW_DIR.value), splits)  # or nothing is lost
+        benchmarks.read_splits(dataset, RawFiles(_RAW_DIR.value), splits)  # before it removes
         builder.data_path.rmtree()
         builder = make()
     elif preparation.is_prepared(builder):

@@ -198,8 +198,8 @@ class Trained:
         """Where results go: `eval/`, or a place of its own for what the run was not trained on."""
         names = ("data.dataset", "data.variant", "eval.protocol")
         own, run = (flatten(c) for c in (self.config.to_dict(), self.trained_by))
-        other = [] if own[names[0]] == run[names[0]] else [own[names[0]]]
-        other += [own[name] for name in names[1:] if own[name] != run[name]]
+        # A field that the run did not have yet is no difference.
+        other = [own[name] for name in names if own[name] != run.get(name, own[name])]
         return self.directory.parent / "-".join(["eval", *other])
 
     def read_params(self) -> Any:

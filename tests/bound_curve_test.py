@@ -47,18 +47,16 @@ def test_lowers_that_are_none(words):
         bound_curve.read_lowers(words)
 
 
-def test_means_are_over_the_steps_that_mined(tmp_path):
+def test_means_are_over_the_steps_that_mined():
     log = [
         {"step": 1, "loss": 1.0},
         {"step": 2, "negatives/delta": 0.2, "negatives/false": 0.5},
         {"step": 3, "negatives/delta": 0.4, "negatives/false": 0.0},
     ]
-    found = bound_curve.means_of_drawn(log, tmp_path)
+    found = bound_curve.means_of_drawn(log)
     assert found == pytest.approx({"delta": 0.3, "false": 0.25})
     del log[1]["negatives/false"], log[2]["negatives/false"]
-    assert bound_curve.means_of_drawn(log, tmp_path) == pytest.approx({"delta": 0.3})
-    with pytest.raises(UserError, match=r"mined no negatives: config\.negatives\.first_refresh"):
-        bound_curve.means_of_drawn(log[:1], tmp_path)
+    assert bound_curve.means_of_drawn(log) == pytest.approx({"delta": 0.3})
 
 
 def test_rows_and_table():
@@ -138,4 +136,12 @@ def test_a_curve_needs_a_floor(finished, tmp_path):
     config = finished[0].copy_and_resolve_references()
     config.negatives.floor = -float("inf")
     with pytest.raises(UserError, match=r"negatives\.floor is -inf"):
+        bound_curve.run_curve(config, tmp_path, lowers=(0.1,), seeds=1)
+
+
+def test_a_curve_needs_something_mined(tmp_path):
+    """Said before anything is trained."""
+    config = shapes.get_config()
+    config.negatives.update(pool="bank", first_refresh=config.total_steps)
+    with pytest.raises(UserError, match=r"first_refresh is 1500: nothing would be mined"):
         bound_curve.run_curve(config, tmp_path, lowers=(0.1,), seeds=1)
