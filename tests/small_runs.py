@@ -47,7 +47,7 @@ def import_binary(name):
     """A binary's module with its flags, in place of those of other binaries, which share names."""
     for module, own in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith("dqe_jax."):
-            for flag in own:
+            for flag in list(own):  # delattr takes from `own`
                 if flag.name in flags.FLAGS:
                     delattr(flags.FLAGS, flag.name)
     sys.modules.pop(f"dqe_jax.{name}", None)
