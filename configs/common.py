@@ -179,6 +179,8 @@ def get_config() -> ConfigDict:
     optimizer.clip_norm = 1.0
     # Steps of linear warm-up, at most half of the run.
     optimizer.warmup_steps = 100
+    # Shard the moments over the devices (ZeRO-1): less memory, as much is sent.
+    optimizer.shard_state = False
 
     # Steps between log lines, evaluations on the validation split, and checkpoints. The last step
     # always evaluates and saves. eval_every = 0 leaves all evaluation to dqe_jax.evaluate --watch.

@@ -69,11 +69,8 @@ def random_batch(config: Any) -> dict[str, Any]:
 def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None], float]:
     """A function that takes some steps and waits for them; and the FLOP of one step."""
     import jax
-    import jax.numpy as jnp
 
     from dqe_jax import models, parallel, programs, run_setup
-    from dqe_jax.optimizer import make_optimizer
-    from dqe_jax.train_step import TrainState
 
     pretrained = run_setup.describe_weights(config)
     model = models.build_model(
@@ -84,15 +81,11 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
         sizes=pretrained and pretrained.sizes,
     )
     params = run_setup.init_params(model, config, config.seed)
-    tx, split = (
-        make_optimizer(config.optimizer, config.total_steps),
-        programs.splitter(config.model),
-    )
+    made = programs.make_optimizer(config, params, len(devices))
     # There is no bank here: negatives are mined from the batch.
     config.negatives.pool = "batch"
-    step = programs.make_step(config, model, tx, devices)
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(split(params)[0]))
-    state = parallel.replicate(state, devices)
+    step = programs.make_step(config, model, made, devices)
+    state = programs.init_state(config, made, params, devices)
     batch = parallel.shard(random_batch(config), len(devices))
     compiled = step.lower(state, batch).compile()
     analysis = compiled.cost_analysis()

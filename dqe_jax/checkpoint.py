@@ -119,7 +119,7 @@ def save(
       manager: of the run.
       step: of the checkpoint.
       params: replicated.
-      opt_state: replicated.
+      opt_state: replicated, or NumPy arrays.
       meta: what JSON can hold.
       bank_params: what the bank is of, as NumPy arrays, if it is not of `params`.
       metrics: of this step, to choose the best by.
@@ -135,8 +135,8 @@ def save(
 
 
 def _global(tree: Any) -> Any:
-    """Replicated arrays of one process's devices as arrays of all devices."""
-    if jax.process_count() == 1:
+    """Replicated arrays of one process's devices as arrays of all devices; NumPy's as they are."""
+    if jax.process_count() == 1 or all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
         return tree
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
     spec = jax.sharding.PartitionSpec()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,27 @@ def make_schedule(config: Any, total_steps: int) -> optax.Schedule:
     )
 
 
-def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def matrices(params: Any) -> Any:
+    """Which parameters are matrices: those decay."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def clip_by_norm(
+    most: float, norm: Callable[[Any], jax.Array] = optax.global_norm
+) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, by a norm that may be over devices."""
+
+    def update(grads, state, params=None):
+        del params
+        found = norm(grads)
+        return jax.tree.map(lambda g: jnp.where(found < most, g, g / found * most), grads), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def skip_unsound(
+    inner: optax.GradientTransformation, norm: Callable[[Any], jax.Array] = optax.global_norm
+) -> optax.GradientTransformationExtraArgs:
     """`inner`, but gradients that are not finite change nothing, and are counted.
 
     The state is that of `optax.apply_if_finite`. That one decides by a condition, which costs a
@@ -44,7 +65,7 @@ def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransform
         )
 
     def update(grads, state, params=None, *, sound: jax.Array | bool = True):
-        finite = jnp.isfinite(optax.global_norm(grads)) & sound
+        finite = jnp.isfinite(norm(grads)) & sound
         updates, inner_state = inner.update(grads, state.inner_state, params)
         return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates), optax.ApplyIfFiniteState(
             notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
@@ -58,21 +79,29 @@ def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Any,
+    total_steps: int,
+    *,
+    norm: Callable[[Any], jax.Array] = optax.global_norm,
+    decay: Any = matrices,
+) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm; only matrices decay. See `skip_unsound`.
 
     Args:
       config: `config.optimizer`.
       total_steps: steps of the whole run.
+      norm: of all gradients.
+      decay: which parameters decay, a tree of bool or a function of the parameters to one.
     """
     adamw = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip_by_norm(config.clip_norm, norm),
         optax.adamw(
             make_schedule(config, total_steps),
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=decay,
         ),
     )
-    return skip_unsound(adamw)
+    return skip_unsound(adamw, norm)

@@ -25,7 +25,7 @@ AXIS = "devices"
 def pmap(
     fn: Callable[..., Any],
     *,
-    in_axes: Sequence[int | None],
+    in_axes: Sequence[Any],
     out_axes: Any,
     donate_argnums: Sequence[int] = (),
     devices: Sequence[jax.Device] | None = None,

@@ -5,14 +5,17 @@ Training, the benchmark and the planner compile the same.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from dqe_jax import models, parallel, partition
-from dqe_jax.train_step import make_loss_fn, make_train_step
+from dqe_jax import models, optimizer, parallel, partition, zero
+from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
 
 
 def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
@@ -35,10 +38,65 @@ def warmup_negatives(negatives: Any) -> Any:
     return changed
 
 
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The optimiser of a config.
+
+    Attributes:
+      tx: its functions.
+      axes: of its state, for `parallel.pmap`: None if all of it is replicated.
+      shapes: of its state, with a leading axis of devices where it is sharded.
+    """
+
+    tx: optax.GradientTransformation
+    axes: Any
+    shapes: Any
+
+    def bytes_of_device(self) -> int:
+        """Bytes of the state on a device."""
+        shapes = self.shapes if self.axes is None else zero.shapes_of_device(self.shapes, self.axes)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def make_optimizer(config: Any, params: Any, number: int) -> Optimizer:
+    """The optimiser of a config.
+
+    Args:
+      config: of the run.
+      params: all parameters of the model, or their shapes.
+      number: devices.
+    """
+    training = splitter(config.model)(params)[0]
+    if not config.optimizer.shard_state:
+        tx = optimizer.make_optimizer(config.optimizer, config.total_steps)
+        return Optimizer(tx, None, jax.eval_shape(tx.init, training))
+    tx = zero.make_optimizer(config.optimizer, config.total_steps, training)
+    shapes, axes = zero.state_shapes(tx, training, number)
+    return Optimizer(tx, axes, shapes)
+
+
+def init_state(config: Any, made: Optimizer, params: Any, devices: Sequence[jax.Device]) -> Any:
+    """The state that a run starts with, placed.
+
+    Args:
+      config: of the run.
+      made: its optimiser.
+      params: all parameters.
+      devices: of all processes.
+    """
+    training = splitter(config.model)(params)[0]
+    state = TrainState(jnp.zeros((), jnp.int32), params, None)
+    if made.axes is None:
+        return parallel.replicate(state.replace(opt_state=jax.jit(made.tx.init)(training)), devices)
+    return parallel.replicate(state, devices).replace(
+        opt_state=zero.init(made.tx, training, devices)
+    )
+
+
 def make_step(
     config: Any,
     model: Any,
-    tx: optax.GradientTransformation,
+    made: Optimizer,
     devices: Sequence[jax.Device],
     *,
     bank: bool = False,
@@ -48,13 +106,14 @@ def make_step(
     Args:
       config: of the run.
       model: of the config.
-      tx: of the config.
+      made: its optimiser.
       devices: to run on, of all processes.
       bank: whether negatives come from a bank.
 
     Returns:
       `(state, batch) -> (state, metrics)`, or `(state, batch, bank) -> ...`. State and metrics are
-      replicated; arrays of the batch and of the bank have a leading axis of devices.
+      replicated; arrays of the batch, of the bank and of an optimiser's state that is sharded have
+      a leading axis of devices.
     """
     loss_fn = make_loss_fn(
         apply_fn=model.apply,
@@ -62,6 +121,18 @@ def make_step(
         weights=config.loss,
         margin=config.loss.margin_size,
     )
-    step = make_train_step(loss_fn=loss_fn, tx=tx, seed=config.seed, split=splitter(config.model))
-    in_axes = (None, 0, 0) if bank else (None, 0)
-    return parallel.pmap(step, in_axes=in_axes, out_axes=None, donate_argnums=(0,), devices=devices)
+    step = make_train_step(
+        loss_fn=loss_fn,
+        tx=made.tx,
+        seed=config.seed,
+        split=splitter(config.model),
+        shard_state=config.optimizer.shard_state,
+    )
+    axes = None if made.axes is None else TrainState(None, None, made.axes)
+    return parallel.pmap(
+        step,
+        in_axes=(axes, 0, 0) if bank else (axes, 0),
+        out_axes=(axes, None),
+        donate_argnums=(0,),
+        devices=devices,
+    )

@@ -28,6 +28,7 @@ from dqe_jax import (
     partition,
     programs,
     run_setup,
+    zero,
 )
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import check_batch, check_config
@@ -35,7 +36,7 @@ from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.interrupts import Interrupted, Interrupts
-from dqe_jax.optimizer import make_optimizer, make_schedule
+from dqe_jax.optimizer import make_schedule
 from dqe_jax.train_step import TrainState
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.metric_log import MetricLog, NoLog
@@ -104,7 +105,7 @@ class Run:
     pretrained: Pretrained | None
     tokenizer: Any
     model: Any
-    tx: Any
+    optimizer: programs.Optimizer
     step: Any
     bank_step: Any
     keeper: BankKeeper | None
@@ -138,7 +139,8 @@ def _prepare(
             "which images are in truth valid; take 'none'."
         )
     model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
-    tx = make_optimizer(config.optimizer, config.total_steps)
+    shapes = run_setup.param_shapes(model, config)
+    optimizer = programs.make_optimizer(config, shapes, len(devices))
 
     keeper = None
     if programs.uses_bank(config.negatives):
@@ -169,9 +171,9 @@ def _prepare(
         pretrained=pretrained,
         tokenizer=tokenizer,
         model=model,
-        tx=tx,
-        step=programs.make_step(config, model, tx, devices),
-        bank_step=programs.make_step(config, model, tx, devices, bank=True),
+        optimizer=optimizer,
+        step=programs.make_step(config, model, optimizer, devices),
+        bank_step=programs.make_step(config, model, optimizer, devices, bank=True),
         keeper=keeper,
         batches=batches,
         validation=validation,
@@ -184,11 +186,9 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     split, newest = programs.splitter(run.config.model), manager.latest_step()
     if newest is None:
         params = run_setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
-        opt_state = jax.jit(run.tx.init)(split(params)[0])
-        state = TrainState(jnp.zeros((), jnp.int32), params, opt_state)
-        return parallel.replicate(state, run.devices), 0.0
+        return programs.init_state(run.config, run.optimizer, params, run.devices), 0.0
     params = run_setup.param_shapes(run.model, run.config)
-    like = {"params": params, "opt_state": jax.eval_shape(run.tx.init, split(params)[0])}
+    like = {"params": params, "opt_state": _saved_shapes(run, params)}
     meta = checkpoint.read_meta(manager, newest)
     # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
     rebuilt = (
@@ -203,9 +203,19 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     if rebuilt:
         whole = partition.merge(items["bank_params"], split(items["params"])[1])
         run.keeper.refresh(parallel.replicate(whole, run.devices), meta["bank_step"])
-    state = TrainState(jnp.asarray(newest, jnp.int32), items["params"], items["opt_state"])
+    state = TrainState(jnp.asarray(newest, jnp.int32), items["params"], None)
     logging.info("Resumed from step %d of %s.", newest, manager.directory)
-    return parallel.replicate(state, run.devices), meta["train_seconds"]
+    if run.optimizer.axes is None:
+        state = parallel.replicate(state.replace(opt_state=items["opt_state"]), run.devices)
+    else:
+        moments = zero.cut(items["opt_state"], run.optimizer.axes, run.devices)
+        state = parallel.replicate(state, run.devices).replace(opt_state=moments)
+    return state, meta["train_seconds"]
+
+
+def _saved_shapes(run: Run, params: Any) -> Any:
+    """Shapes of the optimiser's state in a checkpoint: those of a run that does not shard it."""
+    return jax.eval_shape(run.optimizer.tx.init, programs.splitter(run.config.model)(params)[0])
 
 
 def _train(
@@ -401,8 +411,12 @@ def _save(
         "train_seconds": seconds,
     }
     snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
+    moments = state.opt_state
+    if run.optimizer.axes is not None:
+        like = _saved_shapes(run, state.params)
+        moments = zero.join(moments, run.optimizer.axes, like, len(run.devices))
     checkpoint.save(
-        manager, step, state.params, state.opt_state, meta, bank_params=snapshot, metrics=metrics
+        manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics
     )
 
 

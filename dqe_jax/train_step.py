@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dqe_jax import losses, mining, partition, trns
+from dqe_jax import losses, mining, partition, trns, zero
 from dqe_jax.parallel import AXIS
 
 
@@ -30,7 +30,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, the steps taken.
       params: of the model, those that do not train included.
-      opt_state: of the optimiser, for those that train.
+      opt_state: of the optimiser, for those that train; see `zero.py` for a sharded one.
     """
 
     step: jax.Array
@@ -307,6 +307,7 @@ def make_train_step(
     seed: int,
     split: Callable[[Any], tuple[Any, Any]] = lambda params: (params, {}),
     axis_name: str | None = AXIS,
+    shard_state: bool = False,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the per-device step `(state, batch, bank=None) -> (state, metrics)`.
 
@@ -322,6 +323,7 @@ def make_train_step(
       split: parameters to those that train and those that do not, as `partition.split`; the
         optimiser and the backward pass see the first alone.
       axis_name: the mapped axis; None for one device without a map.
+      shard_state: whether `tx` and the optimiser's state are of the device's slices (`zero.py`).
     """
 
     tx = optax.with_extra_args_support(tx)
@@ -334,14 +336,20 @@ def make_train_step(
             return loss_fn(partition.merge(training, frozen), batch, key, bank)
 
         (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
-        if axis_name is not None:
-            # A sum: the losses of the devices add up to the global mean.
+        # A sum: the losses of the devices add up to the global mean.
+        if shard_state:
+            grads = zero.scatter(grads)
+        elif axis_name is not None:
             grads = lax.psum(grads, axis_name)
         # A loss that is not finite may have finite gradients: they are no better.
         sound = jnp.isfinite(metrics["loss"])
-        updates, opt_state = tx.update(grads, state.opt_state, training, sound=sound)
+        held = zero.own(training) if shard_state else training
+        updates, opt_state = tx.update(grads, state.opt_state, held, sound=sound)
+        if shard_state:
+            updates = zero.gather(updates, training)
         params = partition.merge(optax.apply_updates(training, updates), frozen)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        norm = zero.norm_of(training) if shard_state else optax.global_norm
+        metrics["grad_norm"] = norm(grads)
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             metrics["bad_steps"] = opt_state.total_notfinite
             metrics["bad_in_a_row"] = opt_state.notfinite_count

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -179,15 +181,29 @@ def test_two_processes_train_as_one_with_eight_devices(base, two):
     assert_same_run(base / "eight", two[0])
 
 
-def test_a_checkpoint_goes_on_with_other_devices(base, one):
-    """Part by two processes, between two refreshes of the bank; the rest by one with 8 devices."""
-    finish(start(base, "moved", 2, 8, "--stop_at=7"))
-    finish(start(base, "moved", 1, 8))
-    assert_same_run(one, base / "moved")
+def test_a_checkpoint_goes_on_with_other_devices(base, one, two):
+    """The first half by two processes with 8 devices, the second by one with one device."""
+    moved = base / "moved"
+    shutil.copytree(two[0], moved)
+    shutil.rmtree(moved / "checkpoints" / str(STEPS))
+    assert (moved / "checkpoints" / "10").is_dir()  # between two refreshes of the bank
+    (said,) = finish(start(base, "moved", 1, 1))
+    assert "Resumed from step 10 of " in said
+    assert_same_run(one, moved)
+
+
+@pytest.mark.slow  # `zero_test.py` has it in one process
+def test_two_processes_with_a_sharded_optimizer_train_as_one_device_does(base, one):
+    sharded = {"optimizer.shard_state": True}
+    finish(start(base, "sharded", 2, 8, "--stop_at=7", **sharded))
+    finish(start(base, "sharded", 2, 8, **sharded))
+    assert_same_run(one, base / "sharded")
 
 
 def test_a_signal_to_one_process_ends_all_of_them_after_one_save(base):
-    started = start(base, "signal", 2, 8, eval_every=0, checkpoint_every=1000, total_steps=1000)
+    changes = {"eval_every": 0, "checkpoint_every": 1000, "total_steps": 1000}
+    changes |= {"optimizer.shard_state": True}  # so that saving gathers it from both
+    started = start(base, "signal", 2, 8, **changes)
     log = base / "signal" / "metrics.jsonl"
     until = time.time() + 600
     while not (log.exists() and len(log.read_text().splitlines()) > 2):
@@ -202,6 +218,9 @@ def test_a_signal_to_one_process_ends_all_of_them_after_one_save(base):
     saved = int(outputs[0].rpartition("SIGTERM after step ")[2].split(";")[0])
     manager = checkpoint.open_for_reading(epath.Path(base / "signal"))
     assert manager.latest_step() == saved
+    items = manager.restore(saved, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
+    shapes = {x.shape for x in jax.tree.leaves(arrays(base / "signal", saved))}
+    assert {np.shape(x) for x in jax.tree.leaves(items["opt_state"])} <= shapes | {()}
 
 
 def test_slurms_variables_start_two_processes(two):

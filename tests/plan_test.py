@@ -188,18 +188,21 @@ def facts(name="step", **fields):
 
 def test_advice_is_of_what_takes_most():
     config = fiq_clip.get_config()
-    activations = table.advise(config, facts(temporaries=100))
+    activations = table.advise(config, facts(temporaries=100), 8)
     assert activations[0].startswith("a smaller config.batch.references")
     assert activations[1] == "config.model.remat=True"
     assert not any("frozen" in one for one in activations)
-    weights = table.advise(config, facts(inputs={"parameters": 100}))
+    weights = table.advise(config, facts(inputs={"parameters": 100}), 8)
     assert weights[0] == "config.model.frozen_dtype=bfloat16"
-    moments = table.advise(config, facts(inputs={"optimiser": 100}))
-    assert "config.model.frozen" in moments[0]
-    bank = table.advise(shapes.get_config(), facts("bank step", inputs={"bank": 100}))
+    moments = table.advise(config, facts(inputs={"optimiser": 100}), 8)
+    assert moments[0] == "config.optimizer.shard_state=True (ZeRO-1)"
+    assert "config.model.frozen" in moments[1]
+    one = table.advise(config, facts(inputs={"optimiser": 100}), 1)
+    assert "config.model.frozen" in one[0]
+    bank = table.advise(shapes.get_config(), facts("bank step", inputs={"bank": 100}), 8)
     assert bank[0] == "config.negatives.bank_dtype=bfloat16"
     assert "more chips" in bank[1]
-    gallery = table.advise(config, facts("gallery embedding", temporaries=100))
+    gallery = table.advise(config, facts("gallery embedding", temporaries=100), 8)
     assert "config.eval.batch_size" in gallery[0]
 
 
@@ -312,6 +315,24 @@ def test_traffic_of_the_pool_grows_no_faster_than_the_global_batch(planned, tmp_
     assert 0 < of_pool(few, 8) < of_pool(many, 32)
     # 4 times the batch; a ring of 32 sends 31/32 of what it gathers, one of 8 sends 7/8.
     assert of_pool(many, 32) <= 4 * (31 / 32) / (7 / 8) * of_pool(few, 8)
+
+
+@needs_libtpu
+def test_a_sharded_optimizer_takes_an_eighth_and_sends_as_much(tmp_path):
+    file = tmp_path / "facts.json"
+    flags = ("--topology=v5e:2x4,gpu:8", "--programs=step", "--quick", f"--output={file}")
+    sharded = "--config.optimizer.shard_state=True"
+    status, said = plan("--config=configs/shapes.py", sharded, "--per_chip_references=2", *flags)
+    assert status == 0, said
+    step, lowered = (one["programs"][0] for one in json.loads(file.read_text())["plans"])
+    weights = step["inputs"]["parameters"]
+    # Two moments of each; small arrays are not sharded, and slices of large ones are padded.
+    assert weights / 4 < step["inputs"]["optimiser"] < 1.5 * weights / 4
+    assert step["inputs"] == lowered["inputs"]
+    assert step["fits"]
+    assert {"all-gather", "reduce-scatter"} <= set(step["collectives"])
+    # The sum of the gradients of all parameters takes 2 * 7 / 8 of their bytes.
+    assert step["sent"] < 1.2 * 2 * 7 / 8 * weights
 
 
 @needs_libtpu

@@ -17,13 +17,13 @@ def write_photo(path, key=None, size=(5, 7)):
     image.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
 
 
-def fashioniq(source, raw, layout="images/{id}.png"):
-    """The annotation files of `source`, with a photo of each image of their lists."""
+def fashioniq(source, raw, layout="images/{id}.png", splits=("train", "val", "test")):
+    """The annotation files of `source`, with a photo of each image of the lists of `splits`."""
     for folder in ("captions", "image_splits"):
         shutil.copytree(source / folder, raw / folder)
     for file in sorted((raw / "image_splits").iterdir()):
-        category = file.name.split(".")[1]
-        for image in json.loads(file.read_text()):
+        category, split = file.name.split(".")[1:3]
+        for image in json.loads(file.read_text()) if split in splits else ():
             path = raw / layout.format(id=image, category=category)
             if not path.exists():
                 write_photo(path)

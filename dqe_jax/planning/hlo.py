@@ -239,6 +239,9 @@ class Module:
             members = 1
             if groups:
                 members = int(groups[2]) if groups[2] else groups[1].count(",") + 1
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                # How a TPU's compiler writes a reduce-scatter that it fuses with what uses it.
+                kind, size = "reduce-scatter", size // members
             share = (members - 1) / members
             factor = {
                 "all-gather": share,

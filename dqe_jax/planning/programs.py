@@ -15,7 +15,6 @@ from dqe_jax import mining, models, parallel, run_setup
 from dqe_jax import programs as own_programs
 from dqe_jax.data.pipeline import batch_shapes
 from dqe_jax.models import DTYPES
-from dqe_jax.optimizer import make_optimizer
 from dqe_jax.train_step import TrainState
 
 # Images of the training gallery: published ones, or as the data set is generated at the most.
@@ -107,13 +106,12 @@ class _Maker:
             sizes=pretrained and pretrained.sizes,
         )
         self.encode_gallery = run_setup.encoders(self.model)[1]
-        self.tx = make_optimizer(config.optimizer, config.total_steps)
         params = run_setup.param_shapes(self.model, config)
-        training = own_programs.splitter(config.model)(params)[0]
-        moments = jax.eval_shape(self.tx.init, training)
+        self.optimizer = own_programs.make_optimizer(config, params, self.number)
+        moments = self.optimizer.shapes
         self.state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, moments)
         self.weights = {"parameters": size_of(params)}
-        self.moments = {"optimiser": size_of(moments)}
+        self.moments = {"optimiser": self.optimizer.bytes_of_device()}
         self.references = config.batch.references // self.number
         self.shapes = batch_shapes(config, self.references)
 
@@ -132,7 +130,7 @@ class _Maker:
         batch = {k: _sharded(self.number, dtype, *s) for k, (dtype, s) in shapes.items()}
         inputs |= {"batch": size_of(batch) // self.number}
         step = own_programs.make_step(
-            config, self.model, self.tx, self.devices, bank=bank is not None
+            config, self.model, self.optimizer, self.devices, bank=bank is not None
         )
         taken = (self.state, batch) if bank is None else (self.state, batch, bank)
         return Program(name, step, taken, inputs, 0, config.batch.references * per_reference)

@@ -96,12 +96,13 @@ def cost_table(plans: Sequence[Plan]) -> str:
     return text_table(lines)
 
 
-def advise(config: Any, facts: Facts) -> list[str]:
+def advise(config: Any, facts: Facts, devices: int) -> list[str]:
     """What to change so that a program takes less memory, the most useful first.
 
     Args:
       config: of the run.
       facts: of a program that does not fit.
+      devices: of the slice.
     """
     model, kinds = config.model, dict(facts.inputs)
     kinds["temporaries"] = facts.temporaries
@@ -125,6 +126,8 @@ def advise(config: Any, facts: Facts) -> list[str]:
     if frozen and model.frozen_dtype == "float32":
         advice["parameters"].append("config.model.frozen_dtype=bfloat16")
     advice["parameters"].append("a smaller backbone")
+    if not config.optimizer.shard_state and devices > 1:
+        advice["optimiser"].insert(0, "config.optimizer.shard_state=True (ZeRO-1)")
     if config.negatives.bank_dtype == "float32":
         advice["bank"].insert(0, "config.negatives.bank_dtype=bfloat16")
     if facts.name in ("bank refresh", "gallery embedding"):
@@ -143,12 +146,13 @@ def sentences_of_misfits(config: Any, plan: Plan) -> list[str]:
         kinds = dict(facts.inputs) | {"temporaries": facts.temporaries}
         kinds["what lies beside it"] = facts.resident
         kinds = sorted(((k, n) for k, n in kinds.items() if n), key=lambda x: -x[1])
+        advice = advise(config, facts, plan.topology.devices)[:4]
         arrays = [f"{x.shape} ({x.count} of {_gib(x.bytes)}, {x.module})" for x in facts.largest]
         found.append(
             f"{plan.topology.name}: the {facts.name} does not fit: it needs {_gib(facts.needed)} "
             f"of {_gib(facts.memory)} GiB a device, of these "
             f"{', '.join(f'{_gib(n)} {kind}' for kind, n in kinds[:3])}; the largest arrays it "
-            f"computes are {', '.join(arrays)}; try {', or '.join(advise(config, facts)[:4])}."
+            f"computes are {', '.join(arrays)}; try {', or '.join(advice)}."
         )
     return found
 

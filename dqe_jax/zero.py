@@ -1,0 +1,247 @@
+"""The optimiser's state sharded over the devices: ZeRO, stage 1 (Rajbhandari et al., 2020).
+
+Of each large array that trains a device holds the moments of one slice, an equal part of its
+elements. In a step the gradients are added up slice by slice (reduce-scatter, not all-reduce), each
+device updates its slice, and the updates of all are gathered: as much is sent as without it, and a
+device keeps `1 / D` of the moments. Parameters and small arrays stay replicated.
+
+Symbols: `D` devices; a slice is `[r, 128]`, the shape that TPUs scatter without a detour, and its
+last elements may be padding (zeros). Checkpoints hold the moments in the shapes of the parameters,
+as those of a run that does not shard them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.experimental import multihost_utils
+
+from dqe_jax import optimizer, parallel
+
+LANES = 128
+# Elements of the smallest slice, a tile of a TPU: arrays with fewer for each device are replicated.
+LEAST = 8 * LANES
+
+
+def is_sharded(x: Any, number: int) -> bool:
+    """Whether the moments of an array are sharded over so many devices."""
+    return math.prod(x.shape) >= number * LEAST
+
+
+def _shape(x: Any, number: int) -> tuple[int, int, int]:
+    """`[D, r, 128]` of an array."""
+    return number, -(-math.prod(x.shape) // (number * LANES)), LANES
+
+
+def _slices(x: Any, number: int) -> jax.Array:
+    """All slices of an array, `[D, r, 128]`."""
+    shape = _shape(x, number)
+    return jnp.pad(x.reshape(-1), (0, math.prod(shape) - x.size)).reshape(shape)
+
+
+def make_optimizer(config: Any, total_steps: int, training: Any) -> optax.GradientTransformation:
+    """The optimiser of a config for slices.
+
+    Args:
+      config: `config.optimizer`.
+      total_steps: steps of the whole run.
+      training: the parameters that train, or their shapes: those that are matrices decay.
+    """
+    return optimizer.make_optimizer(
+        config, total_steps, norm=norm_of(training), decay=optimizer.matrices(training)
+    )
+
+
+# --------------------------------------------------------------------------- per device, in a step
+
+
+def norm_of(training: Any) -> Callable[[Any], jax.Array]:
+    """The norm of all arrays of which a device holds its slices; arguments as `make_optimizer`."""
+
+    def norm(slices: Any) -> jax.Array:
+        number = lax.axis_size(parallel.AXIS)
+        own_part, whole = jnp.zeros(()), jnp.zeros(())
+        for array, x in zip(jax.tree.leaves(training), jax.tree.leaves(slices), strict=True):
+            square = jnp.square(x).sum()
+            if is_sharded(array, number):
+                own_part += square
+            else:
+                whole += square
+        return jnp.sqrt(lax.psum(own_part, parallel.AXIS) + whole)
+
+    return norm
+
+
+def scatter(grads: Any) -> Any:
+    """Gradients added up over the devices: of large ones the own slice, the others whole."""
+    number = lax.axis_size(parallel.AXIS)
+
+    def one(x: jax.Array) -> jax.Array:
+        if not is_sharded(x, number):
+            return lax.psum(x, parallel.AXIS)
+        return lax.psum_scatter(_slices(x, number), parallel.AXIS)
+
+    return jax.tree.map(one, grads)
+
+
+def own(params: Any) -> Any:
+    """The own slice of each large replicated array; the others as they are."""
+    number, index = lax.axis_size(parallel.AXIS), lax.axis_index(parallel.AXIS)
+
+    def one(x: jax.Array) -> jax.Array:
+        if not is_sharded(x, number):
+            return x
+        return lax.dynamic_index_in_dim(_slices(x, number), index, keepdims=False)
+
+    return jax.tree.map(one, params)
+
+
+def gather(slices: Any, like: Any) -> Any:
+    """Arrays in the shapes of `like`, of the slices of all devices."""
+    number = lax.axis_size(parallel.AXIS)
+
+    def one(x: jax.Array, whole: jax.Array) -> jax.Array:
+        if not is_sharded(whole, number):
+            return x
+        everything = lax.all_gather(x, parallel.AXIS).reshape(-1)
+        return everything[: whole.size].reshape(whole.shape)
+
+    return jax.tree.map(one, slices, like)
+
+
+# -------------------------------------------------------------------------------------- on the host
+
+
+def _held(x: Any, number: int) -> tuple[int, ...]:
+    """The shape of an array's moments on one device."""
+    return _shape(x, number)[1:] if is_sharded(x, number) else x.shape
+
+
+def state_shapes(tx: optax.GradientTransformation, training: Any, number: int) -> tuple[Any, Any]:
+    """The sharded state: its shapes, and its axes for `parallel.pmap`.
+
+    All moments have a leading axis of devices: slices `[D, r, 128]`, small arrays `[D, ...]`, the
+    same for each device. Counts are replicated.
+
+    Args:
+      tx: from `make_optimizer`.
+      training: shapes of the parameters that train.
+      number: devices.
+
+    Returns:
+      Two trees. The second ends where the moments begin (it must be hashable), with 0, and has None
+      for what is replicated.
+    """
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((number, *_held(x, number)), x.dtype)
+
+    shapes = jax.eval_shape(tx.init, jax.tree.map(shape, training))
+    kind = jax.tree.structure(training)
+
+    def are_moments(part: Any) -> bool:
+        return jax.tree.structure(part) == kind
+
+    axes = jax.tree.map(lambda part: 0 if are_moments(part) else None, shapes, is_leaf=are_moments)
+    return shapes, axes
+
+
+def shapes_of_device(shapes: Any, axes: Any) -> Any:
+    """Of what `state_shapes` gave, what one device holds."""
+
+    def one(axis: int | None, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape if axis is None else x.shape[1:], x.dtype)
+
+    return _with_axes(one, axes, shapes)
+
+
+def _with_axes(fn: Callable[..., Any], axes: Any, *trees: Any) -> Any:
+    """`fn(axis, *leaves)` for all leaves of a state."""
+
+    def part(axis: int | None, *parts: Any) -> Any:
+        return jax.tree.map(functools.partial(fn, axis), *parts)
+
+    return jax.tree.map(part, axes, *trees, is_leaf=lambda x: x is None)
+
+
+def _shardings(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
+    """How a step leaves a state on the devices of this process."""
+    mesh = jax.sharding.Mesh(np.asarray(devices[parallel.own_devices(devices)]), (parallel.AXIS,))
+
+    def one(axis: int | None, _: Any) -> jax.sharding.NamedSharding:
+        spec = jax.sharding.PartitionSpec(*([] if axis is None else [parallel.AXIS]))
+        return jax.sharding.NamedSharding(mesh, spec)
+
+    return _with_axes(one, axes, state)
+
+
+def init(tx: optax.GradientTransformation, training: Any, devices: Sequence[jax.Device]) -> Any:
+    """A fresh sharded state, placed: the moments of the own devices.
+
+    Args:
+      tx: from `make_optimizer`.
+      training: the parameters that train, or their shapes: AdamW starts from nothing else.
+      devices: of all processes.
+    """
+    number, count = len(devices), parallel.count_own(devices)
+
+    def fresh() -> Any:
+        def zeros(x: Any) -> jax.Array:
+            return jnp.zeros((count, *_held(x, number)), x.dtype)
+
+        return tx.init(jax.tree.map(zeros, training))
+
+    return jax.jit(fresh, out_shardings=_shardings(*state_shapes(tx, training, number), devices))()
+
+
+def cut(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
+    """A state in the shapes of the parameters, sharded and placed.
+
+    Args:
+      state: NumPy arrays, the same in all processes.
+      axes: from `state_shapes`.
+      devices: of all processes.
+    """
+    here, number = parallel.own_devices(devices), len(devices)
+
+    def one(axis: int | None, x: np.ndarray) -> np.ndarray:
+        if axis is None:
+            return x
+        if not is_sharded(x, number):
+            return np.broadcast_to(x, (parallel.count_own(devices), *x.shape))
+        slices = np.zeros(_shape(x, number), x.dtype)
+        slices.reshape(-1)[: x.size] = x.reshape(-1)
+        return slices[here]
+
+    return jax.device_put(_with_axes(one, axes, state), _shardings(state, axes, devices))
+
+
+def join(state: Any, axes: Any, like: Any, number: int) -> Any:
+    """The inverse of `cut`: NumPy arrays, the same in all processes.
+
+    Args:
+      state: as a step leaves it.
+      axes: from `state_shapes`.
+      like: the state in the shapes of the parameters.
+      number: devices.
+    """
+
+    def one(axis: int | None, x: jax.Array, whole: Any) -> np.ndarray:
+        if axis is None:
+            return np.asarray(x)
+        if not is_sharded(whole, number):
+            return np.asarray(x[0])
+        slices = np.asarray(x)
+        if jax.process_count() > 1:  # one array after the other: a device never holds all
+            slices = multihost_utils.process_allgather(slices, tiled=True)
+        return np.array(slices.reshape(-1)[: math.prod(whole.shape)].reshape(whole.shape))
+
+    return _with_axes(one, axes, state, like)
