@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,22 +30,17 @@ def matrices(params: Any) -> Any:
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-def clip_by_norm(
-    most: float, norm: Callable[[Any], jax.Array] = optax.global_norm
-) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm`, by a norm that may be over devices."""
+def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, but by a norm that is given: `update` takes `norm`."""
 
-    def update(grads, state, params=None):
-        del params
-        found = norm(grads)
-        return jax.tree.map(lambda g: jnp.where(found < most, g, g / found * most), grads), state
+    def update(grads, state, params=None, *, norm: jax.Array, **others):
+        del params, others
+        return jax.tree.map(lambda g: jnp.where(norm < most, g, g / norm * most), grads), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def skip_unsound(
-    inner: optax.GradientTransformation, norm: Callable[[Any], jax.Array] = optax.global_norm
-) -> optax.GradientTransformationExtraArgs:
+def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`inner`, but gradients that are not finite change nothing, and are counted.
 
     The state is that of `optax.apply_if_finite`. That one decides by a condition, which costs a
@@ -54,7 +48,9 @@ def skip_unsound(
     results are selected, and finite is what has a finite norm, which clipping computes anyhow.
 
     `update` takes `sound`, a bool scalar: whether the gradients may be used at all; default: yes.
+    And `norm`, that of all gradients, where these are but a part of them (`zero.py`).
     """
+    inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.ApplyIfFiniteState:
         return optax.ApplyIfFiniteState(
@@ -64,9 +60,17 @@ def skip_unsound(
             inner_state=inner.init(params),
         )
 
-    def update(grads, state, params=None, *, sound: jax.Array | bool = True):
-        finite = jnp.isfinite(norm(grads)) & sound
-        updates, inner_state = inner.update(grads, state.inner_state, params)
+    def update(
+        grads,
+        state,
+        params=None,
+        *,
+        sound: jax.Array | bool = True,
+        norm: jax.Array | None = None,
+    ):
+        norm = optax.global_norm(grads) if norm is None else norm
+        finite = jnp.isfinite(norm) & sound
+        updates, inner_state = inner.update(grads, state.inner_state, params, norm=norm)
         return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates), optax.ApplyIfFiniteState(
             notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
             last_finite=finite,
@@ -83,7 +87,6 @@ def make_optimizer(
     config: Any,
     total_steps: int,
     *,
-    norm: Callable[[Any], jax.Array] = optax.global_norm,
     decay: Any = matrices,
 ) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm; only matrices decay. See `skip_unsound`.
@@ -91,11 +94,10 @@ def make_optimizer(
     Args:
       config: `config.optimizer`.
       total_steps: steps of the whole run.
-      norm: of all gradients.
       decay: which parameters decay, a tree of bool or a function of the parameters to one.
     """
     adamw = optax.chain(
-        clip_by_norm(config.clip_norm, norm),
+        clip_by_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config, total_steps),
             b1=config.b1,
@@ -104,4 +106,4 @@ def make_optimizer(
             mask=decay,
         ),
     )
-    return skip_unsound(adamw, norm)
+    return skip_unsound(adamw)

@@ -40,17 +40,19 @@ def warmup_negatives(negatives: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The optimiser of a config.
+    """The optimiser of a config. Its state may be sharded, on the devices alone (`zero.py`).
 
     Attributes:
       tx: its functions.
-      axes: of its state, for `parallel.pmap`: None if all of it is replicated.
-      shapes: of its state, with a leading axis of devices where it is sharded.
+      saved: shapes of its state in a checkpoint, whether it is sharded or not.
+      shapes: on the devices, with a leading axis of devices where it is sharded.
+      axes: for `parallel.pmap`; None if nothing is sharded.
     """
 
     tx: optax.GradientTransformation
-    axes: Any
+    saved: Any
     shapes: Any
+    axes: Any
 
     def bytes_of_device(self) -> int:
         """Bytes of the state on a device."""
@@ -67,12 +69,14 @@ def make_optimizer(config: Any, params: Any, number: int) -> Optimizer:
       number: devices.
     """
     training = splitter(config.model)(params)[0]
+    # What decays is decided by the whole arrays, not by slices.
+    tx = optimizer.make_optimizer(
+        config.optimizer, config.total_steps, decay=optimizer.matrices(training)
+    )
+    saved = jax.eval_shape(tx.init, training)
     if not config.optimizer.shard_state:
-        tx = optimizer.make_optimizer(config.optimizer, config.total_steps)
-        return Optimizer(tx, None, jax.eval_shape(tx.init, training))
-    tx = zero.make_optimizer(config.optimizer, config.total_steps, training)
-    shapes, axes = zero.state_shapes(tx, training, number)
-    return Optimizer(tx, axes, shapes)
+        return Optimizer(tx, saved, saved, None)
+    return Optimizer(tx, saved, *zero.state_shapes(tx, training, number))
 
 
 def init_state(config: Any, made: Optimizer, params: Any, devices: Sequence[jax.Device]) -> Any:
@@ -85,12 +89,36 @@ def init_state(config: Any, made: Optimizer, params: Any, devices: Sequence[jax.
       devices: of all processes.
     """
     training = splitter(config.model)(params)[0]
-    state = TrainState(jnp.zeros((), jnp.int32), params, None)
     if made.axes is None:
-        return parallel.replicate(state.replace(opt_state=jax.jit(made.tx.init)(training)), devices)
-    return parallel.replicate(state, devices).replace(
-        opt_state=zero.init(made.tx, training, devices)
-    )
+        return place_state(made, 0, params, jax.jit(made.tx.init)(training), devices)
+    state = parallel.replicate(TrainState(jnp.zeros((), jnp.int32), params, None), devices)
+    return state.replace(opt_state=zero.init(made.tx, training, devices))
+
+
+def place_state(
+    made: Optimizer, step: int, params: Any, saved: Any, devices: Sequence[jax.Device]
+) -> Any:
+    """The state that a run goes on with, placed.
+
+    Args:
+      made: the optimiser of the run.
+      step: the steps taken.
+      params: all parameters.
+      saved: the optimiser's state, as `state_to_save` gives it.
+      devices: of all processes.
+    """
+    state = TrainState(jnp.asarray(step, jnp.int32), params, None)
+    if made.axes is None:
+        return parallel.replicate(state.replace(opt_state=saved), devices)
+    moments = zero.cut(saved, made.axes, devices)
+    return parallel.replicate(state, devices).replace(opt_state=moments)
+
+
+def state_to_save(made: Optimizer, opt_state: Any, devices: Sequence[jax.Device]) -> Any:
+    """The optimiser's state in the shapes of `made.saved`: replicated, or NumPy arrays."""
+    if made.axes is None:
+        return opt_state
+    return zero.join(opt_state, made.axes, made.saved, len(devices))
 
 
 def make_step(

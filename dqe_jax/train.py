@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
@@ -28,7 +27,6 @@ from dqe_jax import (
     partition,
     programs,
     run_setup,
-    zero,
 )
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import check_batch, check_config
@@ -105,6 +103,7 @@ class Run:
     pretrained: Pretrained | None
     tokenizer: Any
     model: Any
+    params: Any
     optimizer: programs.Optimizer
     step: Any
     bank_step: Any
@@ -139,9 +138,9 @@ def _prepare(
             "which images are in truth valid; take 'none'."
         )
     model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
-    shapes = run_setup.param_shapes(model, config)
-    optimizer = programs.make_optimizer(config, shapes, len(devices))
+    params = run_setup.param_shapes(model, config)
 
+    optimizer = programs.make_optimizer(config, params, len(devices))
     keeper = None
     if programs.uses_bank(config.negatives):
         keeper = run_setup.make_bank_keeper(config, model, split, text[:, 0], devices)
@@ -171,6 +170,7 @@ def _prepare(
         pretrained=pretrained,
         tokenizer=tokenizer,
         model=model,
+        params=params,
         optimizer=optimizer,
         step=programs.make_step(config, model, optimizer, devices),
         bank_step=programs.make_step(config, model, optimizer, devices, bank=True),
@@ -187,8 +187,7 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     if newest is None:
         params = run_setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
         return programs.init_state(run.config, run.optimizer, params, run.devices), 0.0
-    params = run_setup.param_shapes(run.model, run.config)
-    like = {"params": params, "opt_state": _saved_shapes(run, params)}
+    like = {"params": run.params, "opt_state": run.optimizer.saved}
     meta = checkpoint.read_meta(manager, newest)
     # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
     rebuilt = (
@@ -197,25 +196,17 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
         and not run.keeper.scheduled(newest)
     )
     if rebuilt:
-        like["bank_params"] = split(params)[0]
+        like["bank_params"] = split(run.params)[0]
     items = checkpoint.restore(manager, newest, **like)
     run.batches.set_state(meta["data_state"])
     if rebuilt:
         whole = partition.merge(items["bank_params"], split(items["params"])[1])
         run.keeper.refresh(parallel.replicate(whole, run.devices), meta["bank_step"])
-    state = TrainState(jnp.asarray(newest, jnp.int32), items["params"], None)
     logging.info("Resumed from step %d of %s.", newest, manager.directory)
-    if run.optimizer.axes is None:
-        state = parallel.replicate(state.replace(opt_state=items["opt_state"]), run.devices)
-    else:
-        moments = zero.cut(items["opt_state"], run.optimizer.axes, run.devices)
-        state = parallel.replicate(state, run.devices).replace(opt_state=moments)
+    state = programs.place_state(
+        run.optimizer, newest, items["params"], items["opt_state"], run.devices
+    )
     return state, meta["train_seconds"]
-
-
-def _saved_shapes(run: Run, params: Any) -> Any:
-    """Shapes of the optimiser's state in a checkpoint: those of a run that does not shard it."""
-    return jax.eval_shape(run.optimizer.tx.init, programs.splitter(run.config.model)(params)[0])
 
 
 def _train(
@@ -411,10 +402,7 @@ def _save(
         "train_seconds": seconds,
     }
     snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
-    moments = state.opt_state
-    if run.optimizer.axes is not None:
-        like = _saved_shapes(run, state.params)
-        moments = zero.join(moments, run.optimizer.axes, like, len(run.devices))
+    moments = programs.state_to_save(run.optimizer, state.opt_state, run.devices)
     checkpoint.save(
         manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics
     )

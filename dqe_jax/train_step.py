@@ -323,7 +323,7 @@ def make_train_step(
       split: parameters to those that train and those that do not, as `partition.split`; the
         optimiser and the backward pass see the first alone.
       axis_name: the mapped axis; None for one device without a map.
-      shard_state: whether `tx` and the optimiser's state are of the device's slices (`zero.py`).
+      shard_state: whether the optimiser's state is of the device's slices (`zero.py`).
     """
 
     tx = optax.with_extra_args_support(tx)
@@ -343,13 +343,13 @@ def make_train_step(
             grads = lax.psum(grads, axis_name)
         # A loss that is not finite may have finite gradients: they are no better.
         sound = jnp.isfinite(metrics["loss"])
+        norm = zero.global_norm(grads, training) if shard_state else optax.global_norm(grads)
         held = zero.own(training) if shard_state else training
-        updates, opt_state = tx.update(grads, state.opt_state, held, sound=sound)
+        updates, opt_state = tx.update(grads, state.opt_state, held, sound=sound, norm=norm)
         if shard_state:
             updates = zero.gather(updates, training)
         params = partition.merge(optax.apply_updates(training, updates), frozen)
-        norm = zero.norm_of(training) if shard_state else optax.global_norm
-        metrics["grad_norm"] = norm(grads)
+        metrics["grad_norm"] = norm
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             metrics["bad_steps"] = opt_state.total_notfinite
             metrics["bad_in_a_row"] = opt_state.notfinite_count

@@ -24,7 +24,7 @@ import optax
 from jax import lax
 from jax.experimental import multihost_utils
 
-from dqe_jax import optimizer, parallel
+from dqe_jax import parallel
 
 LANES = 128
 # Elements of the smallest slice, a tile of a TPU: arrays with fewer for each device are replicated.
@@ -47,37 +47,20 @@ def _slices(x: Any, number: int) -> jax.Array:
     return jnp.pad(x.reshape(-1), (0, math.prod(shape) - x.size)).reshape(shape)
 
 
-def make_optimizer(config: Any, total_steps: int, training: Any) -> optax.GradientTransformation:
-    """The optimiser of a config for slices.
-
-    Args:
-      config: `config.optimizer`.
-      total_steps: steps of the whole run.
-      training: the parameters that train, or their shapes: those that are matrices decay.
-    """
-    return optimizer.make_optimizer(
-        config, total_steps, norm=norm_of(training), decay=optimizer.matrices(training)
-    )
-
-
 # --------------------------------------------------------------------------- per device, in a step
 
 
-def norm_of(training: Any) -> Callable[[Any], jax.Array]:
-    """The norm of all arrays of which a device holds its slices; arguments as `make_optimizer`."""
-
-    def norm(slices: Any) -> jax.Array:
-        number = lax.axis_size(parallel.AXIS)
-        own_part, whole = jnp.zeros(()), jnp.zeros(())
-        for array, x in zip(jax.tree.leaves(training), jax.tree.leaves(slices), strict=True):
-            square = jnp.square(x).sum()
-            if is_sharded(array, number):
-                own_part += square
-            else:
-                whole += square
-        return jnp.sqrt(lax.psum(own_part, parallel.AXIS) + whole)
-
-    return norm
+def global_norm(slices: Any, like: Any) -> jax.Array:
+    """Norm of arrays in the shapes of `like`, of which a device holds what `scatter` leaves it."""
+    number = lax.axis_size(parallel.AXIS)
+    own_part, whole = jnp.zeros(()), jnp.zeros(())
+    for array, x in zip(jax.tree.leaves(like), jax.tree.leaves(slices), strict=True):
+        square = jnp.square(x).sum()
+        if is_sharded(array, number):
+            own_part += square
+        else:
+            whole += square
+    return jnp.sqrt(lax.psum(own_part, parallel.AXIS) + whole)
 
 
 def scatter(grads: Any) -> Any:
@@ -132,7 +115,7 @@ def state_shapes(tx: optax.GradientTransformation, training: Any, number: int) -
     same for each device. Counts are replicated.
 
     Args:
-      tx: from `make_optimizer`.
+      tx: the optimiser.
       training: shapes of the parameters that train.
       number: devices.
 
@@ -187,7 +170,7 @@ def init(tx: optax.GradientTransformation, training: Any, devices: Sequence[jax.
     """A fresh sharded state, placed: the moments of the own devices.
 
     Args:
-      tx: from `make_optimizer`.
+      tx: the optimiser.
       training: the parameters that train, or their shapes: AdamW starts from nothing else.
       devices: of all processes.
     """

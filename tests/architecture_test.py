@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("models", "utils"),
     "data": ("data", "utils"),
     "optimizer": ("utils",),
-    "zero": ("optimizer", "parallel"),
+    "zero": ("parallel",),
     "checkpoint": ("utils",),
     "train_step": ("losses", "trns", "mining", "partition", "parallel", "zero", "utils"),
     "protocols": ("metrics", "data", "utils"),

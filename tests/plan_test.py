@@ -125,6 +125,20 @@ def test_collectives_count_once_and_loops_multiply_them():
     assert found["reduce-scatter"] == hlo.Traffic(1, 4096, 4096 * 7)
 
 
+def test_a_fused_reduce_scatter_is_no_all_reduce():
+    text = MODULE.replace("calls=%begin", "calls=%all-reduce-scatter.2").replace(
+        "%begin (", "%all-reduce-scatter.2 ("
+    )
+    text = text.replace(
+        "%ag.1 = f32[32,256]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}, "
+        'frontend_attributes={chain_id="0"}',
+        "%ag.1 = f32[32,256]{1,0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add.1",
+    )
+    found = hlo.Module(text).traffic()
+    assert found["reduce-scatter"] == hlo.Traffic(2, 2 * 4096, 2 * 4096 * 7)
+    assert found["all-reduce"] == hlo.Module(MODULE).traffic()["all-reduce"]
+
+
 def test_the_limit_of_a_loop_is_found_in_what_it_carries():
     text = MODULE.replace(
         "  %limit = s32[]{:T(128)} constant(12)",

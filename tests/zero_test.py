@@ -47,15 +47,13 @@ def devices():
     return jax.devices("cpu")[:8]
 
 
-def optimizer_config(shard_state, **changes):
-    config = small_config("", **{"optimizer.shard_state": shard_state, **changes})
-    config.optimizer.warmup_steps = 0
-    return config
+def optimizer_config(**changes):
+    return small_config("", **{"optimizer.warmup_steps": 0, **changes}).optimizer
 
 
 def test_a_state_is_cut_and_joined_again():
-    config, whole = optimizer_config(True), params()
-    tx = zero.make_optimizer(config.optimizer, 10, whole)
+    whole = params()
+    tx = optimizer.make_optimizer(optimizer_config(), 10)
     rng = np.random.default_rng(1)
     state = jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(np.float32) if x.dtype == "float32" else x,
@@ -76,7 +74,7 @@ def test_a_state_is_cut_and_joined_again():
 def test_updates_are_those_of_the_whole_optimizer(clip, bad):
     """Gradients that differ by device; a third step whose gradients are not finite on one."""
     whole, rng = params(), np.random.default_rng(2)
-    plain = optimizer_config(False, **{"optimizer.clip_norm": clip}).optimizer
+    plain = optimizer_config(**{"optimizer.clip_norm": clip})
     parts = [
         {name: rng.normal(size=(8, *x.shape)).astype(np.float32) for name, x in whole.items()}
         for _ in range(4)
@@ -90,12 +88,14 @@ def test_updates_are_those_of_the_whole_optimizer(clip, bad):
         updates, state = tx.update(jax.tree.map(lambda g: g.sum(0), part), state, expected)
         expected = optax.apply_updates(expected, updates)
 
-    sharded = zero.make_optimizer(plain, 10, whole)
+    sharded = optimizer.make_optimizer(plain, 10, decay=optimizer.matrices(whole))
     _, axes = zero.state_shapes(sharded, whole, 8)
     hash(axes)  # with several processes JAX keeps it in a cache
 
     def step(params, state, grads):
-        updates, state = sharded.update(zero.scatter(grads), state, zero.own(params))
+        grads = zero.scatter(grads)
+        norm = zero.global_norm(grads, params)
+        updates, state = sharded.update(grads, state, zero.own(params), norm=norm)
         return optax.apply_updates(params, zero.gather(updates, params)), state
 
     mapped = parallel.pmap(step, in_axes=(None, axes, 0), out_axes=(None, axes), devices=devices())
