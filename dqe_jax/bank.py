@@ -16,7 +16,8 @@ import tqdm
 from absl import logging
 from jax import lax
 
-from dqe_jax import mining, parallel
+from dqe_jax import mining
+from dqe_jax.distributed import mesh
 from dqe_jax.mining import Bank, Mined
 
 
@@ -36,7 +37,7 @@ def make_fill(encode_gallery: Callable[..., jax.Array], dtype: Any, devices: Any
         return lax.dynamic_update_slice(tokens, new, (start, 0, 0))
 
     in_axes = (None, 0, None, 0)
-    return parallel.pmap(fill, in_axes=in_axes, out_axes=0, donate_argnums=(3,), devices=devices)
+    return mesh.pmap(fill, in_axes=in_axes, out_axes=0, donate_argnums=(3,), devices=devices)
 
 
 def make_mine(negatives: Any, devices: Any) -> Any:
@@ -44,10 +45,10 @@ def make_mine(negatives: Any, devices: Any) -> Any:
 
     def mine(key, query, target_row, known, row_ids, bank):
         wanted = (query, target_row, known, row_ids, bank, negatives)
-        return mining.mine_bank(key, *wanted, axis_name=parallel.AXIS)
+        return mining.mine_bank(key, *wanted, axis_name=mesh.AXIS)
 
     in_axes = (None, None, None, None, None, 0)
-    return parallel.pmap(mine, in_axes=in_axes, out_axes=None, devices=devices)
+    return mesh.pmap(mine, in_axes=in_axes, out_axes=None, devices=devices)
 
 
 def step_rows(batch_size: int, num_devices: int) -> int:
@@ -110,10 +111,10 @@ class BankKeeper:
             return encode_query(params, images, text).embedding
 
         self._fill = make_fill(encode_gallery, self._dtype, devices)
-        self._embed = parallel.map_rows(embed, columns=2, devices=devices)
+        self._embed = mesh.map_rows(embed, columns=2, devices=devices)
         self._mine = make_mine(negatives, devices)
         # Places arrays on the devices, row by row.
-        self._place = parallel.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
+        self._place = mesh.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
 
     def scheduled(self, step: int) -> bool:
         """Whether a refresh is planned after `step` steps."""
@@ -132,7 +133,7 @@ class BankKeeper:
           step: how many were taken.
         """
         gallery, size, total = self._split.gallery, self._size, len(self._devices)
-        own = parallel.own_devices(self._devices)
+        own = mesh.own_devices(self._devices)
         first = np.arange(total)[own, None] * size
         starts = range(0, size, self._step)
         # Read in the order of use: for each step the rows of all devices of this process.
@@ -148,7 +149,7 @@ class BankKeeper:
             disable=jax.process_index() > 0,
         )
         for start, images in bar:
-            images = parallel.shard(images, len(first))
+            images = mesh.shard(images, len(first))
             if tokens is None:
                 one = jax.eval_shape(lambda x: x[0], images)
                 shape = self._shape(params, one).shape[1:]
@@ -174,8 +175,8 @@ class BankKeeper:
     def embed_queries(self, params: Any, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the queries at these positions of the split: float32 `[B, d]`."""
         queries, batch = self._split.queries, len(self._devices) * self._step
-        mine = parallel.own_rows(parallel.pad_rows(rows, batch), batch, self._devices)
-        size = self._step * parallel.count_own(self._devices)
+        mine = mesh.own_rows(mesh.pad_rows(rows, batch), batch, self._devices)
+        size = self._step * mesh.count_own(self._devices)
         images_of = self._split.gallery.batches(queries.reference[mine], size)
         parts = [
             self._embed(params, images, self._text[mine[i * size : (i + 1) * size]])
@@ -206,7 +207,7 @@ class BankKeeper:
                 self._known[here],
                 here.astype(np.int32),
             )
-            padded = [parallel.pad_rows(x, min(batch, len(rows))) for x in columns]
+            padded = [mesh.pad_rows(x, min(batch, len(rows))) for x in columns]
             out = jax.tree.map(np.asarray, self._mine(key, *padded, self.bank))
             parts.append(jax.tree.map(lambda x, kept=here: x[: len(kept)], out))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

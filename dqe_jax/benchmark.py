@@ -70,7 +70,8 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
     """A function that takes some steps and waits for them; and the FLOP of one step."""
     import jax
 
-    from dqe_jax import models, parallel, programs, run_setup
+    from dqe_jax import models, programs, run_setup
+    from dqe_jax.distributed import mesh
 
     pretrained = run_setup.describe_weights(config)
     model = models.build_model(
@@ -86,7 +87,7 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
     config.negatives.pool = "batch"
     step = programs.make_step(config, model, made, devices)
     state = programs.init_state(config, made, params, devices)
-    batch = parallel.shard(random_batch(config), len(devices))
+    batch = mesh.shard(random_batch(config), len(devices))
     compiled = step.lower(state, batch).compile()
     analysis = compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dqe_jax import metrics, parallel, protocols, ranking
+from dqe_jax import metrics, protocols, ranking
 from dqe_jax.data.pipeline import Split
+from dqe_jax.distributed import mesh
 from dqe_jax.protocols import Protocol
 
 
@@ -89,8 +90,8 @@ class RetrievalEvaluator:
             out = encode_query(params, image, text)
             return out.embedding, out.attribute_weights
 
-        self._query = parallel.map_rows(query, columns=2, devices=devices)
-        self._gallery = parallel.map_rows(encode_gallery, columns=1, devices=devices)
+        self._query = mesh.map_rows(query, columns=2, devices=devices)
+        self._gallery = mesh.map_rows(encode_gallery, columns=1, devices=devices)
         self._rank = ranking.make_rank_fn(top_k, devices=devices)
         self._score = ranking.make_score_fn(devices=devices)
 
@@ -211,10 +212,10 @@ class RetrievalEvaluator:
         Each process reads the images of its own devices.
         """
         own = [
-            parallel.own_rows(parallel.pad_rows(x, self._batch), self._batch, self._devices)
+            mesh.own_rows(mesh.pad_rows(x, self._batch), self._batch, self._devices)
             for x in (rows, *columns)
         ]
-        size = self._batch // len(self._devices) * parallel.count_own(self._devices)
+        size = self._batch // len(self._devices) * mesh.count_own(self._devices)
         parts = []
         for i, images in enumerate(self.split.gallery.batches(own[0], size)):
             here = slice(i * size, (i + 1) * size)

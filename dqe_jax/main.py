@@ -41,11 +41,11 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 def main(argv: Sequence[str]) -> None:
     """Trains and evaluates."""
     del argv
-    from dqe_jax import distributed  # after the flags: importing JAX takes seconds
-    from dqe_jax.interrupts import Interrupted
+    from dqe_jax.distributed import processes  # after the flags: importing JAX takes seconds
+    from dqe_jax.distributed.interrupts import Interrupted
     from dqe_jax.train import train_and_evaluate
 
-    distributed.join(
+    processes.join(
         _DISTRIBUTED.value,
         coordinator=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,
@@ -59,13 +59,13 @@ def main(argv: Sequence[str]) -> None:
         train_and_evaluate(config, workdir, stop_at=_STOP_AT.value)
     except Interrupted as interrupted:
         logging.info("Ended by %s; the same command goes on.", interrupted)
-        distributed.leave_at_once(interrupted.status)
+        processes.leave_at_once(interrupted.status)
         sys.exit(interrupted.status)
     except UserError:
-        distributed.leave_at_once(2)
+        processes.leave_at_once(2)
         raise
     except Exception:
-        distributed.leave_at_once(1)
+        processes.leave_at_once(1)
         raise
 
 

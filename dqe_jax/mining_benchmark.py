@@ -95,7 +95,8 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
     import jax
     import jax.numpy as jnp
 
-    from dqe_jax import bank, mining, parallel
+    from dqe_jax import bank, mining
+    from dqe_jax.distributed import mesh
 
     tokens, width = _TOKENS.value, _WIDTH.value
     rows = bank.rows_of_device(size, len(devices))
@@ -116,7 +117,7 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
         return mining.Bank(held, jnp.where(photo < size, photo, -1).astype(jnp.int32))
 
     on = {"devices": devices}
-    held = parallel.pmap(fill, in_axes=(0,), out_axes=0, **on)(np.arange(len(devices)))
+    held = mesh.pmap(fill, in_axes=(0,), out_axes=0, **on)(np.arange(len(devices)))
     count = min(_TIMED.value, _QUERIES.value)
     query = np.random.default_rng(1).standard_normal((count, width), np.float32)
     query /= np.linalg.norm(query, axis=-1, keepdims=True)
@@ -126,7 +127,7 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
         return mining.mine_bank(
             jax.random.key(2),
             *(query, own, own[:, None], jnp.arange(count), held, negatives),
-            axis_name=parallel.AXIS,
+            axis_name=mesh.AXIS,
         )
 
     def plain(query, held):
@@ -143,8 +144,8 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
         return jax.lax.map(product, chunks).sum()
 
     size_of_chunk = min(mining.CHUNK_QUERIES, count)
-    mined = parallel.pmap(mine, in_axes=(None, None, 0), out_axes=None, **on)
-    multiplied = parallel.pmap(plain, in_axes=(None, 0), out_axes=0, **on)
+    mined = mesh.pmap(mine, in_axes=(None, None, 0), out_axes=None, **on)
+    multiplied = mesh.pmap(plain, in_axes=(None, 0), out_axes=0, **on)
     seconds = _seconds(mined, query, own, held)
     peak = peak_memory()  # without what the plain product needs
     of_product = _seconds(multiplied, query, held)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqe_jax import models, optimizer, parallel, partition, zero
+from dqe_jax import models, optimizer, partition, zero
+from dqe_jax.distributed import mesh
 from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
 
 
@@ -46,7 +47,7 @@ class Optimizer:
       tx: its functions.
       saved: shapes of its state in a checkpoint, whether it is sharded or not.
       shapes: on the devices, with a leading axis of devices where it is sharded.
-      axes: for `parallel.pmap`; None if nothing is sharded.
+      axes: for `mesh.pmap`; None if nothing is sharded.
     """
 
     tx: optax.GradientTransformation
@@ -91,7 +92,7 @@ def init_state(config: Any, made: Optimizer, params: Any, devices: Sequence[jax.
     training = splitter(config.model)(params)[0]
     if made.axes is None:
         return place_state(made, 0, params, jax.jit(made.tx.init)(training), devices)
-    state = parallel.replicate(TrainState(jnp.zeros((), jnp.int32), params, None), devices)
+    state = mesh.replicate(TrainState(jnp.zeros((), jnp.int32), params, None), devices)
     return state.replace(opt_state=zero.init(made.tx, training, devices))
 
 
@@ -109,9 +110,9 @@ def place_state(
     """
     state = TrainState(jnp.asarray(step, jnp.int32), params, None)
     if made.axes is None:
-        return parallel.replicate(state.replace(opt_state=saved), devices)
+        return mesh.replicate(state.replace(opt_state=saved), devices)
     moments = zero.cut(saved, made.axes, devices)
-    return parallel.replicate(state, devices).replace(opt_state=moments)
+    return mesh.replicate(state, devices).replace(opt_state=moments)
 
 
 def state_to_save(made: Optimizer, opt_state: Any, devices: Sequence[jax.Device]) -> Any:
@@ -157,7 +158,7 @@ def make_step(
         shard_state=config.optimizer.shard_state,
     )
     axes = None if made.axes is None else TrainState(None, None, made.axes)
-    return parallel.pmap(
+    return mesh.pmap(
         step,
         in_axes=(axes, 0, 0) if bank else (axes, 0),
         out_axes=(axes, None),

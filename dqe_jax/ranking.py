@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dqe_jax import parallel
+from dqe_jax.distributed import mesh
 from dqe_jax.utils.errors import UserError
 
 RankFn = Callable[..., tuple[np.ndarray, np.ndarray]]
@@ -62,12 +62,12 @@ def make_rank_fn(
     """
     if min(k, chunk_rows, chunk_queries) < 1:
         raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
-    devices = parallel.all_devices() if devices is None else list(devices)
+    devices = mesh.all_devices() if devices is None else list(devices)
 
     def rank_shard(queries, excluded, gallery, num_rows):
         """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k."""
         steps = gallery.shape[0]
-        first_row = lax.axis_index(parallel.AXIS).astype(jnp.int32) * (steps * chunk_rows)
+        first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * (steps * chunk_rows)
         offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
         query_index = jnp.arange(chunk_queries)[:, None]
 
@@ -103,15 +103,15 @@ def make_rank_fn(
         starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
         best, _ = lax.scan(step, nothing, (gallery, starts))
         # [C, devices * k], devices in order, hence equal scores in row order.
-        scores, rows = (lax.all_gather(x, parallel.AXIS, axis=1, tiled=True) for x in best)
+        scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
         scores, rows = _top_k(scores, rows, k)
         return rows, scores
 
-    rank_chunk = parallel.pmap(
+    rank_chunk = mesh.pmap(
         rank_shard, in_axes=(None, None, 0, None), out_axes=(None, None), devices=devices
     )
     # Returns its argument as it lies on the devices, so that the gallery is sent there only once.
-    place_on_devices = parallel.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
+    place_on_devices = mesh.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
 
     def rank(
         queries: np.ndarray, gallery: np.ndarray, *, excluded: np.ndarray | None = None
@@ -124,16 +124,16 @@ def make_rank_fn(
         if not len(queries):
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
 
-        padded = parallel.pad_rows(gallery, chunk_rows * len(devices))
+        padded = mesh.pad_rows(gallery, chunk_rows * len(devices))
         by_device = padded.reshape(len(devices), -1, chunk_rows, *gallery.shape[1:])
-        on_devices = place_on_devices(by_device[parallel.own_devices(devices)])
+        on_devices = place_on_devices(by_device[mesh.own_devices(devices)])
         num_rows = np.int32(len(gallery))
         results = []
         for start in range(0, len(queries), chunk_queries):
             chunk = slice(start, start + chunk_queries)
             part = rank_chunk(
-                parallel.pad_rows(queries[chunk], chunk_queries),
-                parallel.pad_rows(excluded[chunk], chunk_queries),
+                mesh.pad_rows(queries[chunk], chunk_queries),
+                mesh.pad_rows(excluded[chunk], chunk_queries),
                 on_devices,
                 num_rows,
             )
@@ -161,7 +161,7 @@ def make_score_fn(
         chunk_queries: queries scored at once on a device; the last chunk is padded.
         devices: the devices to use, of all processes; by default all.
     """
-    devices = parallel.all_devices() if devices is None else list(devices)
+    devices = mesh.all_devices() if devices is None else list(devices)
     chunk = chunk_queries * len(devices)
 
     def score_shard(_, queries, tokens):
@@ -174,7 +174,7 @@ def make_score_fn(
             preferred_element_type=jnp.float32,
         ).max(axis=-1)
 
-    score_chunk = parallel.map_rows(score_shard, columns=2, devices=devices)
+    score_chunk = mesh.map_rows(score_shard, columns=2, devices=devices)
 
     def score(queries: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Scores `rows` of `gallery` for each of `queries`: see `make_score_fn`."""
@@ -186,8 +186,8 @@ def make_score_fn(
         for start in range(0, len(queries), chunk):
             here = rows[start : start + chunk]
             inputs = (queries[start : start + chunk], gallery[here])
-            padded = [parallel.pad_rows(x, chunk) for x in inputs]
-            own = [parallel.own_rows(x, chunk, devices) for x in padded]
+            padded = [mesh.pad_rows(x, chunk) for x in inputs]
+            own = [mesh.own_rows(x, chunk, devices) for x in padded]
             parts.append(score_chunk((), *own)[: len(here)])
         return np.where(rows >= 0, np.concatenate(parts), -np.inf).astype(np.float32)
 

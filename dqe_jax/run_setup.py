@@ -15,7 +15,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, distributed, parallel, partition, programs, protocols, report
+from dqe_jax import checkpoint, partition, programs, protocols, report
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences, flatten
 from dqe_jax.data import tokenizer as text_tokens
@@ -23,6 +23,7 @@ from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.pipeline import Split, known_positives, load_split, photo_ids
 from dqe_jax.data.transforms import join_captions
+from dqe_jax.distributed import mesh, processes
 from dqe_jax.evaluators import Result, RetrievalEvaluator
 from dqe_jax.models import DQE, DTYPES, build_model, parts_of
 from dqe_jax.utils.errors import UserError
@@ -41,7 +42,7 @@ def devices_of(num_devices: int) -> list[jax.Device]:
     Raises:
       UserError: there are fewer, or several processes that would not all take part.
     """
-    devices = parallel.all_devices()
+    devices = mesh.all_devices()
     if num_devices > len(devices):
         raise UserError(
             f"config.num_devices is {num_devices}: this run has {len(devices)} devices."
@@ -206,7 +207,7 @@ class Trained:
         """The parameters alone, replicated over the devices."""
         shapes = param_shapes(self.model, self.config)
         params = checkpoint.restore(self.manager, self.step, params=shapes)["params"]
-        return parallel.replicate(params, self.devices)
+        return mesh.replicate(params, self.devices)
 
 
 def open_trained(config: Any, directory: str, step: int | None) -> Trained:
@@ -379,7 +380,7 @@ def evaluate_and_report(
       UserError: the directory is not writable, or a submission would be refused.
     """
     result = evaluator.run(params, baselines=True)
-    if not distributed.leads():
+    if not processes.leads():
         return result
     report.write_report(
         evaluator,

@@ -18,22 +18,14 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax import (
-    checkpoint,
-    distributed,
-    evaluators,
-    models,
-    parallel,
-    partition,
-    programs,
-    run_setup,
-)
+from dqe_jax import checkpoint, evaluators, models, partition, programs, run_setup
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import check_batch, check_config
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import BENCHMARKS
-from dqe_jax.interrupts import Interrupted, Interrupts
+from dqe_jax.distributed import mesh, processes
+from dqe_jax.distributed.interrupts import Interrupted, Interrupts
 from dqe_jax.optimizer import make_schedule
 from dqe_jax.train_step import TrainState
 from dqe_jax.utils.errors import UserError, reason_of
@@ -73,13 +65,13 @@ def train_and_evaluate(
     check_batch(config, len(devices), jax.process_count())
     if config.data.dataset in BENCHMARKS:
         datasets.find_dataset(config.data)  # before weights are downloaded for nothing
-    path, lock = distributed.leader_first(
-        "workdir", lambda: claim_workdir(workdir, config, alone=distributed.leads())
+    path, lock = processes.leader_first(
+        "workdir", lambda: claim_workdir(workdir, config, alone=processes.leads())
     )
     try:
         pretrained = run_setup.open_weights(config)
         tokenizer = run_setup.tokenizer_of(config, pretrained) if pretrained else None
-        builder = distributed.leader_first("data", lambda: datasets.open_dataset(config.data))
+        builder = processes.leader_first("data", lambda: datasets.open_dataset(config.data))
         run = _prepare(config, path, builder, devices, pretrained, tokenizer)
         with (
             _in_sentences(run),
@@ -201,7 +193,7 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     run.batches.set_state(meta["data_state"])
     if rebuilt:
         whole = partition.merge(items["bank_params"], split(items["params"])[1])
-        run.keeper.refresh(parallel.replicate(whole, run.devices), meta["bank_step"])
+        run.keeper.refresh(mesh.replicate(whole, run.devices), meta["bank_step"])
     logging.info("Resumed from step %d of %s.", newest, manager.directory)
     state = programs.place_state(
         run.optimizer, newest, items["params"], items["opt_state"], run.devices
@@ -215,7 +207,7 @@ def _train(
     """Trains and evaluates from a state on; `began` and `seconds` are for the log."""
     config, start = run.config, int(state.step)
     end = min(stop_at or config.total_steps, config.total_steps)
-    log = MetricLog(run.workdir, resume_step=start) if distributed.leads() else NoLog()
+    log = MetricLog(run.workdir, resume_step=start) if processes.leads() else NoLog()
     try:
         if start == 0:
             _log_start(run, state.params)
@@ -285,7 +277,7 @@ def _loop(
         desc="train",
         unit="step",
         dynamic_ncols=True,
-        disable=not distributed.leads(),
+        disable=not processes.leads(),
     )
     clock, mark, counted = time.time(), seconds, start
     for step in range(start + 1, end + 1):
@@ -316,7 +308,7 @@ def _loop(
             if evaluate:
                 found = measured = run.validation.run(state.params).metrics
                 log.write(step, {f"validation/{k}": v for k, v in measured.items()})
-                if distributed.leads():
+                if processes.leads():
                     bar.write(f"step {step}, {run.validation.describe(measured)}")
             if save:
                 stop = max(stop, guard.check_all())  # nothing unsound is saved
@@ -333,12 +325,12 @@ def _loop(
 def _take_step(run: Run, state: TrainState, stop: int) -> tuple[TrainState, Any]:
     """One step, with negatives of the bank as soon as there is one."""
     batch = next(run.batches)
-    own = parallel.count_own(run.devices)
+    own = mesh.count_own(run.devices)
     batch = {**batch, "stop": np.full(own, stop, np.int32)}
     if run.keeper is None or run.keeper.bank is None:
-        return run.step(state, parallel.shard(batch, own))
+        return run.step(state, mesh.shard(batch, own))
     batch = run.keeper.add_mined(batch)
-    return run.bank_step(state, parallel.shard(batch, own), run.keeper.bank)
+    return run.bank_step(state, mesh.shard(batch, own), run.keeper.bank)
 
 
 class _Guard:

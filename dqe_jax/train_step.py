@@ -1,4 +1,4 @@
-"""The training step: one pure function per device, mapped over the axis `parallel.AXIS`.
+"""The training step: one pure function per device, mapped over the axis `mesh.AXIS`.
 
 The pool of the in-batch term is the global batch: the targets and references of all devices,
 gathered over the axis. Each device scores its own queries against the whole pool. Negatives are
@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from dqe_jax import losses, mining, partition, trns, zero
-from dqe_jax.parallel import AXIS
+from dqe_jax.distributed.mesh import AXIS
 
 
 @flax.struct.dataclass

@@ -24,7 +24,7 @@ import optax
 from jax import lax
 from jax.experimental import multihost_utils
 
-from dqe_jax import parallel
+from dqe_jax.distributed import mesh
 
 LANES = 128
 # Elements of the smallest slice, a tile of a TPU: arrays with fewer for each device are replicated.
@@ -52,7 +52,7 @@ def _slices(x: Any, number: int) -> jax.Array:
 
 def global_norm(slices: Any, like: Any) -> jax.Array:
     """Norm of arrays in the shapes of `like`, of which a device holds what `scatter` leaves it."""
-    number = lax.axis_size(parallel.AXIS)
+    number = lax.axis_size(mesh.AXIS)
     own_part, whole = jnp.zeros(()), jnp.zeros(())
     for array, x in zip(jax.tree.leaves(like), jax.tree.leaves(slices), strict=True):
         square = jnp.square(x).sum()
@@ -60,24 +60,24 @@ def global_norm(slices: Any, like: Any) -> jax.Array:
             own_part += square
         else:
             whole += square
-    return jnp.sqrt(lax.psum(own_part, parallel.AXIS) + whole)
+    return jnp.sqrt(lax.psum(own_part, mesh.AXIS) + whole)
 
 
 def scatter(grads: Any) -> Any:
     """Gradients added up over the devices: of large ones the own slice, the others whole."""
-    number = lax.axis_size(parallel.AXIS)
+    number = lax.axis_size(mesh.AXIS)
 
     def one(x: jax.Array) -> jax.Array:
         if not is_sharded(x, number):
-            return lax.psum(x, parallel.AXIS)
-        return lax.psum_scatter(_slices(x, number), parallel.AXIS)
+            return lax.psum(x, mesh.AXIS)
+        return lax.psum_scatter(_slices(x, number), mesh.AXIS)
 
     return jax.tree.map(one, grads)
 
 
 def own(params: Any) -> Any:
     """The own slice of each large replicated array; the others as they are."""
-    number, index = lax.axis_size(parallel.AXIS), lax.axis_index(parallel.AXIS)
+    number, index = lax.axis_size(mesh.AXIS), lax.axis_index(mesh.AXIS)
 
     def one(x: jax.Array) -> jax.Array:
         if not is_sharded(x, number):
@@ -89,12 +89,12 @@ def own(params: Any) -> Any:
 
 def gather(slices: Any, like: Any) -> Any:
     """Arrays in the shapes of `like`, of the slices of all devices."""
-    number = lax.axis_size(parallel.AXIS)
+    number = lax.axis_size(mesh.AXIS)
 
     def one(x: jax.Array, whole: jax.Array) -> jax.Array:
         if not is_sharded(whole, number):
             return x
-        everything = lax.all_gather(x, parallel.AXIS).reshape(-1)
+        everything = lax.all_gather(x, mesh.AXIS).reshape(-1)
         return everything[: whole.size].reshape(whole.shape)
 
     return jax.tree.map(one, slices, like)
@@ -109,7 +109,7 @@ def _held(x: Any, number: int) -> tuple[int, ...]:
 
 
 def state_shapes(tx: optax.GradientTransformation, training: Any, number: int) -> tuple[Any, Any]:
-    """The sharded state: its shapes, and its axes for `parallel.pmap`.
+    """The sharded state: its shapes, and its axes for `mesh.pmap`.
 
     All moments have a leading axis of devices: slices `[D, r, 128]`, small arrays `[D, ...]`, the
     same for each device. Counts are replicated.
@@ -157,11 +157,12 @@ def _with_axes(fn: Callable[..., Any], axes: Any, *trees: Any) -> Any:
 
 def _shardings(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
     """How a step leaves a state on the devices of this process."""
-    mesh = jax.sharding.Mesh(np.asarray(devices[parallel.own_devices(devices)]), (parallel.AXIS,))
+    here = np.asarray(devices[mesh.own_devices(devices)])
+    own_mesh = jax.sharding.Mesh(here, (mesh.AXIS,))
 
     def one(axis: int | None, _: Any) -> jax.sharding.NamedSharding:
-        spec = jax.sharding.PartitionSpec(*([] if axis is None else [parallel.AXIS]))
-        return jax.sharding.NamedSharding(mesh, spec)
+        spec = jax.sharding.PartitionSpec(*([] if axis is None else [mesh.AXIS]))
+        return jax.sharding.NamedSharding(own_mesh, spec)
 
     return _with_axes(one, axes, state)
 
@@ -174,7 +175,7 @@ def init(tx: optax.GradientTransformation, training: Any, devices: Sequence[jax.
       training: the parameters that train, or their shapes: AdamW starts from nothing else.
       devices: of all processes.
     """
-    number, count = len(devices), parallel.count_own(devices)
+    number, count = len(devices), mesh.count_own(devices)
 
     def fresh() -> Any:
         def zeros(x: Any) -> jax.Array:
@@ -193,13 +194,13 @@ def cut(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
       axes: from `state_shapes`.
       devices: of all processes.
     """
-    here, number = parallel.own_devices(devices), len(devices)
+    here, number = mesh.own_devices(devices), len(devices)
 
     def one(axis: int | None, x: np.ndarray) -> np.ndarray:
         if axis is None:
             return x
         if not is_sharded(x, number):
-            return np.broadcast_to(x, (parallel.count_own(devices), *x.shape))
+            return np.broadcast_to(x, (mesh.count_own(devices), *x.shape))
         slices = np.zeros(_shape(x, number), x.dtype)
         slices.reshape(-1)[: x.size] = x.reshape(-1)
         return slices[here]

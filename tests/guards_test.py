@@ -12,10 +12,11 @@ import pytest
 from etils import epath
 from small_runs import compiled_once, small_config
 
-from dqe_jax import checkpoint, interrupts, train
+from dqe_jax import checkpoint, train
 from dqe_jax import workdir as workdirs
 from dqe_jax.config import check_config
 from dqe_jax.data import pipeline
+from dqe_jax.distributed import interrupts
 from dqe_jax.utils.errors import UserError
 
 

@@ -15,7 +15,8 @@ from small_runs import import_binary
 
 from configs import common
 from dqe_jax import bank as banks
-from dqe_jax import mining, parallel
+from dqe_jax import mining
+from dqe_jax.distributed import mesh
 
 CHUNK, TOKENS, WIDTH, NUM = 16, 3, 6, 5
 ROWS = 113  # no multiple of the chunk, nor of the devices
@@ -83,12 +84,12 @@ def mined_on(devices, made, config, chunk_queries=4, dtype=jnp.float32):
         return mining.mine_bank(
             jax.random.key(7),
             *(query, target, known, row_ids, held, config),
-            axis_name=parallel.AXIS,
+            axis_name=mesh.AXIS,
             chunk_rows=CHUNK,
             chunk_queries=chunk_queries,
         )
 
-    fn = parallel.pmap(
+    fn = mesh.pmap(
         mine, in_axes=(None, None, None, 0), out_axes=None, devices=jax.devices()[:devices]
     )
     return jax.tree.map(np.asarray, fn(query, target, known, held))
@@ -213,8 +214,8 @@ def test_best_tokens_give_the_scores(made, devices, uneven, slots, monkeypatch):
     rows = np.random.default_rng(1).integers(0, high, (len(query), 4)).astype(np.int32)
     monkeypatch.setattr(mining, "SLOTS", slots)
     monkeypatch.setattr(mining, "AT_ONCE", 5)
-    fn = parallel.pmap(
-        lambda q, r, held: mining.best_tokens(q, r, held, parallel.AXIS),
+    fn = mesh.pmap(
+        lambda q, r, held: mining.best_tokens(q, r, held, mesh.AXIS),
         in_axes=(None, None, 0),
         out_axes=0,
         devices=jax.devices()[:devices],

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from dqe_jax import checkpoint, distributed
+from dqe_jax import checkpoint
+from dqe_jax.distributed import processes
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ def command(base, workdir, *flags, **fields):
     ]
 
 
-def environment(devices, base, processes, **variables):
+def environment(devices, base, num_processes, **variables):
     # Programs of several processes are compiled anew: read from a cache they may wait for ever.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(base / "compiled"),
@@ -61,7 +62,7 @@ def environment(devices, base, processes, **variables):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        **(cache if processes == 1 else {}),
+        **(cache if num_processes == 1 else {}),
         **variables,
     }
 
@@ -72,16 +73,16 @@ def free_port():
         return held.getsockname()[1]
 
 
-def start(base, workdir, processes, devices, *flags, environments=None, **fields):
+def start(base, workdir, num_processes, devices, *flags, environments=None, **fields):
     """Starts a run: one `Popen` a process, `devices` in all."""
     started = []
     coordinator = f"localhost:{free_port()}"
-    for i in range(processes):
+    for i in range(num_processes):
         joining = ()
-        if processes > 1 and environments is None:
+        if num_processes > 1 and environments is None:
             joining = (
                 f"--coordinator={coordinator}",
-                f"--num_processes={processes}",
+                f"--num_processes={num_processes}",
                 f"--process_id={i}",
             )
         started.append(
@@ -89,7 +90,7 @@ def start(base, workdir, processes, devices, *flags, environments=None, **fields
                 command(base, workdir, *joining, *flags, **fields),
                 cwd=ROOT,
                 env=environment(
-                    devices // processes, base, processes, **(environments or [{}] * 9)[i]
+                    devices // num_processes, base, num_processes, **(environments or [{}] * 9)[i]
                 ),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -261,11 +262,11 @@ def test_an_error_of_the_leader_ends_all(base):
 )
 def test_arguments_that_do_not_fit_together(arguments, message):
     with pytest.raises(UserError, match=message):
-        distributed.join(**arguments, environ={})
+        processes.join(**arguments, environ={})
 
 
 def test_alone_nothing_is_joined(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
-    distributed.join(environ={})
-    distributed.join(environ={"SLURM_NTASKS": "8"})  # a batch script, not a task
-    distributed.join("off", environ={"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"})
+    processes.join(environ={})
+    processes.join(environ={"SLURM_NTASKS": "8"})  # a batch script, not a task
+    processes.join("off", environ={"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"})

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import shapes
-from dqe_jax import parallel
+from dqe_jax.distributed import mesh
 from dqe_jax.mining import draw
 from dqe_jax.models import build_model
 from dqe_jax.optimizer import make_optimizer
@@ -107,8 +107,8 @@ def make_step(config, tx, num_devices, wrap=lambda f: f):
     devices = jax.devices("cpu")[:num_devices]
     if len(devices) < num_devices:
         pytest.skip(f"needs {num_devices} devices")
-    step = make_train_step(loss_fn=loss_of(config, parallel.AXIS), tx=tx, seed=7)
-    mapped = parallel.pmap(
+    step = make_train_step(loss_fn=loss_of(config, mesh.AXIS), tx=tx, seed=7)
+    mapped = mesh.pmap(
         wrap(step), in_axes=(None, 0), out_axes=None, donate_argnums=(0,), devices=devices
     )
     return mapped, devices
@@ -117,7 +117,7 @@ def make_step(config, tx, num_devices, wrap=lambda f: f):
 def start_state(tx, devices, params):
     params = jax.tree.map(jnp.array, params)  # donated: a copy
     state = TrainState(jnp.asarray(0, jnp.int32), params, jax.jit(tx.init)(params))
-    return parallel.replicate(state, devices)
+    return mesh.replicate(state, devices)
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def three_steps(rule, num_devices):
     step, devices = make_step(make_config(rule), tx, num_devices)
     state, history = start_state(tx, devices, init_params()[1]), []
     for i in range(3):
-        state, metrics = step(state, parallel.shard(make_batch(i), num_devices))
+        state, metrics = step(state, mesh.shard(make_batch(i), num_devices))
         history.append(jax.device_get(metrics))
     return history, jax.device_get(state.params)
 
@@ -399,7 +399,7 @@ def test_one_compilation_donated_state_and_no_transfer(caplog):
     state = start_state(tx, devices, init_params()[0])
     compilations = []
     for i in range(5):
-        batch, before = parallel.shard(make_batch(i), 4), state
+        batch, before = mesh.shard(make_batch(i), 4), state
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
             state, metrics = step(state, batch)
@@ -413,9 +413,9 @@ def test_one_compilation_donated_state_and_no_transfer(caplog):
     assert all(np.isfinite(v) for v in metrics.values())
 
     # The step alone moves nothing between host and devices.
-    mesh = jax.sharding.Mesh(np.asarray(devices), (parallel.AXIS,))
-    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(parallel.AXIS))
-    placed = jax.device_put(parallel.shard(make_batch(6), 4), spec)
+    own_mesh = jax.sharding.Mesh(np.asarray(devices), (mesh.AXIS,))
+    spec = jax.sharding.NamedSharding(own_mesh, jax.sharding.PartitionSpec(mesh.AXIS))
+    placed = jax.device_put(mesh.shard(make_batch(6), 4), spec)
     state, _ = jax.block_until_ready(step(state, placed))
     with jax.transfer_guard("disallow"):
         state, metrics = jax.block_until_ready(step(state, placed))

@@ -6,18 +6,9 @@ import optax
 import pytest
 from small_runs import compiled_once, small_config
 
-from dqe_jax import (
-    benchmark,
-    checkpoint,
-    models,
-    optimizer,
-    parallel,
-    programs,
-    run_setup,
-    train,
-    zero,
-)
+from dqe_jax import benchmark, checkpoint, models, optimizer, programs, run_setup, train, zero
 from dqe_jax.config import check_config
+from dqe_jax.distributed import mesh
 
 SHARDED = {"optimizer.shard_state": True}
 SHAPES = {"scalar": (), "vector": (5,), "empty": (0, 4), "small": (3, 7), "odd": (97, 90)}
@@ -98,7 +89,7 @@ def test_updates_are_those_of_the_whole_optimizer(clip, bad):
         updates, state = sharded.update(grads, state, zero.own(params), norm=norm)
         return optax.apply_updates(params, zero.gather(updates, params)), state
 
-    mapped = parallel.pmap(step, in_axes=(None, axes, 0), out_axes=(None, axes), devices=devices())
+    mapped = mesh.pmap(step, in_axes=(None, axes, 0), out_axes=(None, axes), devices=devices())
     found, held = whole, zero.init(sharded, whole, devices())
     for part in parts:
         found, held = mapped(found, held, part)
@@ -152,7 +143,7 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
     step = programs.make_step(config, model, made, devices()[:4])
     state = programs.init_state(config, made, params, devices()[:4])
     assert made.bytes_of_device() < 0.5 * sum(2 * x.nbytes for x in jax.tree.leaves(params))
-    batch = parallel.shard(benchmark.random_batch(config), 4)
+    batch = mesh.shard(benchmark.random_batch(config), 4)
     compilations = []
     for _ in range(3):
         caplog.clear()

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dqe_jax import mining, parallel
+from dqe_jax import mining
 from dqe_jax.auditing import candidates, statistics
 from dqe_jax.auditing.candidates import CLASSES, Truth
 from dqe_jax.bank import BankKeeper
+from dqe_jax.distributed import mesh
 from dqe_jax.mining import Bank, Mined
 from dqe_jax.utils.errors import UserError
 
@@ -87,10 +88,10 @@ def _scores(
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Scores of the whole bank, for some queries at a time: `(which, float32 [b, devices * S])`."""
     size = min(mining.CHUNK_QUERIES, len(query))
-    score = parallel.pmap(mining.bank_scores, in_axes=(None, 0), out_axes=0, devices=devices)
+    score = mesh.pmap(mining.bank_scores, in_axes=(None, 0), out_axes=0, devices=devices)
     for start in range(0, len(query), size):
         here = slice(start, min(start + size, len(query)))
-        parts = np.asarray(score(parallel.pad_rows(query[here], size), bank))
+        parts = np.asarray(score(mesh.pad_rows(query[here], size), bank))
         whole = np.moveaxis(parts, 0, 1).reshape(size, -1)
         yield here, whole[: here.stop - start]
 
@@ -155,7 +156,7 @@ class _Measure:
         allowed, valid = ~forbidden, classes == CLASSES.index("valid")
         self._counts += statistics.count_deltas(delta[allowed], classes[allowed], len(CLASSES))
         self._size = max(self._size, len(delta))
-        padded = [parallel.pad_rows(x, self._size) for x in (delta, forbidden, row_ids)]
+        padded = [mesh.pad_rows(x, self._size) for x in (delta, forbidden, row_ids)]
         inputs = jax.device_put((self._key, *padded))
 
         def call(draw: Draw, *setting: np.float32) -> Mined:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from dqe_jax import bank as banks
-from dqe_jax import mining, models, parallel, run_setup
+from dqe_jax import mining, models, run_setup
 from dqe_jax import programs as own_programs
 from dqe_jax.data.pipeline import batch_shapes
+from dqe_jax.distributed import mesh
 from dqe_jax.models import DTYPES
 from dqe_jax.train_step import TrainState
 
@@ -36,7 +37,7 @@ class Program:
 
     Attributes:
       name: one of `NAMES`.
-      mapped: of `parallel.pmap`.
+      mapped: of `mesh.pmap`.
       arguments: shapes; those that are sharded have a leading axis of devices.
       inputs: bytes a device of each kind of argument, without padding.
       resident: bytes a device of what lies there meanwhile and is no argument.
@@ -185,7 +186,7 @@ class _Maker:
     def gallery_embedding(self, bank: mining.Bank | None) -> Program:
         """Embeds images in evaluation, while training waits."""
         count = -(-self.config.eval.batch_size // self.number)
-        embed = parallel.gather_rows(self.encode_gallery, columns=1, devices=self.devices)
+        embed = mesh.gather_rows(self.encode_gallery, columns=1, devices=self.devices)
         taken = (self.state.params, self._images(count))
         inputs = self.weights | {"batch": size_of(taken[1]) // self.number}
         resident = sum((self.moments | self._of_bank(bank)).values())

@@ -1,0 +1,1 @@
+"""Devices and processes: the mapped axis, several processes as one run, and interrupts."""
