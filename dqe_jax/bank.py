@@ -16,9 +16,9 @@ import tqdm
 from absl import logging
 from jax import lax
 
-from dqe_jax import mining
 from dqe_jax.distributed import mesh
-from dqe_jax.mining import Bank, Mined
+from dqe_jax.method import mining
+from dqe_jax.method.mining import Bank, Mined
 
 
 def rows_of_device(num_rows: int, num_devices: int, chunk_rows: int = mining.CHUNK_ROWS) -> int:

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dqe_jax import models, trns
+from dqe_jax import models
 from dqe_jax.data import datasets, preprocess, transforms
 from dqe_jax.data.examples import SPLITS
+from dqe_jax.method import trns
 from dqe_jax.utils.errors import UserError
 
 

@@ -2,8 +2,8 @@
 
 The pool of the in-batch term is the global batch: the targets and references of all devices,
 gathered over the axis. Each device scores its own queries against the whole pool. Negatives are
-mined from that pool too, or from the bank of the whole training gallery (`mining.py`). Neither
-changes with the number of devices.
+mined from that pool too, or from the bank of the whole training gallery (`method/mining.py`).
+Neither changes with the number of devices.
 
 Symbols: `R` references and `B = R * Q` queries of this device, `N` candidates of the pool.
 """
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dqe_jax import losses, mining, partition, trns, zero
+from dqe_jax import partition, zero
 from dqe_jax.distributed.mesh import AXIS
+from dqe_jax.method import losses, mining, trns
 
 
 @flax.struct.dataclass

@@ -19,11 +19,12 @@ from PIL import Image
 from small_runs import compiled_once, import_binary, small_config
 
 from configs import common
-from dqe_jax import mining, run_setup, train
+from dqe_jax import run_setup, train
 from dqe_jax.auditing import candidates, draws, figure, statistics
 from dqe_jax.auditing.candidates import CLASSES
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.pipeline import Split, known_positives
+from dqe_jax.method import mining
 from dqe_jax.utils.errors import UserError
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dqe_jax import losses
+from dqe_jax.method import losses
 
 TAU = jnp.float32(0.07)
 

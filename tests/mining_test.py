@@ -15,8 +15,8 @@ from small_runs import import_binary
 
 from configs import common
 from dqe_jax import bank as banks
-from dqe_jax import mining
 from dqe_jax.distributed import mesh
+from dqe_jax.method import mining
 
 CHUNK, TOKENS, WIDTH, NUM = 16, 3, 6, 5
 ROWS = 113  # no multiple of the chunk, nor of the devices

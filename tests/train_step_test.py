@@ -10,7 +10,7 @@ import pytest
 
 from configs import shapes
 from dqe_jax.distributed import mesh
-from dqe_jax.mining import draw
+from dqe_jax.method.mining import draw
 from dqe_jax.models import build_model
 from dqe_jax.optimizer import make_optimizer
 from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step

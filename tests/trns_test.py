@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dqe_jax import trns
+from dqe_jax.method import trns
 
 # ----------------------------------------------------------------------------- the plain statement
 

@@ -1,6 +1,6 @@
 """Draws negatives by a rule: from the global batch, or from the bank of the whole training gallery.
 
-Pure functions per device, like the training step. What the rules are made of is in `trns.py`:
+Pure functions per device, like the training step, made of the parts in `trns.py`:
 
 | rule | mid-zone | drawn |
 | --- | --- | --- |
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dqe_jax import trns
+from dqe_jax.method import trns
 
 CHUNK_ROWS = 512
 CHUNK_QUERIES = 256

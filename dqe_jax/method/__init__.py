@@ -1,0 +1,1 @@
+"""DQE-CIR itself: similarity, target-relative negative sampling, mining and losses."""
