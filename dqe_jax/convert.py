@@ -27,7 +27,9 @@ _VARIANT = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
     """Reads, checks and writes."""
     del argv
-    from dqe_jax.weights.conversion import convert  # after the flags: importing JAX takes seconds
+    from dqe_jax.models.weights.conversion import (
+        convert,  # after the flags: importing JAX takes seconds
+    )
 
     directory, pretrained, count, has_tokenizer = convert(
         _SOURCE.value, _OUTPUT.value, backbone=_BACKBONE.value, variant=_VARIANT.value

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     import pathlib
 
     from dqe_jax import checkpoint
-    from dqe_jax.weights import hugging_face
+    from dqe_jax.models.weights import hugging_face
 
     manager = checkpoint.open_for_reading(_WORKDIR.value)
     step = checkpoint.choose_step(manager, _STEP.value)

@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqe_jax import models, optimizer, partition, zero
+from dqe_jax import models, optimizer, zero
 from dqe_jax.distributed import mesh
+from dqe_jax.models import freeze
 from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
 
 
 def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
     """Splits parameters into those that train and those that do not, by `config.model`."""
     parts = models.parts_of(model_config.backbone)
-    return lambda params: partition.split(params, model_config.frozen, parts)
+    return lambda params: freeze.split(params, model_config.frozen, parts)
 
 
 def uses_bank(negatives: Any) -> bool:

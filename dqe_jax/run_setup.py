@@ -15,7 +15,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, partition, programs, protocols, report
+from dqe_jax import checkpoint, programs, protocols, report
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences, flatten
 from dqe_jax.data import tokenizer as text_tokens
@@ -25,11 +25,12 @@ from dqe_jax.data.pipeline import Split, known_positives, load_split, photo_ids
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.evaluators import Result, RetrievalEvaluator
-from dqe_jax.models import DQE, DTYPES, build_model, parts_of
+from dqe_jax.models import DQE, DTYPES, build_model, freeze, parts_of
+from dqe_jax.models.weights import sizes as size_files
+from dqe_jax.models.weights.initial import Pretrained, open_pretrained
+from dqe_jax.models.weights.stacking import stack_layers
+from dqe_jax.models.weights.transfer import fit
 from dqe_jax.utils.errors import UserError
-from dqe_jax.weights import sizes as size_files
-from dqe_jax.weights.initial import Pretrained, open_pretrained
-from dqe_jax.weights.transfer import fit
 
 BACKBONE = "backbone/"
 # Tokens of the shortest text of a pretrained backbone: its start, a word, its end.
@@ -268,7 +269,7 @@ def init_params(
         shapes = flatten_dict(jax.eval_shape(init, jax.random.key(seed)), sep="/")
         held = pretrained.read()
         if config.model.scan_layers:
-            held = partition.stack_layers(held)
+            held = stack_layers(held)
         own = {p.removeprefix(BACKBONE): x for p, x in shapes.items() if p.startswith(BACKBONE)}
         fitted = fit(held, own, pretrained.origin)
         given = {BACKBONE + path: x for path, x in fitted.items()}
@@ -279,8 +280,8 @@ def init_params(
     flat = jax.jit(missing)(jax.random.key(seed)) | given
     parts = parts_of(config.model.backbone)
     dtype = DTYPES[config.model.frozen_dtype]
-    training, frozen = partition.split(unflatten_dict(flat, sep="/"), config.model.frozen, parts)
-    return partition.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))
+    training, frozen = freeze.split(unflatten_dict(flat, sep="/"), config.model.frozen, parts)
+    return freeze.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))
 
 
 def make_evaluator(
@@ -343,7 +344,7 @@ def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[st
     """
     counts = dict.fromkeys(parts, 0)
     for path, leaf in flatten_dict(params, sep="/").items():
-        counts[partition.part_of(path, parts)] += math.prod(leaf.shape)
+        counts[freeze.part_of(path, parts)] += math.prod(leaf.shape)
     return {part: count for part, count in counts.items() if count}
 
 

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, evaluators, models, partition, programs, run_setup
+from dqe_jax import checkpoint, evaluators, models, programs, run_setup
 from dqe_jax.bank import BankKeeper
 from dqe_jax.config import check_batch, check_config
 from dqe_jax.data import datasets, lexicon, pipeline
@@ -26,12 +26,13 @@ from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
+from dqe_jax.models import freeze
+from dqe_jax.models.weights import sizes as size_files
+from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.optimizer import make_schedule
 from dqe_jax.train_step import TrainState
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.metric_log import MetricLog, NoLog
-from dqe_jax.weights import sizes as size_files
-from dqe_jax.weights.initial import Pretrained
 from dqe_jax.workdir import claim_workdir
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -60,7 +61,7 @@ def train_and_evaluate(
     """
     began = time.time()
     check_config(config)
-    partition.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
+    freeze.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
     devices = run_setup.devices_of(config.num_devices)
     check_batch(config, len(devices), jax.process_count())
     if config.data.dataset in BENCHMARKS:
@@ -192,7 +193,7 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     items = checkpoint.restore(manager, newest, **like)
     run.batches.set_state(meta["data_state"])
     if rebuilt:
-        whole = partition.merge(items["bank_params"], split(items["params"])[1])
+        whole = freeze.merge(items["bank_params"], split(items["params"])[1])
         run.keeper.refresh(mesh.replicate(whole, run.devices), meta["bank_step"])
     logging.info("Resumed from step %d of %s.", newest, manager.directory)
     state = programs.place_state(

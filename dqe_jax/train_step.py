@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dqe_jax import partition, zero
+from dqe_jax import zero
 from dqe_jax.distributed.mesh import AXIS
 from dqe_jax.method import losses, mining, trns
+from dqe_jax.models import freeze
 
 
 @flax.struct.dataclass
@@ -321,7 +322,7 @@ def make_train_step(
       loss_fn: from `make_loss_fn`, of the same axis.
       tx: the optimiser.
       seed: of everything random in the step.
-      split: parameters to those that train and those that do not, as `partition.split`; the
+      split: parameters to those that train and those that do not, as `freeze.split`; the
         optimiser and the backward pass see the first alone.
       axis_name: the mapped axis; None for one device without a map.
       shard_state: whether the optimiser's state is of the device's slices (`zero.py`).
@@ -334,7 +335,7 @@ def make_train_step(
         training, frozen = split(state.params)
 
         def loss_of(training):
-            return loss_fn(partition.merge(training, frozen), batch, key, bank)
+            return loss_fn(freeze.merge(training, frozen), batch, key, bank)
 
         (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
         # A sum: the losses of the devices add up to the global mean.
@@ -349,7 +350,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, held, sound=sound, norm=norm)
         if shard_state:
             updates = zero.gather(updates, training)
-        params = partition.merge(optax.apply_updates(training, updates), frozen)
+        params = freeze.merge(optax.apply_updates(training, updates), frozen)
         metrics["grad_norm"] = norm
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             metrics["bad_steps"] = opt_state.total_notfinite

@@ -11,11 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import common
-from dqe_jax import models, partition, run_setup
+from dqe_jax import models, run_setup
+from dqe_jax.models import freeze
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import VisionSizes
-from dqe_jax.partition import stack_layers
+from dqe_jax.models.weights.stacking import stack_layers
 
 VOCAB, LENGTH, SIZE = 20, 8, 32
 R, Q = 2, 3
@@ -424,9 +425,7 @@ def test_every_parameter_is_in_exactly_one_part(initial, backbone):
     parts = models.parts_of(backbone)
     for path in flatten_dict(initial, sep="/"):
         holders = [
-            p
-            for p, patterns in parts.items()
-            if partition.part_of(path, {p: patterns, "": "*"}) == p
+            p for p, patterns in parts.items() if freeze.part_of(path, {p: patterns, "": "*"}) == p
         ]
         assert len(holders) == 1, (path, holders)
     assert set(run_setup.count_parameters(initial, parts)) == set(parts)

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from dqe_jax.models import BACKBONES, VARIANTS
 from dqe_jax.models.encoder import Compute, flash_takes
-from dqe_jax.partition import stack_layers
-from dqe_jax.weights import hugging_face, rules, sizes, transfer
-from dqe_jax.weights.source import open_source
+from dqe_jax.models.weights import hugging_face, rules, sizes, transfer
+from dqe_jax.models.weights.source import open_source
+from dqe_jax.models.weights.stacking import stack_layers
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = ("clip", "blip2")

@@ -14,11 +14,12 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from small_runs import compiled_once, small_config
 
-from dqe_jax import checkpoint, models, partition, run_setup, train
+from dqe_jax import checkpoint, models, run_setup, train
 from dqe_jax.config import check_config, flatten
+from dqe_jax.models import freeze
+from dqe_jax.models.weights import initial, stacking
+from dqe_jax.models.weights.conversion import convert
 from dqe_jax.utils.errors import UserError
-from dqe_jax.weights import initial
-from dqe_jax.weights.conversion import convert
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -112,7 +113,7 @@ def test_a_run_starts_from_the_weights_and_keeps_what_is_frozen(run):
         ours = params[f"backbone/{path}"]
         if path == "vision/positions":
             assert ours.shape != x.shape  # 72 pixels in place of 32
-        elif partition.part_of(f"backbone/{path}", parts) in config.model.frozen:
+        elif freeze.part_of(f"backbone/{path}", parts) in config.model.frozen:
             assert ours.dtype == jax.numpy.bfloat16
             np.testing.assert_array_equal(ours, x.astype(jax.numpy.bfloat16))
             kept += 1
@@ -125,9 +126,7 @@ def test_a_run_starts_from_the_weights_and_keeps_what_is_frozen(run):
     # The optimiser has nothing of what is frozen.
     restored = manager.restore(step, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
     state = jax.tree.leaves(restored["opt_state"])
-    trained = [
-        x for path, x in params.items() if partition.part_of(path, parts) not in FROZEN[name]
-    ]
+    trained = [x for path, x in params.items() if freeze.part_of(path, parts) not in FROZEN[name]]
     # Two moments of each, and two counts of steps.
     assert sum(x.size for x in state) == 2 * sum(x.size for x in trained) + 5  # counts
 
@@ -209,7 +208,7 @@ def test_converted_weights_and_a_scanned_stack_start_alike(base, name, tmp_path)
     assert [x.ids for x in one] == [x.ids for x in other]
     assert {len(x.ids) for x in one} == {12}
     scanned, _ = start(**{"model.scan_layers": True})
-    jax.tree.map(np.testing.assert_array_equal, partition.unstack_layers(scanned), expected)
+    jax.tree.map(np.testing.assert_array_equal, stacking.unstack_layers(scanned), expected)
 
 
 def test_tokenizers_of_the_papers(base):

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from dqe_jax.models import VARIANTS, blip2, clip
+from dqe_jax.models.weights import hugging_face, initial, sizes, source, transfer
+from dqe_jax.models.weights.conversion import convert
 from dqe_jax.utils.errors import UserError
-from dqe_jax.weights import hugging_face, initial, sizes, source, transfer
-from dqe_jax.weights.conversion import convert
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = ("clip", "blip2")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dqe_jax.models.weights.rules import LAYOUTS, Layout, Rule
+from dqe_jax.models.weights.source import Source
 from dqe_jax.utils.errors import UserError
-from dqe_jax.weights.rules import LAYOUTS, Layout, Rule
-from dqe_jax.weights.source import Source
 
 SHOWN = 8  # names listed in an error
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dqe_jax.utils.errors import UserError
-
-_LAYER = re.compile(r"(.*/encoder)/layers_(\d+)/(.*)")
 
 
 def part_of(path: str, parts: Mapping[str, Sequence[str]]) -> str:
@@ -58,34 +54,3 @@ def merge(one: Any, other: Any) -> Any:
     """What `split` took apart, put together again."""
     flat = flatten_dict(one, sep="/") | flatten_dict(other, sep="/")
     return unflatten_dict(flat, sep="/")
-
-
-def stack_layers(params: Any) -> Any:
-    """Children `layers_0` ... of encoders become one child `layers` with a leading axis.
-
-    That is how a scanned stack (`models/encoder.py`) keeps its parameters; the rest is as it was.
-    """
-    layers: dict[str, dict[int, Any]] = {}
-    out = {}
-    for path, x in flatten_dict(params, sep="/").items():
-        found = _LAYER.fullmatch(path)
-        if found:
-            before, index, after = found.groups()
-            layers.setdefault(f"{before}/layers/{after}", {})[int(index)] = x
-        else:
-            out[path] = x
-    for path, by_index in layers.items():
-        out[path] = np.stack([by_index[i] for i in range(len(by_index))])
-    return unflatten_dict(out, sep="/")
-
-
-def unstack_layers(params: Any) -> Any:
-    """The inverse of `stack_layers`."""
-    out = {}
-    for path, x in flatten_dict(params, sep="/").items():
-        before, found, after = path.partition("/encoder/layers/")
-        if found:
-            out |= {f"{before}/encoder/layers_{i}/{after}": x[i] for i in range(x.shape[0])}
-        else:
-            out[path] = x
-    return unflatten_dict(out, sep="/")

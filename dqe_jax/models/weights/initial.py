@@ -17,11 +17,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dqe_jax.models import VARIANTS
+from dqe_jax.models.weights import sizes as size_files
+from dqe_jax.models.weights.source import Source, open_source
+from dqe_jax.models.weights.transfer import layout_of, read_backbone
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.paths import whole_path
-from dqe_jax.weights import sizes as size_files
-from dqe_jax.weights.source import Source, open_source
-from dqe_jax.weights.transfer import layout_of, read_backbone
 
 FACTS, PARAMS = "weights.json", "params"
 

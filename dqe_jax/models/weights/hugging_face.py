@@ -12,10 +12,10 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from dqe_jax.partition import unstack_layers
-from dqe_jax.weights import sizes as size_files
-from dqe_jax.weights.rules import LAYOUTS
-from dqe_jax.weights.transfer import write_backbone
+from dqe_jax.models.weights import sizes as size_files
+from dqe_jax.models.weights.rules import LAYOUTS
+from dqe_jax.models.weights.stacking import unstack_layers
+from dqe_jax.models.weights.transfer import write_backbone
 
 METADATA = {"format": "pt"}
 

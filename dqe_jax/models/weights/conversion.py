@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.models import VARIANTS
+from dqe_jax.models.weights import sizes as size_files
+from dqe_jax.models.weights.initial import FACTS, PARAMS, Pretrained
+from dqe_jax.models.weights.source import open_source
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import whole_path
-from dqe_jax.weights import sizes as size_files
-from dqe_jax.weights.initial import FACTS, PARAMS, Pretrained
-from dqe_jax.weights.source import open_source
 
 
 def convert(
