@@ -47,9 +47,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dqe_jax import protocols, train
+from dqe_jax import train
 from dqe_jax.config import check_config, differences
-from dqe_jax.report import write_json
+from dqe_jax.evaluation import protocols
+from dqe_jax.evaluation.report import write_json
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table

@@ -85,9 +85,10 @@ def _lowers(negatives: Any) -> list[float]:
 
 
 def _audit(config: Any, split: str, directory: str, lowers: Sequence[float]) -> None:
-    from dqe_jax import report, run_setup
+    from dqe_jax import run_setup
     from dqe_jax.auditing import candidates, draws, figure
     from dqe_jax.data import datasets
+    from dqe_jax.evaluation import report
     from dqe_jax.utils.paths import whole_path
 
     trained = run_setup.open_trained(config, directory, _STEP.value)

@@ -97,8 +97,8 @@ def _evaluate(config, split: str) -> None:
 
 
 def _watch(config, split: str) -> None:
+    from dqe_jax.evaluation.watch import watch
     from dqe_jax.utils.paths import whole_path
-    from dqe_jax.watch import watch
 
     if _WORKDIR.value is None or _CHECKPOINT.value or _STEP.value is not None:
         raise UserError("--watch follows --workdir=DIR, without --checkpoint and --step.")
@@ -117,7 +117,7 @@ def _watch(config, split: str) -> None:
 def _score(config, split: str) -> None:
     from etils import epath
 
-    from dqe_jax import predictions, protocols, report
+    from dqe_jax.evaluation import predictions, protocols, report
 
     if _RAW_DIR.value is None:
         raise UserError("--predictions needs --raw_dir=DIR, the directory of the annotation files.")

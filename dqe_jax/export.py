@@ -26,19 +26,19 @@ def main(argv: Sequence[str]) -> None:
     del argv
     import pathlib
 
-    from dqe_jax import checkpoint
+    from dqe_jax.checkpoints import store
     from dqe_jax.models.weights import hugging_face
 
-    manager = checkpoint.open_for_reading(_WORKDIR.value)
-    step = checkpoint.choose_step(manager, _STEP.value)
-    meta = checkpoint.read_meta(manager, step)
+    manager = store.open_for_reading(_WORKDIR.value)
+    step = store.choose_step(manager, _STEP.value)
+    meta = store.read_meta(manager, step)
     backbone = meta["config"]["model"]["backbone"]
     if backbone == "tiny":
         raise UserError(
             f"{manager.directory} is of the backbone 'tiny', which has no counterpart in "
             "Hugging Face transformers: export runs of 'clip' or 'blip2'."
         )
-    params = checkpoint.restore_params(manager, step)
+    params = store.restore_params(manager, step)
     directory = pathlib.Path(_OUTPUT.value).expanduser()
     try:
         counts = hugging_face.write(directory, params, meta)

@@ -15,8 +15,9 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, programs, protocols, report
+from dqe_jax import programs
 from dqe_jax.bank import BankKeeper
+from dqe_jax.checkpoints import store
 from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences, flatten
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
@@ -24,7 +25,8 @@ from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.pipeline import Split, known_positives, load_split, photo_ids
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.distributed import mesh, processes
-from dqe_jax.evaluators import Result, RetrievalEvaluator
+from dqe_jax.evaluation import protocols, report
+from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.models import DQE, DTYPES, build_model, freeze, parts_of
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
@@ -207,7 +209,7 @@ class Trained:
     def read_params(self) -> Any:
         """The parameters alone, replicated over the devices."""
         shapes = param_shapes(self.model, self.config)
-        params = checkpoint.restore(self.manager, self.step, params=shapes)["params"]
+        params = store.restore(self.manager, self.step, params=shapes)["params"]
         return mesh.replicate(params, self.devices)
 
 
@@ -222,9 +224,9 @@ def open_trained(config: Any, directory: str, step: int | None) -> Trained:
     Raises:
       UserError: there is no such checkpoint, or it is of another model.
     """
-    manager = checkpoint.open_for_reading(directory)
-    step = checkpoint.choose_step(manager, step)
-    meta = checkpoint.read_meta(manager, step)
+    manager = store.open_for_reading(directory)
+    step = store.choose_step(manager, step)
+    meta = store.read_meta(manager, step)
     changed = differences(config.to_dict(), meta["config"], MODEL_FIELDS, START_FIELDS)
     if changed:
         raise UserError(

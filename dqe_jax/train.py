@@ -18,14 +18,16 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax import checkpoint, evaluators, models, programs, run_setup
+from dqe_jax import models, programs, run_setup
 from dqe_jax.bank import BankKeeper
+from dqe_jax.checkpoints import store
 from dqe_jax.config import check_batch, check_config
 from dqe_jax.data import datasets, lexicon, pipeline
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
+from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.models import freeze
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
@@ -76,7 +78,7 @@ def train_and_evaluate(
         run = _prepare(config, path, builder, devices, pretrained, tokenizer)
         with (
             _in_sentences(run),
-            contextlib.closing(checkpoint.open_for_training(path, config)) as manager,
+            contextlib.closing(store.open_for_training(path, config)) as manager,
         ):
             state, seconds = _restore_or_init(run, manager)
             return _train(run, state, manager, seconds, began, stop_at)
@@ -102,7 +104,7 @@ class Run:
     bank_step: Any
     keeper: BankKeeper | None
     batches: Any
-    validation: evaluators.RetrievalEvaluator
+    validation: RetrievalEvaluator
     last: pipeline.Split
 
 
@@ -181,7 +183,7 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
         params = run_setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
         return programs.init_state(run.config, run.optimizer, params, run.devices), 0.0
     like = {"params": run.params, "opt_state": run.optimizer.saved}
-    meta = checkpoint.read_meta(manager, newest)
+    meta = store.read_meta(manager, newest)
     # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
     rebuilt = (
         run.keeper is not None
@@ -190,7 +192,7 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     )
     if rebuilt:
         like["bank_params"] = split(run.params)[0]
-    items = checkpoint.restore(manager, newest, **like)
+    items = store.restore(manager, newest, **like)
     run.batches.set_state(meta["data_state"])
     if rebuilt:
         whole = freeze.merge(items["bank_params"], split(items["params"])[1])
@@ -239,7 +241,7 @@ def _in_sentences(run: Run) -> Iterator[None]:
 
 def _in_a_sentence(error: Exception, run: Run) -> UserError | None:
     """The `UserError` for what the machine did to a run; None for anything else."""
-    steps = checkpoint.steps_of(run.workdir)
+    steps = store.steps_of(run.workdir)
     kept = f"step {steps[-1]} is saved" if steps else "nothing is saved yet"
     if not run.data_dir.is_dir():
         sentence = f"the data in {run.data_dir} is gone: {kept}; put it back"
@@ -396,9 +398,7 @@ def _save(
     }
     snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
     moments = programs.state_to_save(run.optimizer, state.opt_state, run.devices)
-    checkpoint.save(
-        manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics
-    )
+    store.save(manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics)
 
 
 def _final_evaluation(run: Run, state: TrainState, log: MetricLog | NoLog) -> dict[str, float]:

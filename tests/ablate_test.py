@@ -14,8 +14,9 @@ from PIL import Image
 from small_runs import compiled_once, small_config
 
 from configs import shapes
-from dqe_jax import ablation, checkpoint, train
+from dqe_jax import ablation, train
 from dqe_jax.ablation import Run
+from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config, flatten
 from dqe_jax.utils.errors import UserError
 
@@ -222,9 +223,9 @@ class Watched:
 
     def __init__(self, monkeypatch):
         self.calls, self.saved, self.killed = [], [], None
-        self._train, self._save = train.train_and_evaluate, checkpoint.save
+        self._train, self._save = train.train_and_evaluate, store.save
         monkeypatch.setattr(train, "train_and_evaluate", self.train)
-        monkeypatch.setattr(checkpoint, "save", self.save)
+        monkeypatch.setattr(store, "save", self.save)
 
     def train(self, config, workdir):
         self.calls.append(workdir.name)

@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from small_runs import compiled_once, small_config
 
-from dqe_jax import bank, checkpoint, programs, run_setup, train
+from dqe_jax import bank, programs, run_setup, train
+from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
 from dqe_jax.data import datasets
 from dqe_jax.data.pipeline import known_positives
@@ -46,8 +47,8 @@ def lines_of(workdir):
 
 
 def params_of(workdir, step=6):
-    manager = checkpoint.open_for_reading(workdir)
-    return flatten_dict(checkpoint.restore_params(manager, step), sep="/")
+    manager = store.open_for_reading(workdir)
+    return flatten_dict(store.restore_params(manager, step), sep="/")
 
 
 def assert_close(one, other, tolerance):

@@ -11,9 +11,10 @@ from absl.testing import flagsaver
 from small_runs import compiled_once, import_binary
 
 from configs import circo, cirr, common, fiq, triplets
-from dqe_jax import predictions, train
+from dqe_jax import train
 from dqe_jax.data import annotations, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
+from dqe_jax.evaluation import predictions
 from dqe_jax.utils.errors import UserError
 
 SIZE = 16

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from dqe_jax import contact_sheet as sheet
+from dqe_jax.evaluation import contact_sheet as sheet
 
 
 def image(value=128, height=64, width=64):

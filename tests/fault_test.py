@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from dqe_jax import checkpoint
+from dqe_jax.checkpoints import store
 
 ROOT = Path(__file__).resolve().parents[1]
 END = 40  # steps before the end in which nothing is killed
@@ -109,10 +109,10 @@ class Runs:
         return True
 
     def checkpoints(self, name):
-        return checkpoint.steps_of(epath.Path(self.base / name))
+        return store.steps_of(epath.Path(self.base / name))
 
     def arrays(self, name, step):
-        manager = checkpoint.open_for_reading(epath.Path(self.base / name))
+        manager = store.open_for_reading(epath.Path(self.base / name))
         names = ("params", "opt_state")
         args = {item: ocp.args.StandardRestore() for item in names}
         items = manager.restore(step, args=ocp.args.Composite(**args))

@@ -12,8 +12,9 @@ import pytest
 from etils import epath
 from small_runs import compiled_once, small_config
 
-from dqe_jax import checkpoint, train
+from dqe_jax import train
 from dqe_jax import workdir as workdirs
+from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
 from dqe_jax.data import pipeline
 from dqe_jax.distributed import interrupts
@@ -44,7 +45,7 @@ def lines_of(workdir):
 
 
 def steps_of(workdir):
-    return checkpoint.steps_of(epath.Path(workdir))
+    return store.steps_of(epath.Path(workdir))
 
 
 def test_losses_that_are_not_finite_end_the_run(base):
@@ -80,8 +81,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, cap
     assert "Step 3: the loss or a gradient is not finite; it is skipped." in caplog.text
     found = {line["step"]: line["bad_steps"] for line in lines_of(workdir) if "loss" in line}
     assert found == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
-    manager = checkpoint.open_for_reading(workdir)
-    params = {step: checkpoint.restore_params(manager, step) for step in (2, 3, 4)}
+    manager = store.open_for_reading(workdir)
+    params = {step: store.restore_params(manager, step) for step in (2, 3, 4)}
     jax.tree.map(np.testing.assert_array_equal, params[2], params[3])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params[3], params[4])
     assert max(jax.tree.leaves(moved)) > 1e-4
@@ -146,9 +147,9 @@ def test_a_full_disk(base, tmp_path):
             train.train_and_evaluate(config, workdir)
         kept = steps_of(workdir)
         assert f"step {kept[-1]} is saved" in str(error.value)
-        manager = checkpoint.open_for_reading(workdir)
+        manager = store.open_for_reading(workdir)
         for step in kept:
-            assert len(jax.tree.leaves(checkpoint.restore_params(manager, step))) > 20
+            assert len(jax.tree.leaves(store.restore_params(manager, step))) > 20
         subprocess.run(["mount", "-o", "remount,size=400m", str(tmp_path)], check=True)
         train.train_and_evaluate(config, workdir)
         assert steps_of(workdir) == list(range(2, 25, 2))
@@ -219,7 +220,7 @@ def test_half_written_checkpoints_are_not_read_and_are_removed(base):
     half = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
     (half / "params").mkdir(parents=True)
     assert steps_of(workdir) == [2]
-    assert checkpoint.open_for_reading(workdir).latest_step() == 2
+    assert store.open_for_reading(workdir).latest_step() == 2
     train.train_and_evaluate(config, workdir)
     assert steps_of(workdir) == [2, 4, 6]
     assert not half.exists()

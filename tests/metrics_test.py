@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dqe_jax import metrics
+from dqe_jax.evaluation import metrics
 from dqe_jax.utils.errors import UserError
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from dqe_jax import checkpoint
+from dqe_jax.checkpoints import store
 from dqe_jax.distributed import processes
 from dqe_jax.utils.errors import UserError
 
@@ -142,7 +142,7 @@ def two(base, one):
 
 
 def arrays(workdir, step):
-    return checkpoint.restore_params(checkpoint.open_for_reading(epath.Path(workdir)), step)
+    return store.restore_params(store.open_for_reading(epath.Path(workdir)), step)
 
 
 def lines(workdir):
@@ -217,7 +217,7 @@ def test_a_signal_to_one_process_ends_all_of_them_after_one_save(base):
     outputs = finish(started, status=143)
     assert "SIGTERM after step" in outputs[0]
     saved = int(outputs[0].rpartition("SIGTERM after step ")[2].split(";")[0])
-    manager = checkpoint.open_for_reading(epath.Path(base / "signal"))
+    manager = store.open_for_reading(epath.Path(base / "signal"))
     assert manager.latest_step() == saved
     items = manager.restore(saved, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
     shapes = {x.shape for x in jax.tree.leaves(arrays(base / "signal", saved))}

@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from small_runs import compiled_once, small_config
 
-from dqe_jax import checkpoint, models, run_setup, train
+from dqe_jax import models, run_setup, train
+from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config, flatten
 from dqe_jax.models import freeze
 from dqe_jax.models.weights import initial, stacking
@@ -98,9 +99,9 @@ def run(base, request):
 
 
 def params_of(workdir, step=None):
-    manager = checkpoint.open_for_reading(workdir)
-    step = checkpoint.choose_step(manager, step)
-    return flatten_dict(checkpoint.restore_params(manager, step), sep="/"), manager, step
+    manager = store.open_for_reading(workdir)
+    step = store.choose_step(manager, step)
+    return flatten_dict(store.restore_params(manager, step), sep="/"), manager, step
 
 
 def test_a_run_starts_from_the_weights_and_keeps_what_is_frozen(run):

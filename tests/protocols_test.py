@@ -14,8 +14,8 @@ import zlib
 import numpy as np
 import pytest
 
-from dqe_jax import metrics, predictions, protocols, submissions
 from dqe_jax.data.examples import Queries
+from dqe_jax.evaluation import metrics, predictions, protocols, submissions
 from dqe_jax.utils.errors import UserError
 
 REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "annotations"

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from dqe_jax import ranking
+from dqe_jax.evaluation import ranking
 from dqe_jax.utils.errors import UserError
 
 

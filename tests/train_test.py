@@ -10,7 +10,8 @@ from etils import epath
 from PIL import Image
 from small_runs import compiled_once, small_config
 
-from dqe_jax import checkpoint, train
+from dqe_jax import train
+from dqe_jax.checkpoints import store
 from dqe_jax.data import datasets
 from dqe_jax.data.builders import shapes as shapes_builder
 
@@ -67,7 +68,7 @@ def steps_of(workdir, kind):
 
 
 def arrays(workdir, step):
-    manager = checkpoint.open_for_reading(epath.Path(workdir))
+    manager = store.open_for_reading(epath.Path(workdir))
     names = ("params", "opt_state")
     items = manager.restore(
         step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
@@ -125,7 +126,7 @@ def test_a_finished_run_is_only_evaluated(base, resumed, monkeypatch):
     workdir, metrics = resumed
     (workdir / "eval" / "test-40.json").unlink()
     before = lines_of(workdir)
-    monkeypatch.setattr(checkpoint, "save", None)
+    monkeypatch.setattr(store, "save", None)
     assert train.train_and_evaluate(config_of(base), workdir) == metrics
     assert json.loads((workdir / "eval" / "test-40.json").read_text())["metrics"] == metrics
     assert lines_of(workdir) == before  # and not a second line of the same step

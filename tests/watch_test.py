@@ -11,9 +11,10 @@ import pytest
 from etils import epath
 from small_runs import compiled_once, small_config
 
-from dqe_jax import checkpoint, run_setup, train
+from dqe_jax import run_setup, train
+from dqe_jax.checkpoints import store
+from dqe_jax.evaluation.watch import watch
 from dqe_jax.utils.errors import UserError
-from dqe_jax.watch import watch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,5 +114,5 @@ def test_it_may_start_before_the_run_and_ends_with_it(base):
     assert watcher.returncode == 0, said
     assert "Training is done; 3 checkpoints were evaluated here." in said
     found = lines_of(workdir / "watch-validation")
-    assert [line["step"] for line in found] == checkpoint.steps_of(epath.Path(workdir)) == [2, 4, 6]
+    assert [line["step"] for line in found] == store.steps_of(epath.Path(workdir)) == [2, 4, 6]
     assert all(0 <= line["validation/R@1"] <= 1 for line in found)

@@ -6,7 +6,8 @@ import optax
 import pytest
 from small_runs import compiled_once, small_config
 
-from dqe_jax import benchmark, checkpoint, models, optimizer, programs, run_setup, train, zero
+from dqe_jax import benchmark, models, optimizer, programs, run_setup, train, zero
+from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
 from dqe_jax.distributed import mesh
 
@@ -106,7 +107,7 @@ def test_updates_are_those_of_the_whole_optimizer(clip, bad):
 
 
 def params_of(workdir, step=6):
-    return checkpoint.restore_params(checkpoint.open_for_reading(workdir), step)
+    return store.restore_params(store.open_for_reading(workdir), step)
 
 
 def assert_close(one, other):

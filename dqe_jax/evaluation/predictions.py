@@ -28,11 +28,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dqe_jax import protocols, submissions
 from dqe_jax.data.annotations import BENCHMARKS, read_labels
 from dqe_jax.data.annotations.schema import Annotations
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.raw_files import RawFiles, read_json
+from dqe_jax.evaluation import protocols, submissions
 from dqe_jax.utils.errors import UserError
 
 PathLike = str | os.PathLike[str]

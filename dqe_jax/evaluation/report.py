@@ -19,8 +19,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dqe_jax import contact_sheet, protocols, submissions
-from dqe_jax.evaluators import Result, RetrievalEvaluator
+from dqe_jax.evaluation import contact_sheet, protocols, submissions
+from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.text_table import text_table
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dqe_jax.data.examples import Queries
-from dqe_jax.protocols import SUBSET_KS, TOP_K, without_reference
+from dqe_jax.evaluation.protocols import SUBSET_KS, TOP_K, without_reference
 from dqe_jax.utils.errors import UserError
 
 # Where the labels are not public: the servers that score files.

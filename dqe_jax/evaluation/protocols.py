@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dqe_jax import metrics
 from dqe_jax.data.examples import Queries
+from dqe_jax.evaluation import metrics
 from dqe_jax.utils.errors import UserError
 
 TOP_K = 50  # the largest cut-off of all protocols, and the length of submitted lists

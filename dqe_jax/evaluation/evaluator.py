@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dqe_jax import metrics, protocols, ranking
 from dqe_jax.data.pipeline import Split
 from dqe_jax.distributed import mesh
-from dqe_jax.protocols import Protocol
+from dqe_jax.evaluation import metrics, protocols, ranking
+from dqe_jax.evaluation.protocols import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Result:
     """What an evaluation gives.
 
     Attributes:
-      metrics: of the protocol (`protocols.py`); empty for a split without labels.
+      metrics: of the protocol (`evaluation/protocols.py`); empty for a split without labels.
       baselines: `random` (expected; plain protocol) and `reference_only` (the reference's own
         gallery embedding as query, with the reference left out of the ranking), the same metrics;
         None if not asked for.

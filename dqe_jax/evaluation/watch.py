@@ -14,7 +14,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from dqe_jax import checkpoint, run_setup
+from dqe_jax import run_setup
+from dqe_jax.checkpoints import store
 from dqe_jax.data import datasets
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.metric_log import MetricLog
@@ -53,7 +54,7 @@ def watch(
     logging.info("Following %s: %d checkpoints were evaluated before.", workdir, len(seen))
     try:
         while not (seen and max(seen) >= _total_steps(workdir)):
-            waiting = [step for step in checkpoint.steps_of(workdir) if step not in seen]
+            waiting = [step for step in store.steps_of(workdir) if step not in seen]
             if not waiting:
                 if patience_s and time.time() - since > patience_s:
                     raise UserError(
@@ -104,7 +105,7 @@ def _read(config: Any, workdir: epath.Path, step: int, poll_s: float) -> tuple[A
             finally:
                 trained.manager.close()
         except Exception as error:
-            if step not in checkpoint.steps_of(workdir):
+            if step not in store.steps_of(workdir):
                 return None
             if isinstance(error, UserError) or attempt == RETRIES - 1:
                 raise

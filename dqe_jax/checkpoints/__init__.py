@@ -1,0 +1,1 @@
+"""Checkpoints of runs: saving, restoring, and a trained model opened for use."""

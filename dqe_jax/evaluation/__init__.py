@@ -1,0 +1,1 @@
+"""Embeds, ranks and measures: the protocols of the benchmarks, reports and submissions."""
