@@ -47,10 +47,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dqe_jax import train
 from dqe_jax.config import check_config, differences
 from dqe_jax.evaluation import protocols
 from dqe_jax.evaluation.report import write_json
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
@@ -253,7 +253,7 @@ def train_or_read(config: Any, directory: epath.Path) -> tuple[dict[str, float],
     if is_new:
         # Each run compiles the same, whatever ran before, and memory does not grow with the runs.
         jax.clear_caches()
-        metrics = train.train_and_evaluate(config, directory)
+        metrics = loop.train_and_evaluate(config, directory)
     if not set(METRICS) & set(metrics):
         raise UserError(
             f"config.eval.split is {config.eval.split!r}: {config.data.dataset} has no labels "

@@ -70,8 +70,9 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
     """A function that takes some steps and waits for them; and the FLOP of one step."""
     import jax
 
-    from dqe_jax import models, programs, run_setup
+    from dqe_jax import models, run_setup
     from dqe_jax.distributed import mesh
+    from dqe_jax.training import state as programs
 
     pretrained = run_setup.describe_weights(config)
     model = models.build_model(

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dqe_jax.distributed import processes  # after the flags: importing JAX takes seconds
     from dqe_jax.distributed.interrupts import Interrupted
-    from dqe_jax.train import train_and_evaluate
+    from dqe_jax.training.loop import train_and_evaluate
 
     processes.join(
         _DISTRIBUTED.value,

@@ -95,9 +95,9 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
     import jax
     import jax.numpy as jnp
 
-    from dqe_jax import bank
     from dqe_jax.distributed import mesh
     from dqe_jax.method import mining
+    from dqe_jax.training import bank
 
     tokens, width = _TOKENS.value, _WIDTH.value
     rows = bank.rows_of_device(size, len(devices))

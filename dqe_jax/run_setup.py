@@ -15,8 +15,6 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax import programs
-from dqe_jax.bank import BankKeeper
 from dqe_jax.checkpoints import store
 from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences, flatten
 from dqe_jax.data import tokenizer as text_tokens
@@ -32,6 +30,8 @@ from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
 from dqe_jax.models.weights.stacking import stack_layers
 from dqe_jax.models.weights.transfer import fit
+from dqe_jax.training import state
+from dqe_jax.training.bank import BankKeeper
 from dqe_jax.utils.errors import UserError
 
 BACKBONE = "backbone/"
@@ -317,7 +317,7 @@ def make_bank_keeper(
         known_positives=never,
         encode_query=encode_query,
         encode_gallery=encode_gallery,
-        trained=lambda params: programs.splitter(config.model)(params)[0],
+        trained=lambda params: state.splitter(config.model)(params)[0],
         negatives=config.negatives,
         seed=config.seed,
         batch_size=config.eval.batch_size,

@@ -14,10 +14,11 @@ from PIL import Image
 from small_runs import compiled_once, small_config
 
 from configs import shapes
-from dqe_jax import ablation, train
+from dqe_jax import ablation
 from dqe_jax.ablation import Run
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config, flatten
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,8 +224,8 @@ class Watched:
 
     def __init__(self, monkeypatch):
         self.calls, self.saved, self.killed = [], [], None
-        self._train, self._save = train.train_and_evaluate, store.save
-        monkeypatch.setattr(train, "train_and_evaluate", self.train)
+        self._train, self._save = loop.train_and_evaluate, store.save
+        monkeypatch.setattr(loop, "train_and_evaluate", self.train)
         monkeypatch.setattr(store, "save", self.save)
 
     def train(self, config, workdir):
@@ -358,7 +359,7 @@ def test_what_it_writes(finished):
 
 def test_a_complete_ablation_is_only_read(finished, base, monkeypatch):
     workdir, _, _, runs = finished
-    monkeypatch.setattr(train, "train_and_evaluate", None)
+    monkeypatch.setattr(loop, "train_and_evaluate", None)
     (workdir / "ablation.md").unlink()
     assert ablate(base) == runs
     assert (workdir / "ablation.md").exists()
@@ -423,7 +424,7 @@ def test_times_that_are_none(tmp_path):
 
 
 def test_a_split_without_labels(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_and_evaluate", lambda config, workdir: {})
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda config, workdir: {})
     with pytest.raises(UserError, match=r"eval\.split is 'test': shapes has no labels"):
         ablation.run_ablation(config_of(base), tmp_path, variants=("infonce",), seeds=1)
 

@@ -19,12 +19,13 @@ from PIL import Image
 from small_runs import compiled_once, import_binary, small_config
 
 from configs import common
-from dqe_jax import run_setup, train
+from dqe_jax import run_setup
 from dqe_jax.auditing import candidates, draws, figure, statistics
 from dqe_jax.auditing.candidates import CLASSES
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.pipeline import Split, known_positives
 from dqe_jax.method import mining
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 
@@ -364,7 +365,7 @@ def run(tmp_path_factory):
     """A trained run: (directory, workdir)."""
     base = tmp_path_factory.mktemp("audit")
     changes = {"total_steps": 4, "checkpoint_every": 2, "eval_every": 4, "eval.split": "validation"}
-    train.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
+    loop.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
     return base, base / "run"
 
 

@@ -10,12 +10,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 from small_runs import compiled_once, small_config
 
-from dqe_jax import bank, programs, run_setup, train
+from dqe_jax import run_setup
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
 from dqe_jax.data import datasets
 from dqe_jax.data.pipeline import known_positives
 from dqe_jax.data.tokenizer import train_word_tokenizer
+from dqe_jax.training import bank, loop, state
 from dqe_jax.utils.errors import UserError
 
 BANK = {
@@ -64,7 +65,7 @@ def test_training_does_not_depend_on_devices(base, mining):
     runs = []
     for devices in (1, 8):
         config = config_of(base, num_devices=devices, **{"negatives.mining": mining})
-        train.train_and_evaluate(config, base / f"{mining}-{devices}")
+        loop.train_and_evaluate(config, base / f"{mining}-{devices}")
         runs.append(base / f"{mining}-{devices}")
     assert_close(*map(params_of, runs), 1e-5)
     one, other = map(lines_of, runs)
@@ -82,9 +83,9 @@ def test_training_does_not_depend_on_devices(base, mining):
 @pytest.mark.parametrize("mining", [pytest.param("step", marks=pytest.mark.slow), "refresh"])
 def test_an_interrupted_run_goes_on_exactly(base, mining):
     config = config_of(base, **{"negatives.mining": mining})
-    train.train_and_evaluate(config, base / f"whole-{mining}")
-    train.train_and_evaluate(config, base / f"parts-{mining}", stop_at=3)  # between two refreshes
-    train.train_and_evaluate(config, base / f"parts-{mining}")
+    loop.train_and_evaluate(config, base / f"whole-{mining}")
+    loop.train_and_evaluate(config, base / f"parts-{mining}", stop_at=3)  # between two refreshes
+    loop.train_and_evaluate(config, base / f"parts-{mining}")
     one, other = (params_of(base / f"{name}-{mining}") for name in ("whole", "parts"))
     assert_close(one, other, 0)
     lines = lines_of(base / f"whole-{mining}")
@@ -95,7 +96,7 @@ def test_an_interrupted_run_goes_on_exactly(base, mining):
 @pytest.mark.parametrize("warmup", ["random", "rule"])
 def test_warm_up(base, warmup):
     config = config_of(base, total_steps=2, **{"negatives.warmup": warmup})
-    train.train_and_evaluate(config, base / f"warm-{warmup}")
+    loop.train_and_evaluate(config, base / f"warm-{warmup}")
     line = lines_of(base / f"warm-{warmup}")[1]
     assert "loss/preference" in line
     assert ("negatives/fallback" in line) == (warmup == "rule")
@@ -104,11 +105,11 @@ def test_warm_up(base, warmup):
 def test_infonce_has_no_warm_up():
     config = config_of(pathlib.Path(), **{"negatives.warmup": "random"})
     config.negatives.rule = "in_batch"
-    assert programs.warmup_negatives(config.negatives).rule == "in_batch"
+    assert state.warmup_negatives(config.negatives).rule == "in_batch"
     config.negatives.rule = "trns"
-    assert programs.warmup_negatives(config.negatives).rule == "random"
+    assert state.warmup_negatives(config.negatives).rule == "random"
     config.negatives.pool = "batch"
-    assert programs.warmup_negatives(config.negatives).rule == "trns"
+    assert state.warmup_negatives(config.negatives).rule == "trns"
 
 
 def test_both_sides_of_a_refresh_are_logged(base):
@@ -116,7 +117,7 @@ def test_both_sides_of_a_refresh_are_logged(base):
     config = config_of(
         base, **changes | {"negatives.first_refresh": 4, "negatives.refresh_every": 4}
     )
-    train.train_and_evaluate(config, base / "sides")
+    loop.train_and_evaluate(config, base / "sides")
     assert sorted(lines_of(base / "sides")) == [4, 5, 8, 9, 10]
 
 
@@ -169,7 +170,7 @@ def test_an_oracle_trains_against_nothing_that_is_in_truth_valid(base):
     share = {}
     for oracle in ("none", "mined"):
         config = config_of(base, **changes, **{"negatives.oracle": oracle})
-        train.train_and_evaluate(config, base / f"oracle-{oracle}")
+        loop.train_and_evaluate(config, base / f"oracle-{oracle}")
         lines = lines_of(base / f"oracle-{oracle}")
         share[oracle] = [lines[step]["negatives/false"] for step in (3, 4, 5, 6)]
     assert max(share["none"]) > 0
@@ -201,7 +202,7 @@ def test_an_oracle_needs_truth(base, monkeypatch):
 
     monkeypatch.setattr(run_setup, "open_split", without_truth)
     with pytest.raises(UserError, match=r"negatives\.oracle is 'mined': shapes does not say which"):
-        train.train_and_evaluate(config, base / "no-truth")
+        loop.train_and_evaluate(config, base / "no-truth")
 
 
 def test_queries_are_embedded_as_the_model_does(keeper):

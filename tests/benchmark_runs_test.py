@@ -11,10 +11,10 @@ from absl.testing import flagsaver
 from small_runs import compiled_once, import_binary
 
 from configs import circo, cirr, common, fiq, triplets
-from dqe_jax import train
 from dqe_jax.data import annotations, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.evaluation import predictions
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 SIZE = 16
@@ -87,7 +87,7 @@ def read(path):
 @pytest.fixture(scope="module")
 def fashioniq_run(base):
     config = tiny(fiq.get_config(), base / "data")
-    return config, base / "fiq", train.train_and_evaluate(config, base / "fiq")
+    return config, base / "fiq", loop.train_and_evaluate(config, base / "fiq")
 
 
 def test_fashioniq(base, fashioniq_run, call):
@@ -160,7 +160,7 @@ def test_hp_fashioniq(base, fashioniq_run, call, caplog):
 @pytest.fixture(scope="module")
 def cirr_run(base):
     config = tiny(cirr.get_config(), base / "data")
-    return config, base / "cirr", train.train_and_evaluate(config, base / "cirr")
+    return config, base / "cirr", loop.train_and_evaluate(config, base / "cirr")
 
 
 def test_cirr(base, cirr_run):
@@ -219,7 +219,7 @@ def test_circo_by_the_model_of_cirr(base, cirr_run, call):
     assert made.keys() == {"0", "1", "2", "3"}
     assert all(len(set(v)) == 50 and {type(i) for i in v} == {int} for v in made.values())
     with pytest.raises(UserError, match=r"circo has no split 'train'; it has validation, test"):
-        train.train_and_evaluate(config, base / "no")
+        loop.train_and_evaluate(config, base / "no")
 
 
 def test_predictions_are_scored_by_the_binary(base, cirr_run, call):
@@ -236,7 +236,7 @@ def test_predictions_are_scored_by_the_binary(base, cirr_run, call):
 
 def test_triplets(base):
     config = tiny(triplets.get_config("tiny"), base / "data")
-    metrics = train.train_and_evaluate(config, base / "triplets")
+    metrics = loop.train_and_evaluate(config, base / "triplets")
     assert metrics["queries"] == 10
     assert metrics["R@50"] == 1.0  # the gallery has 24 images: lists end there
     assert {"P@10/tint", "mAP@10/attribute:color", "R_valid@10"} <= metrics.keys()

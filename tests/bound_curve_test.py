@@ -9,9 +9,10 @@ from PIL import Image
 from small_runs import compiled_once, small_config
 
 from configs import shapes
-from dqe_jax import bound_curve, train
+from dqe_jax import bound_curve
 from dqe_jax.bound_curve import Point
 from dqe_jax.config import check_config, flatten
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 
@@ -128,7 +129,7 @@ def test_what_it_writes(finished):
 
 def test_a_complete_curve_is_only_read(finished, monkeypatch):
     config, workdir, points = finished
-    monkeypatch.setattr(train, "train_and_evaluate", None)
+    monkeypatch.setattr(loop, "train_and_evaluate", None)
     assert bound_curve.run_curve(config, workdir, lowers=(0.0,), seeds=1) == points
 
 

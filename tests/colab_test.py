@@ -22,7 +22,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from configs import fiq_clip
 from dqe_jax.data import preparation
 from dqe_jax.data.builders.benchmarks import make_builder
-from dqe_jax.train import train_and_evaluate
+from dqe_jax.training.loop import train_and_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "launch" / "colab"

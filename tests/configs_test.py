@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from dqe_jax import models, run_setup, train
+from dqe_jax import models, run_setup
 from dqe_jax.config import (
     FIELDS,
     FREE_FIELDS,
@@ -25,6 +25,7 @@ from dqe_jax.config import (
     flatten,
 )
 from dqe_jax.data import datasets
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,9 +303,9 @@ def test_every_field_is_read_by_a_run(tmp_path, quick_compilation, monkeypatch):
     config.eval.sheet_queries = 1
     config.data.prepared_dir = str(tmp_path / "data")
     check_config(config)
-    monkeypatch.setattr(train, "check_config", lambda config: None)  # it reads them all
+    monkeypatch.setattr(loop, "check_config", lambda config: None)  # it reads them all
     with recorded_reads(config) as reads:
-        metrics = train.train_and_evaluate(config, tmp_path / "run")
+        metrics = loop.train_and_evaluate(config, tmp_path / "run")
     assert metrics["queries"] > 0
     unread = set(FIELDS) - reads
     assert unread == set(NOT_READ) | OF_PRETRAINED | OF_BANK, (

@@ -11,11 +11,11 @@ import pytest
 from small_runs import small_config
 
 from configs import fashion_products, shapes
-from dqe_jax import train
-from dqe_jax import workdir as workdirs
 from dqe_jax.config import FIELDS, check_config, flatten
 from dqe_jax.data import pipeline
 from dqe_jax.data.index import make_index
+from dqe_jax.training import loop
+from dqe_jax.training import workdir as workdirs
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def prepared_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch):
-    monkeypatch.setattr(train, "_restore_or_init", lambda *_: pytest.fail("training starts"))
+    monkeypatch.setattr(loop, "_restore_or_init", lambda *_: pytest.fail("training starts"))
 
 
 def main(*arguments):
@@ -158,14 +158,14 @@ def test_unknown_and_missing_fields_of_a_config_file():
 )
 def test_before_training(changes, sentence, prepared_dir, tmp_path):
     with pytest.raises(UserError, match=sentence):
-        train.train_and_evaluate(small_config(prepared_dir, **changes), tmp_path / "run")
+        loop.train_and_evaluate(small_config(prepared_dir, **changes), tmp_path / "run")
 
 
 def test_a_corrected_command_may_use_the_same_workdir(prepared_dir, tmp_path):
     workdir = tmp_path / "run"
     wrong = small_config(prepared_dir, **{"model.attributes.names": ("smell",)})
     with pytest.raises(UserError, match="no section"):
-        train.train_and_evaluate(wrong, workdir)
+        loop.train_and_evaluate(wrong, workdir)
     workdirs.claim_workdir(workdir, small_config(prepared_dir))  # nothing was trained: no objection
 
 
@@ -190,10 +190,10 @@ def test_fashion_products_needs_its_photos(prepared_dir, tmp_path):
     config = fashion_products.get_config("smoke")
     config.data.prepared_dir, config.num_devices = str(prepared_dir), 1
     with pytest.raises(UserError, match=r"pass --data_dir=DIR"):
-        train.train_and_evaluate(config, tmp_path / "one")
+        loop.train_and_evaluate(config, tmp_path / "one")
     config.data.data_dir = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"nowhere"):
-        train.train_and_evaluate(config, tmp_path / "two")
+        loop.train_and_evaluate(config, tmp_path / "two")
     shutil.rmtree(tmp_path / "two", ignore_errors=True)
 
 

@@ -12,9 +12,9 @@ from absl import flags
 from absl.testing import flagsaver
 from small_runs import compiled_once, import_binary, small_config
 
-from dqe_jax import train
 from dqe_jax.data import datasets
 from dqe_jax.data.examples import gallery_split
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     base = tmp_path_factory.mktemp("evaluate")
     changes = {"total_steps": 4, "checkpoint_every": 2, "eval_every": 2}
     with compiled_once(base / "compiled"):
-        metrics = train.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
+        metrics = loop.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
         yield base, base / "run", metrics
 
 

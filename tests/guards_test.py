@@ -12,12 +12,12 @@ import pytest
 from etils import epath
 from small_runs import compiled_once, small_config
 
-from dqe_jax import train
-from dqe_jax import workdir as workdirs
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
 from dqe_jax.data import pipeline
 from dqe_jax.distributed import interrupts
+from dqe_jax.training import loop
+from dqe_jax.training import workdir as workdirs
 from dqe_jax.utils.errors import UserError
 
 
@@ -55,13 +55,13 @@ def test_losses_that_are_not_finite_end_the_run(base):
         match=r"not finite in 3 steps in a row, up to step 3: lower config\.optimizer\.learning_"
         r"rate.*max_bad_steps is 3\); (no checkpoint|step 2) is saved",
     ):
-        train.train_and_evaluate(config, base / "diverged")
+        loop.train_and_evaluate(config, base / "diverged")
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, caplog):
     """Step 3 has weights of intent that are no numbers: nothing moves but the counts."""
     config, workdir = config_of(base, keep_checkpoints=9, checkpoint_every=1), base / "skipped"
-    take, count = train._take_step, iter(range(1, 100))
+    take, count = loop._take_step, iter(range(1, 100))
 
     def spoilt(run, state, stop):
         class Batches:
@@ -75,9 +75,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, cap
         changed.batches = Batches()
         return take(changed, state, stop)
 
-    monkeypatch.setattr(train, "_take_step", spoilt)
+    monkeypatch.setattr(loop, "_take_step", spoilt)
     with caplog.at_level("WARNING"):
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
     assert "Step 3: the loss or a gradient is not finite; it is skipped." in caplog.text
     found = {line["step"]: line["bad_steps"] for line in lines_of(workdir) if "loss" in line}
     assert found == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
@@ -97,7 +97,7 @@ def test_a_second_trainer_is_kept_out(base):
             UserError, match=rf"process {os.getpid()} of .* trains in .*shared: wait until"
         ),
     ):
-        train.train_and_evaluate(config_of(base), workdir)
+        loop.train_and_evaluate(config_of(base), workdir)
     assert not (workdir / "config.json").exists()  # it has changed nothing
     workdirs.lock_workdir(workdir).close()  # free again
     assert workdirs.lock_workdir(epath.Path("gs://bucket/run")) is None
@@ -144,14 +144,14 @@ def test_a_full_disk(base, tmp_path):
             match=r"cannot write to .*run \(.*\): step \d+ is saved; free space .*, and run the "
             r"same command again",
         ) as error:
-            train.train_and_evaluate(config, workdir)
+            loop.train_and_evaluate(config, workdir)
         kept = steps_of(workdir)
         assert f"step {kept[-1]} is saved" in str(error.value)
         manager = store.open_for_reading(workdir)
         for step in kept:
             assert len(jax.tree.leaves(store.restore_params(manager, step))) > 20
         subprocess.run(["mount", "-o", "remount,size=400m", str(tmp_path)], check=True)
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
         assert steps_of(workdir) == list(range(2, 25, 2))
         assert [line["step"] for line in lines_of(workdir)] == list(range(1, 25))
     finally:
@@ -160,7 +160,7 @@ def test_a_full_disk(base, tmp_path):
 
 def test_a_data_directory_that_vanishes(base, monkeypatch):
     config = config_of(base, **{"data.prepared_dir": str(base / "moving")})
-    train.train_and_evaluate(config, base / "vanished", stop_at=2)
+    loop.train_and_evaluate(config, base / "vanished", stop_at=2)
 
     def gone(self, row):
         if (base / "moving").exists():
@@ -172,9 +172,9 @@ def test_a_data_directory_that_vanishes(base, monkeypatch):
         with pytest.raises(
             UserError, match=r"the data in .*moving.* is gone: step 2 is saved; put it back, and"
         ):
-            train.train_and_evaluate(config, base / "vanished")
+            loop.train_and_evaluate(config, base / "vanished")
     (base / "away").rename(base / "moving")
-    train.train_and_evaluate(config, base / "vanished")
+    loop.train_and_evaluate(config, base / "vanished")
     assert steps_of(base / "vanished")[-1] == 6
 
 
@@ -182,16 +182,16 @@ def test_an_error_of_the_code_stays_what_it_is(base, monkeypatch):
     def broken(run, state, stop):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(train, "_take_step", broken)
+    monkeypatch.setattr(loop, "_take_step", broken)
     with pytest.raises(ZeroDivisionError):
-        train.train_and_evaluate(config_of(base), base / "broken")
+        loop.train_and_evaluate(config_of(base), base / "broken")
 
 
 def test_what_is_kept(base):
     config = config_of(base, keep_checkpoints=1, keep_period=4, keep_best="R@1")
     config.total_steps, config.checkpoint_every, config.eval_every = 14, 2, 2
     workdir = base / "kept"
-    train.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     found = {
         line["step"]: line["validation/R@1"]
         for line in lines_of(workdir)
@@ -203,32 +203,32 @@ def test_what_is_kept(base):
         with pytest.raises(UserError, match=r"keep_best is 'R@1': it needs an evaluation at each"):
             check_config(config_of(base, keep_best="R@1", **changes))
     with pytest.raises(UserError, match=r"keep_best is 'recall': validation measures .*R@1, "):
-        train.train_and_evaluate(config_of(base, keep_best="recall"), base / "unknown")
+        loop.train_and_evaluate(config_of(base, keep_best="recall"), base / "unknown")
 
 
 def test_a_checkpoint_between_two_on_schedule_lives_until_the_next(base):
     config, workdir = config_of(base, keep_checkpoints=9), base / "between"
-    train.train_and_evaluate(config, workdir, stop_at=3)
+    loop.train_and_evaluate(config, workdir, stop_at=3)
     assert steps_of(workdir) == [2, 3]
-    train.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     assert steps_of(workdir) == [2, 4, 6]
 
 
 def test_half_written_checkpoints_are_not_read_and_are_removed(base):
     config, workdir = config_of(base), base / "half"
-    train.train_and_evaluate(config, workdir, stop_at=2)
+    loop.train_and_evaluate(config, workdir, stop_at=2)
     half = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
     (half / "params").mkdir(parents=True)
     assert steps_of(workdir) == [2]
     assert store.open_for_reading(workdir).latest_step() == 2
-    train.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     assert steps_of(workdir) == [2, 4, 6]
     assert not half.exists()
 
 
 def test_training_without_evaluation(base):
     config, workdir = config_of(base, eval_every=0), base / "unmeasured"
-    assert train.train_and_evaluate(config, workdir) == {}
+    assert loop.train_and_evaluate(config, workdir) == {}
     assert not any("R@1" in name for line in lines_of(workdir) for name in line)
     assert not (workdir / "eval").exists()
 
@@ -239,16 +239,16 @@ def test_training_without_evaluation(base):
 def test_a_signal_saves_and_ends(base, number, every, monkeypatch):
     config = config_of(base, total_steps=100, checkpoint_every=every, eval_every=0)
     workdir = base / f"signal-{number}-{every}"
-    take, handler = train._take_step, signal.getsignal(number)
+    take, handler = loop._take_step, signal.getsignal(number)
 
     def sends(run, state, stop):
         if int(state.step) == 3:
             signal.raise_signal(number)
         return take(run, state, stop)
 
-    monkeypatch.setattr(train, "_take_step", sends)
+    monkeypatch.setattr(loop, "_take_step", sends)
     with pytest.raises(interrupts.Interrupted) as ended:
-        train.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
     assert ended.value.status == 128 + number
     *before_it, saved = steps_of(workdir)
     assert 4 <= saved <= 8

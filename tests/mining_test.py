@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from small_runs import import_binary
 
 from configs import common
-from dqe_jax import bank as banks
 from dqe_jax.distributed import mesh
 from dqe_jax.method import mining
+from dqe_jax.training import bank as banks
 
 CHUNK, TOKENS, WIDTH, NUM = 16, 3, 6, 5
 ROWS = 113  # no multiple of the chunk, nor of the devices

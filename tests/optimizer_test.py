@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from configs import common
-from dqe_jax.optimizer import make_optimizer, make_schedule, skip_unsound
+from dqe_jax.training.optimizer import make_optimizer, make_schedule, skip_unsound
 
 
 def settings(**changes):

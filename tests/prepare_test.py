@@ -13,12 +13,12 @@ import standins
 from PIL import Image
 
 from configs import circo, cirr, common, fiq, fiq_clip, triplets
-from dqe_jax import train
 from dqe_jax.data import datasets, pipeline, preparation, preprocess
 from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.data.builders import benchmarks
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.photos import load_photo, load_photos
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def test_fashioniq_complete(tmp_path, splits):
     report = report_of(data, "fashioniq", f"{SIZE}px-target_pad")
 
     def expected(train, validation, test):
-        found = {"train": train, "validation": validation, "test": test}
+        found = {"train": loop, "validation": validation, "test": test}
         return found if "train" in splits else {k: found[k] for k in ("validation", "test")}
 
     kept = expected(18000, 6016, 6118)
@@ -432,7 +432,7 @@ def test_training_without_the_data_says_what_to_run(name, tmp_path):
     dataset = config.data.dataset
     command = rf"python -m dqe_jax\.prepare --dataset={dataset} --raw_dir=DIR .*--image_size=224"
     with pytest.raises(UserError, match=rf"{dataset} .* is not prepared in .*: run `{command}"):
-        train.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

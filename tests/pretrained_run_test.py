@@ -14,12 +14,13 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from small_runs import compiled_once, small_config
 
-from dqe_jax import models, run_setup, train
+from dqe_jax import models, run_setup
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config, flatten
 from dqe_jax.models import freeze
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -93,8 +94,8 @@ def run(base, request):
     """A finished run that was interrupted once: (name, config, workdir, metrics)."""
     name = request.param
     config, workdir = config_of(base, name), base / f"run-{name}"
-    train.train_and_evaluate(config, workdir, stop_at=3)
-    metrics = train.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir, stop_at=3)
+    metrics = loop.train_and_evaluate(config, workdir)
     return name, config, workdir, metrics
 
 
@@ -135,7 +136,7 @@ def test_a_run_starts_from_the_weights_and_keeps_what_is_frozen(run):
 def test_resuming_is_exact(run, base):
     name, config, workdir, _ = run
     straight = base / f"straight-{name}"
-    train.train_and_evaluate(config, straight)
+    loop.train_and_evaluate(config, straight)
     one, other = params_of(workdir)[0], params_of(straight)[0]
     assert one.keys() == other.keys()
     for path, x in one.items():
@@ -256,21 +257,21 @@ def test_tokenizers_of_the_papers(base):
     ],
 )
 def test_errors_before_training(base, tmp_path, monkeypatch, name, changes, words):
-    monkeypatch.setattr(train, "_loop", lambda *_: pytest.fail("training starts"))
+    monkeypatch.setattr(loop, "_loop", lambda *_: pytest.fail("training starts"))
     filled = {
         key: value.format(base=base) if isinstance(value, str) else value
         for key, value in changes.items()
     }
     (base / "prepared").mkdir(exist_ok=True)
     with pytest.raises(UserError) as error:
-        train.train_and_evaluate(config_of(base, name, **filled), tmp_path)
+        loop.train_and_evaluate(config_of(base, name, **filled), tmp_path)
     message = str(error.value)
     assert all(word in message for word in words), message
     assert message.endswith(".")
 
 
 def test_weights_of_another_size_name_the_parameter(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_loop", lambda *_: pytest.fail("training starts"))
+    monkeypatch.setattr(loop, "_loop", lambda *_: pytest.fail("training starts"))
     shutil.copytree(base / "clip", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
@@ -278,7 +279,7 @@ def test_weights_of_another_size_name_the_parameter(base, tmp_path, monkeypatch)
     save_file(tensors, file)
     config = config_of(base, "clip", **{"model.weights": str(tmp_path / "model")})
     with pytest.raises(UserError, match=r"text_projection/kernel is \[24, 9\], not \[24, 8\]"):
-        train.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_export_of_the_tiny_backbone_says_why_not(run, tmp_path):

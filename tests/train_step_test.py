@@ -12,8 +12,8 @@ from configs import shapes
 from dqe_jax.distributed import mesh
 from dqe_jax.method.mining import draw
 from dqe_jax.models import build_model
-from dqe_jax.optimizer import make_optimizer
-from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
+from dqe_jax.training.optimizer import make_optimizer
+from dqe_jax.training.step import TrainState, make_loss_fn, make_train_step
 
 R, Q, L, P, SIZE, VOCAB, PHOTOS = 8, 2, 6, 3, 32, 20, 14
 B = R * Q
@@ -103,7 +103,7 @@ def loss_of(config, axis_name):
 
 
 def make_step(config, tx, num_devices, wrap=lambda f: f):
-    """The step as `train.py` maps it, and the devices."""
+    """The step as `training/loop.py` maps it, and the devices."""
     devices = jax.devices("cpu")[:num_devices]
     if len(devices) < num_devices:
         pytest.skip(f"needs {num_devices} devices")

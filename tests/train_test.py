@@ -10,10 +10,10 @@ from etils import epath
 from PIL import Image
 from small_runs import compiled_once, small_config
 
-from dqe_jax import train
 from dqe_jax.checkpoints import store
 from dqe_jax.data import datasets
 from dqe_jax.data.builders import shapes as shapes_builder
+from dqe_jax.training import loop
 
 STEPS = 40
 
@@ -42,19 +42,19 @@ def config_of(base, **changes):
 def straight(base):
     """A run without interruption: (workdir, final metrics)."""
     workdir = base / "straight"
-    return workdir, train.train_and_evaluate(config_of(base), workdir)
+    return workdir, loop.train_and_evaluate(config_of(base), workdir)
 
 
 @pytest.fixture(scope="module")
 def resumed(base):
     """The same run, stopped half way and started again."""
     workdir = base / "resumed"
-    measured = train.train_and_evaluate(config_of(base), workdir, stop_at=20)
+    measured = loop.train_and_evaluate(config_of(base), workdir, stop_at=20)
     assert not (workdir / "eval").exists()
     logged = [line for line in lines_of(workdir) if "validation/R@1" in line]
     assert [line["step"] for line in logged] == [20]
     assert logged[0]["validation/R@1"] == measured["R@1"]
-    return workdir, train.train_and_evaluate(config_of(base), workdir)
+    return workdir, loop.train_and_evaluate(config_of(base), workdir)
 
 
 def lines_of(workdir, log="metrics"):
@@ -127,7 +127,7 @@ def test_a_finished_run_is_only_evaluated(base, resumed, monkeypatch):
     (workdir / "eval" / "test-40.json").unlink()
     before = lines_of(workdir)
     monkeypatch.setattr(store, "save", None)
-    assert train.train_and_evaluate(config_of(base), workdir) == metrics
+    assert loop.train_and_evaluate(config_of(base), workdir) == metrics
     assert json.loads((workdir / "eval" / "test-40.json").read_text())["metrics"] == metrics
     assert lines_of(workdir) == before  # and not a second line of the same step
 
@@ -149,7 +149,7 @@ def test_it_learns(base, monkeypatch):
     tiny = config.model.tiny
     tiny.width, tiny.embed_dim, tiny.token_dim = 64, 64, 16
     tiny.image_depth = tiny.text_depth = 1
-    train.train_and_evaluate(config, base / "learn")
+    loop.train_and_evaluate(config, base / "learn")
     lines = lines_of(base / "learn")
     losses = [line["loss"] for line in lines if "loss" in line]
     validation = next(line for line in lines if "validation/R@1" in line)

@@ -11,9 +11,10 @@ import pytest
 from etils import epath
 from small_runs import compiled_once, small_config
 
-from dqe_jax import run_setup, train
+from dqe_jax import run_setup
 from dqe_jax.checkpoints import store
 from dqe_jax.evaluation.watch import watch
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def lines_of(path):
 
 @pytest.fixture(scope="module")
 def trained(base):
-    train.train_and_evaluate(config_of(base), base / "run")
+    loop.train_and_evaluate(config_of(base), base / "run")
     return epath.Path(base / "run")
 
 
@@ -107,7 +108,7 @@ def test_it_may_start_before_the_run_and_ends_with_it(base):
         text=True,
     ) as watcher:
         try:
-            train.train_and_evaluate(config, workdir)
+            loop.train_and_evaluate(config, workdir)
             said, _ = watcher.communicate(timeout=600)
         finally:
             watcher.kill()

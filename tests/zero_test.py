@@ -6,10 +6,12 @@ import optax
 import pytest
 from small_runs import compiled_once, small_config
 
-from dqe_jax import benchmark, models, optimizer, programs, run_setup, train, zero
+from dqe_jax import benchmark, models, run_setup
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
 from dqe_jax.distributed import mesh
+from dqe_jax.training import loop, optimizer, zero
+from dqe_jax.training import state as programs
 
 SHARDED = {"optimizer.shard_state": True}
 SHAPES = {"scalar": (), "vector": (5,), "empty": (0, 4), "small": (3, 7), "odd": (97, 90)}
@@ -122,12 +124,12 @@ def nothing_is_small(monkeypatch):
 
 def test_a_run_and_what_goes_on_from_its_checkpoint(base, nothing_is_small):
     """As a run that does not shard: its middle sharded over 8 devices, the rest on one, whole."""
-    train.train_and_evaluate(config_of(base, num_devices=1), base / "plain")
+    loop.train_and_evaluate(config_of(base, num_devices=1), base / "plain")
     whole = params_of(base / "plain")
     moved = base / "moved"
-    train.train_and_evaluate(config_of(base, num_devices=1), moved, stop_at=2)
-    train.train_and_evaluate(config_of(base, num_devices=8, **SHARDED), moved, stop_at=4)
-    train.train_and_evaluate(config_of(base, num_devices=1), moved)
+    loop.train_and_evaluate(config_of(base, num_devices=1), moved, stop_at=2)
+    loop.train_and_evaluate(config_of(base, num_devices=8, **SHARDED), moved, stop_at=4)
+    loop.train_and_evaluate(config_of(base, num_devices=1), moved)
     assert_close(params_of(moved), whole)
 
 

@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from dqe_jax.auditing import candidates, statistics
 from dqe_jax.auditing.candidates import CLASSES, Truth
-from dqe_jax.bank import BankKeeper
 from dqe_jax.distributed import mesh
 from dqe_jax.method import mining
 from dqe_jax.method.mining import Bank, Mined
+from dqe_jax.training.bank import BankKeeper
 from dqe_jax.utils.errors import UserError
 
 RULES = ("random", "hardest", "qure", "trns")

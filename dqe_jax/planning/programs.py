@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dqe_jax import bank as banks
 from dqe_jax import models, run_setup
-from dqe_jax import programs as own_programs
 from dqe_jax.data.pipeline import batch_shapes
 from dqe_jax.distributed import mesh
 from dqe_jax.method import mining
 from dqe_jax.models import DTYPES
-from dqe_jax.train_step import TrainState
+from dqe_jax.training import bank as banks
+from dqe_jax.training import state as own_programs
+from dqe_jax.training.step import TrainState
 
 # Images of the training gallery: published ones, or as the data set is generated at the most.
 GALLERY = {

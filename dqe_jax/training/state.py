@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqe_jax import models, optimizer, zero
+from dqe_jax import models
 from dqe_jax.distributed import mesh
 from dqe_jax.models import freeze
-from dqe_jax.train_step import TrainState, make_loss_fn, make_train_step
+from dqe_jax.training import optimizer, zero
+from dqe_jax.training.step import TrainState, make_loss_fn, make_train_step
 
 
 def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:

@@ -18,8 +18,7 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax import models, programs, run_setup
-from dqe_jax.bank import BankKeeper
+from dqe_jax import models, run_setup
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_batch, check_config
 from dqe_jax.data import datasets, lexicon, pipeline
@@ -31,11 +30,13 @@ from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.models import freeze
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
-from dqe_jax.optimizer import make_schedule
-from dqe_jax.train_step import TrainState
+from dqe_jax.training import state as programs
+from dqe_jax.training.bank import BankKeeper
+from dqe_jax.training.optimizer import make_schedule
+from dqe_jax.training.step import TrainState
+from dqe_jax.training.workdir import claim_workdir
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.metric_log import MetricLog, NoLog
-from dqe_jax.workdir import claim_workdir
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # What libraries say of a full disk, in errors of their own.

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dqe_jax import zero
 from dqe_jax.distributed.mesh import AXIS
 from dqe_jax.method import losses, mining, trns
 from dqe_jax.models import freeze
+from dqe_jax.training import zero
 
 
 @flax.struct.dataclass
