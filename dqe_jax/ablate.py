@@ -2,9 +2,10 @@
 
 python -m dqe_jax.ablate --config=configs/shapes.py [--seeds=3] [--equal=both] [--workdir=DIR]
 
-The same command goes on with what was interrupted. See `dqe_jax/ablation.py` for the variants, for
-what equal time means and for what is written. With `--lowers=0,0.005,0.02,0.1` it trains TRNS with
-these lower quantiles instead, with equal steps: see `dqe_jax/bound_curve.py`.
+The same command goes on with what was interrupted. See `dqe_jax/experiments/ablation.py` for the
+variants, for what equal time means and for what is written. With `--lowers=0,0.005,0.02,0.1` it
+trains TRNS with these lower quantiles instead, with equal steps: see
+`dqe_jax/experiments/bound_curve.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ _LOWERS = flags.DEFINE_list(
 def main(argv: Sequence[str]) -> None:
     """Trains what is missing and writes the tables."""
     del argv
-    from dqe_jax import ablation, bound_curve  # after the flags: importing JAX takes seconds
+    from dqe_jax.experiments import (  # after the flags: importing JAX takes seconds
+        ablation,
+        bound_curve,
+    )
 
     config = _CONFIG.value
     if _DATA_DIR.value is not None:

@@ -4,7 +4,7 @@ python -m dqe_jax.audit --config=configs/fashion_products.py --data_dir=DIR --wo
 
 For data that say which images are in truth valid. Writes `audit-<split>-<step>.json` and a picture,
 `.png`, and logs two tables: the rules, and the rule `trns` against its lower bound. The figures are
-those of `auditing/statistics.py`.
+those of `experiments/audit/statistics.py`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _SWEEP = flags.DEFINE_list(
 def main(argv: Sequence[str]) -> None:
     """Audits one checkpoint."""
     del argv
-    from dqe_jax.auditing import draws
     from dqe_jax.config import check_config
     from dqe_jax.data import datasets
+    from dqe_jax.experiments.audit import draws
 
     config = _CONFIG.value
     if _DATA_DIR.value is not None:
@@ -64,7 +64,7 @@ def _lowers(negatives: Any) -> list[float]:
     Raises:
       UserError: one is no number, or not below the upper quantile.
     """
-    from dqe_jax.auditing import draws, statistics
+    from dqe_jax.experiments.audit import draws, statistics
 
     upper = draws.upper_of(negatives)
     if _SWEEP.value is None:
@@ -86,9 +86,9 @@ def _lowers(negatives: Any) -> list[float]:
 
 def _audit(config: Any, split: str, directory: str, lowers: Sequence[float]) -> None:
     from dqe_jax import run_setup
-    from dqe_jax.auditing import candidates, draws, figure
     from dqe_jax.data import datasets
     from dqe_jax.evaluation import report
+    from dqe_jax.experiments.audit import candidates, draws, figure
     from dqe_jax.utils.paths import whole_path
 
     trained = run_setup.open_trained(config, directory, _STEP.value)
@@ -143,7 +143,7 @@ def _make_directory(path: Any) -> None:
 
 
 def _log(facts: dict[str, Any], of: int, path: Any) -> None:
-    from dqe_jax.auditing import statistics
+    from dqe_jax.experiments.audit import statistics
 
     logging.info(
         "%s, step %d: %d of %d queries, %.0f candidates each; oracle: all of them.\n%s",

@@ -63,14 +63,14 @@ def _number(text: str) -> bool | int | float | str:
 def main(argv: Sequence[str]) -> None:
     """Plans every slice and prints the tables."""
     del argv
-    from dqe_jax.planning import chips
+    from dqe_jax.performance.planning import chips
 
     topologies = [chips.parse_topology(name) for name in _TOPOLOGY.value]
     chips.prepare_environment(max((t.devices for t in topologies if t.chip is None), default=0))
     import jax
 
     from dqe_jax.config import check_batch, check_config
-    from dqe_jax.planning import compiler, programs, table
+    from dqe_jax.performance.planning import compiler, programs, table
 
     config = _CONFIG.value
     check_config(config)

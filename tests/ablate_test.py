@@ -14,10 +14,10 @@ from PIL import Image
 from small_runs import compiled_once, small_config
 
 from configs import shapes
-from dqe_jax import ablation
-from dqe_jax.ablation import Run
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config, flatten
+from dqe_jax.experiments import ablation
+from dqe_jax.experiments.ablation import Run
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 

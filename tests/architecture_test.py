@@ -19,7 +19,7 @@ WITHOUT_JAX = (
     "data",
     *(f"evaluation.{name}" for name in ("metrics", "protocols", "submissions", "predictions")),
     "evaluation.contact_sheet",
-    *(f"experiments.auditing.{name}" for name in ("candidates", "statistics", "figure")),
+    *(f"experiments.audit.{name}" for name in ("candidates", "statistics", "figure")),
 )
 ONLY_JAX = ("method.trns", "method.losses")  # of all third-party packages
 CONFIG_IMPORTS = ("__future__", "ml_collections", "configs")

@@ -20,10 +20,10 @@ from small_runs import compiled_once, import_binary, small_config
 
 from configs import common
 from dqe_jax import run_setup
-from dqe_jax.auditing import candidates, draws, figure, statistics
-from dqe_jax.auditing.candidates import CLASSES
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.pipeline import Split, known_positives
+from dqe_jax.experiments.audit import candidates, draws, figure, statistics
+from dqe_jax.experiments.audit.candidates import CLASSES
 from dqe_jax.method import mining
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError

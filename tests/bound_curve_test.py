@@ -9,9 +9,9 @@ from PIL import Image
 from small_runs import compiled_once, small_config
 
 from configs import shapes
-from dqe_jax import bound_curve
-from dqe_jax.bound_curve import Point
 from dqe_jax.config import check_config, flatten
+from dqe_jax.experiments import bound_curve
+from dqe_jax.experiments.bound_curve import Point
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 

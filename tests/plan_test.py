@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import fiq_clip, shapes
-from dqe_jax.planning import chips, compiler, hlo, table, traced
+from dqe_jax.performance.planning import chips, compiler, hlo, table, traced
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dqe_jax.planning.chips import Topology
-from dqe_jax.planning.compiler import Facts
+from dqe_jax.performance.planning.chips import Topology
+from dqe_jax.performance.planning.compiler import Facts
 from dqe_jax.utils.text_table import text_table
 
 INPUTS = ("parameters", "optimiser", "bank", "batch")

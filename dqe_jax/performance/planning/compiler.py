@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from dqe_jax.planning import hlo
-from dqe_jax.planning.chips import Topology
-from dqe_jax.planning.programs import Program
-from dqe_jax.planning.traced import Arrays, largest_arrays, matrix_flops
+from dqe_jax.performance.planning import hlo
+from dqe_jax.performance.planning.chips import Topology
+from dqe_jax.performance.planning.programs import Program
+from dqe_jax.performance.planning.traced import Arrays, largest_arrays, matrix_flops
 
 # Several times faster, and cycles several times worse: these are not the program that would run.
 QUICK = {"exec_time_optimization_effort": -1.0}

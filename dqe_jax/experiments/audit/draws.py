@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dqe_jax.auditing import candidates, statistics
-from dqe_jax.auditing.candidates import CLASSES, Truth
 from dqe_jax.distributed import mesh
+from dqe_jax.experiments.audit import candidates, statistics
+from dqe_jax.experiments.audit.candidates import CLASSES, Truth
 from dqe_jax.method import mining
 from dqe_jax.method.mining import Bank, Mined
 from dqe_jax.training.bank import BankKeeper

@@ -1,0 +1,1 @@
+"""Comparisons: the ablation, the curve of bounds, and the audit of negatives."""
