@@ -1,17 +1,24 @@
 """Installs dqe_jax; lower bounds are the versions it was tried with."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "dqe_jax/__init__.py").read_text())[1]
+
 setup(
     name="dqe_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Trains and evaluates composed image retrieval (DQE-CIR) in JAX, on TPUs and GPUs",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["dqe_jax", "dqe_jax.*"]),
+    # The configs lie beside the package in the repository, and inside it once installed.
+    packages=[*find_packages(include=["dqe_jax", "dqe_jax.*"]), "dqe_jax.configs"],
+    package_dir={"dqe_jax.configs": "configs"},
+    entry_points={"console_scripts": ["dqe-jax = dqe_jax.cli.commands:main"]},
     package_data={"dqe_jax": ["data/lexicon.txt"]},
     python_requires=">=3.11",
     install_requires=[

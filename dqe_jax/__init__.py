@@ -1,3 +1,3 @@
 """DQE-CIR in JAX: composed image retrieval with attribute weights and target-relative negatives."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from dqe_jax.cli.commands import COMMANDS
 from dqe_jax.config import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +40,11 @@ DOCUMENTS = documents()
 
 @functools.cache
 def flags_of(module: str) -> frozenset[str]:
-    """The flags that a module of dqe_jax defines, from its source."""
-    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    """The flags of the command that a door of dqe_jax opens, from its source."""
+    door = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    command = re.search(r'run\("([\w ]+)"', door)
+    file = f"cli/{COMMANDS[command[1]][0]}.py" if command else f"{module.split('.')[-1]}.py"
+    tree = ast.parse((ROOT / "dqe_jax" / file).read_text(encoding="utf-8"))
     return frozenset(
         node.args[0].value
         for node in ast.walk(tree)

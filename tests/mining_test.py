@@ -255,7 +255,7 @@ def test_numbers_to_log():
 
 def test_the_baseline_of_the_benchmark_is_the_rule():
     """QuRe in NumPy and Python finds what the rule `qure` calls the zone."""
-    mining_benchmark = import_binary("mining_benchmark")
+    mining_benchmark = import_binary("benchmark_mine")
     rng = np.random.default_rng(3)
     gallery = rng.standard_normal((60, 2, 8)).astype(np.float32)
     query = rng.standard_normal((9, 8)).astype(np.float32)
@@ -270,6 +270,6 @@ def test_the_baseline_of_the_benchmark_is_the_rule():
 
 
 def test_settings_of_the_benchmark_are_fields():
-    mining_benchmark = import_binary("mining_benchmark")
+    mining_benchmark = import_binary("benchmark_mine")
     fields = ConfigDict({"rule": "trns", "bounds": "quantile", **mining_benchmark.SETTINGS})
     assert set(fields) <= set(common.get_config().negatives)

@@ -44,11 +44,11 @@ def compiled_once(directory):
 
 
 def import_binary(name):
-    """A binary's module with its flags, in place of those of other binaries, which share names."""
+    """A command's module with its flags, in place of those of other commands, which share names."""
     for module, own in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith("dqe_jax."):
             for flag in list(own):  # delattr takes from `own`
                 if flag.name in flags.FLAGS:
                     delattr(flags.FLAGS, flag.name)
-    sys.modules.pop(f"dqe_jax.{name}", None)
-    return importlib.import_module(f"dqe_jax.{name}")
+    sys.modules.pop(f"dqe_jax.cli.{name}", None)
+    return importlib.import_module(f"dqe_jax.cli.{name}")

@@ -6,8 +6,9 @@ import optax
 import pytest
 from small_runs import compiled_once, small_config
 
-from dqe_jax import benchmark, models, run_setup
+from dqe_jax import models, run_setup
 from dqe_jax.checkpoints import store
+from dqe_jax.cli import benchmark_step
 from dqe_jax.config import check_config
 from dqe_jax.distributed import mesh
 from dqe_jax.training import loop, optimizer, zero
@@ -137,7 +138,7 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
     config = config_of(base, **SHARDED)
     model = models.build_model(
         config.model,
-        vocab_size=benchmark.VOCABULARY,
+        vocab_size=benchmark_step.VOCABULARY,
         max_length=config.data.max_length,
         image_size=config.data.image_size,
     )
@@ -146,7 +147,7 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
     step = programs.make_step(config, model, made, devices()[:4])
     state = programs.init_state(config, made, params, devices()[:4])
     assert made.bytes_of_device() < 0.5 * sum(2 * x.nbytes for x in jax.tree.leaves(params))
-    batch = mesh.shard(benchmark.random_batch(config), 4)
+    batch = mesh.shard(benchmark_step.random_batch(config), 4)
     compilations = []
     for _ in range(3):
         caplog.clear()

@@ -1,4 +1,4 @@
-"""What the binaries share: quiet logs, and errors that end in one sentence and status 2."""
+"""What the commands share: quiet logs, and errors that end in one sentence and status 2."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dqe_jax import __version__
+from dqe_jax.cli import config_files
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import look_anew
 
@@ -25,20 +29,56 @@ _OLD_NEWS = (
 )
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` as `absl.app.run` does, with plain log lines and short errors."""
+def run(module: ModuleType, argv: Sequence[str]) -> None:
+    """Runs a command as `absl.app.run` does, with plain log lines and short errors.
 
-    def guarded(argv: Sequence[str]) -> None:
+    Args:
+      module: of the command, see `commands.py`.
+      argv: its name and its arguments.
+    """
+
+    def guarded(rest: Sequence[str]) -> None:
         log_plainly()
         look_anew()
         try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}: flags start with --.")
-            main(argv)
+            if len(rest) > 1:
+                raise UserError(f"unexpected argument {rest[1]!r}: flags start with --.")
+            module.main(rest)
         except UserError as error:
-            _end(str(error))
+            end(str(error))
 
-    app.run(guarded, flags_parser=_parse_flags)
+    _answer(module, argv)
+    config_files.provide()
+    flags.mark_flags_as_required(module.REQUIRED)
+    app.run(guarded, argv=_with_config(argv), flags_parser=_parse_flags)
+
+
+def version_line() -> str:
+    """What `--version` prints."""
+    return f"dqe_jax {__version__}\n"
+
+
+def _answer(module: ModuleType, argv: Sequence[str]) -> None:
+    """Answers `--help` and `--version`, and ends then."""
+    if "--version" in argv:
+        sys.stdout.write(version_line())
+        sys.exit(0)
+    if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(argv):
+        own = flags.FLAGS.module_help(module.__name__)
+        sys.stdout.write(f"{argv[0]}: {module.__doc__}\nFlags:\n{own}\n")
+        sys.exit(0)
+
+
+def _with_config(argv: Sequence[str]) -> list[str]:
+    """The arguments with the path of the config file that `--config` means."""
+    found = list(argv)
+    for i, argument in enumerate(found):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config") and equals:
+            found[i] = f"{name}={config_files.find(value)}"
+        elif name in ("--config", "-config") and i + 1 < len(found):
+            found[i + 1] = config_files.find(found[i + 1])
+    return found
 
 
 def log_plainly() -> None:
@@ -73,12 +113,15 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             config.to_dict()  # a missing file is reported only when the config is used
         return rest
     except flags.Error as error:
-        _end(_sentence(str(error)))
+        end(_sentence(str(error)))
     except OSError:
-        _end(f"--config: no config at {_config_file(argv)!r}; see configs/ for those that exist.")
+        end(
+            f"--config: no config at {_config_file(argv)!r}; name a file, or one of "
+            f"{', '.join(config_files.known())}."
+        )
     except (ImportError, SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
-        _end(f"--config: {_sentence(str(error.args[0] if error.args else error))}")
-    raise AssertionError  # _end does not return
+        end(f"--config: {_sentence(str(error.args[0] if error.args else error))}")
+    raise AssertionError  # `end` does not return
 
 
 def _config_file(argv: Sequence[str]) -> str:
@@ -103,6 +146,7 @@ def _sentence(text: str) -> str:
     return head + (lines[-1].partition(": ")[2] or lines[-1]) if failed else lines[0]
 
 
-def _end(sentence: str) -> None:
+def end(sentence: str) -> NoReturn:
+    """Ends the process with a sentence and status 2."""
     sys.stderr.write(f"error: {sentence}\n")
     sys.exit(2)

@@ -1,0 +1,66 @@
+"""The ablation binary: trains the variants of a config over seeds, and compares them.
+
+python -m dqe_jax.ablate --config=configs/shapes.py [--seeds=3] [--equal=both] [--workdir=DIR]
+
+The same command goes on with what was interrupted. See `dqe_jax/experiments/ablation.py` for the
+variants, for what equal time means and for what is written. With `--lowers=0,0.005,0.02,0.1` it
+trains TRNS with these lower quantiles instead, with equal steps: see
+`dqe_jax/experiments/bound_curve.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from dqe_jax.cli import command_line
+from dqe_jax.utils.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config that the variants change; its seed is the first.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the ablation; default: runs/<name of the config>-ablation."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Short for --config.data.data_dir.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each variant, with seeds that follow.", 1)
+_VARIANTS = flags.DEFINE_list("variants", [], "Variants to compare, beside infonce; default: all.")
+_EQUAL = flags.DEFINE_enum(
+    "equal", "both", ("steps", "time", "both"), "What the runs have in common."
+)
+_LOWERS = flags.DEFINE_list(
+    "lowers", [], "Lower quantiles of trns to train, in place of the variants: the curve of bounds."
+)
+REQUIRED = ("config",)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains what is missing and writes the tables."""
+    del argv
+    from dqe_jax.experiments import (  # after the flags: importing JAX takes seconds
+        ablation,
+        bound_curve,
+    )
+
+    config = _CONFIG.value
+    if _DATA_DIR.value is not None:
+        config.data.data_dir = _DATA_DIR.value
+    if _LOWERS.value:
+        if _VARIANTS.value:
+            raise UserError("--lowers trains no variants: leave --variants out.")
+        bound_curve.run_curve(
+            config,
+            _WORKDIR.value or command_line.default_workdir("bounds"),
+            lowers=bound_curve.read_lowers(_LOWERS.value),
+            seeds=_SEEDS.value,
+        )
+        return
+    ablation.run_ablation(
+        config,
+        _WORKDIR.value or command_line.default_workdir("ablation"),
+        variants=ablation.choose_variants(_VARIANTS.value, config.data.dataset),
+        seeds=_SEEDS.value,
+        equal=ablation.EQUAL if _EQUAL.value == "both" else (_EQUAL.value,),
+    )

@@ -1,0 +1,39 @@
+"""Converts pretrained weights to an Orbax directory that a config can name.
+
+python -m dqe_jax.convert --source=DIR_OR_FILE_OR_HUB_ID --output=DIR
+
+`--config.model.weights=DIR` then starts a run from them: on a TPU pod every host reads its copy
+from one bucket, with the tokenizer, and neither a network nor Hugging Face files are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+_SOURCE = flags.DEFINE_string("source", None, "Safetensors file, model directory, or hub id.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write; local or gs://.")
+_BACKBONE = flags.DEFINE_enum(
+    "backbone", None, ["clip", "blip2"], "Backbone; default: what config.json says."
+)
+_VARIANT = flags.DEFINE_string(
+    "variant", "auto", "Variant of the backbone; default: the sizes of config.json."
+)
+REQUIRED = ("source", "output")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, checks and writes."""
+    del argv
+    from dqe_jax.models.weights.conversion import (
+        convert,  # after the flags: importing JAX takes seconds
+    )
+
+    directory, pretrained, count, has_tokenizer = convert(
+        _SOURCE.value, _OUTPUT.value, backbone=_BACKBONE.value, variant=_VARIANT.value
+    )
+    logging.info(
+        "%s: %s parameters of %s, %s tokenizer.",
+        *(directory, f"{count:,}", pretrained.backbone, "with a" if has_tokenizer else "without"),
+    )

@@ -1,0 +1,70 @@
+"""The training binary.
+
+python -m dqe_jax.main --config=configs/shapes.py [--workdir=DIR] [--config.field=value]
+
+Several processes are one run: see --distributed. SIGTERM and SIGINT save and end with status 143
+and 130; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from dqe_jax.cli import command_line
+from dqe_jax.utils.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; default: runs/<name of the config>."
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Directory of the raw data; short for --config.data.data_dir."
+)
+_STOP_AT = flags.DEFINE_integer(
+    "stop_at", None, "End after this step, as if interrupted; the same command goes on.", 1
+)
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Join other processes: on lets JAX find them (TPU slices); auto does so under Slurm.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0)
+REQUIRED = ("config",)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains and evaluates."""
+    del argv
+    from dqe_jax.distributed import processes  # after the flags: importing JAX takes seconds
+    from dqe_jax.distributed.interrupts import Interrupted
+    from dqe_jax.training.loop import train_and_evaluate
+
+    processes.join(
+        _DISTRIBUTED.value,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+    )
+    config = _CONFIG.value
+    if _DATA_DIR.value is not None:
+        config.data.data_dir = _DATA_DIR.value
+    workdir = _WORKDIR.value or command_line.default_workdir()
+    try:
+        train_and_evaluate(config, workdir, stop_at=_STOP_AT.value)
+    except Interrupted as interrupted:
+        logging.info("Ended by %s; the same command goes on.", interrupted)
+        processes.leave_at_once(interrupted.status)
+        sys.exit(interrupted.status)
+    except UserError:
+        processes.leave_at_once(2)
+        raise
+    except Exception:
+        processes.leave_at_once(1)
+        raise
