@@ -54,6 +54,7 @@ setup(
         # gcsfs: run directories on gs://.
         "tpu": ["jax[tpu]>=0.10", "gcsfs>=2026.10"],
         "test": [
+            "import-linter>=2.3",
             "ipykernel>=7",
             "nbclient>=0.11",
             "nbformat>=5.11",

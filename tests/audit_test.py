@@ -19,9 +19,9 @@ from PIL import Image
 from small_runs import compiled_once, import_binary, small_config
 
 from configs import common
-from dqe_jax import run_setup
+from dqe_jax.data import splits
 from dqe_jax.data.examples import Queries
-from dqe_jax.data.pipeline import Split, known_positives
+from dqe_jax.data.splits import Split, known_positives
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES
 from dqe_jax.method import mining
@@ -479,6 +479,6 @@ def test_errors(run, call, values, changes, sentence):
 def test_data_of_unknown_truth_cannot_be_audited(run, call, monkeypatch):
     base, workdir = run
     unknown = made_split(COPIES, [0, 1], [2, 3], [[2], [3]], [[], []])
-    monkeypatch.setattr(run_setup, "open_split", lambda *arguments: unknown)
+    monkeypatch.setattr(splits, "open_split", lambda *arguments: unknown)
     with pytest.raises(UserError, match=r"no query of train says which images are in truth valid"):
         call(small_config(base / "prepared"), workdir=str(workdir))

@@ -10,13 +10,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 from small_runs import compiled_once, small_config
 
-from dqe_jax import run_setup
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
-from dqe_jax.data import datasets
-from dqe_jax.data.pipeline import known_positives
+from dqe_jax.data import datasets, splits
+from dqe_jax.data.splits import known_positives
+from dqe_jax.data.text import encode_texts
 from dqe_jax.data.tokenizer import train_word_tokenizer
+from dqe_jax.models import setup
 from dqe_jax.training import bank, loop, state
+from dqe_jax.training.bank import make_bank_keeper
 from dqe_jax.utils.errors import UserError
 
 BANK = {
@@ -125,12 +127,12 @@ def test_both_sides_of_a_refresh_are_logged(base):
 def keeper(base):
     """A keeper on 8 devices, its split, and parameters."""
     config = config_of(base, num_devices=8, **{"negatives.mining": "refresh"})
-    split = run_setup.open_split(config, datasets.open_dataset(config.data), "train")
+    split = splits.open_split(config, datasets.open_dataset(config.data), "train")
     words = train_word_tokenizer(split.queries.texts, config.data.max_length)
-    model = run_setup.model_of(config, words)
-    text = run_setup.encode_texts(words, split)
-    params = run_setup.init_params(model, config)
-    keeper = run_setup.make_bank_keeper(config, model, split, text, jax.devices()[:8])
+    model = setup.model_of(config, words)
+    text = encode_texts(words, split)
+    params = setup.init_params(model, config)
+    keeper = make_bank_keeper(config, model, split, text, jax.devices()[:8])
     keeper.refresh(params, 0)
     return keeper, split, model, params, text
 
@@ -184,7 +186,7 @@ def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
     queries = dataclasses.replace(split.queries, valid=[few] * len(split.queries))
     told = dataclasses.replace(split, queries=queries)
     config = config_of(base, num_devices=8, **{"negatives.oracle": "mined"})
-    mining = run_setup.make_bank_keeper(config, model, told, text, jax.devices()[:8])
+    mining = make_bank_keeper(config, model, told, text, jax.devices()[:8])
     mining.bank = held.bank
     mined = mining.mine_all(params, jax.random.key(0), np.arange(40))
     assert mined.drawn.any()
@@ -193,14 +195,14 @@ def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
 
 def test_an_oracle_needs_truth(base, monkeypatch):
     config = config_of(base, **{"negatives.oracle": "mined"})
-    open_split = run_setup.open_split
+    open_split = splits.open_split
 
     def without_truth(*args):
         split = open_split(*args)
         split.queries.valid[:] = [np.zeros(0, np.int32)] * len(split.queries)
         return split
 
-    monkeypatch.setattr(run_setup, "open_split", without_truth)
+    monkeypatch.setattr(splits, "open_split", without_truth)
     with pytest.raises(UserError, match=r"negatives\.oracle is 'mined': shapes does not say which"):
         loop.train_and_evaluate(config, base / "no-truth")
 
@@ -228,7 +230,7 @@ def test_errors(base, changes, words):
 def test_a_bank_of_bfloat16(base, keeper):
     held, split, model, params, text = keeper
     config = config_of(base, num_devices=8, **{"negatives.bank_dtype": "bfloat16"})
-    rounded = run_setup.make_bank_keeper(config, model, split, text, jax.devices()[:8])
+    rounded = make_bank_keeper(config, model, split, text, jax.devices()[:8])
     rounded.refresh(params, 0)
     assert rounded.bank.tokens.dtype == "bfloat16"
     one, other = (np.asarray(bank.tokens, np.float32) for bank in (held.bank, rounded.bank))

@@ -256,20 +256,20 @@ def test_rankings_do_not_depend_on_devices(base, cirr_run, call):
 
 
 def test_captions_in_both_orders(base):
-    from dqe_jax import run_setup
-    from dqe_jax.data import datasets
+    from dqe_jax.data import datasets, splits
+    from dqe_jax.data.text import encode_texts, encode_wordings
     from dqe_jax.data.tokenizer import train_word_tokenizer
 
     config = tiny(fiq.get_config(), base / "data")
     assert config.data.captions == "random"
     builder = datasets.open_dataset(config.data)
-    split = run_setup.open_split(config, builder, "train")
+    split = splits.open_split(config, builder, "train")
     assert split.queries.texts[3] == "is more 3 and is red"
     words = train_word_tokenizer(split.queries.texts, 12)
-    both = run_setup.encode_wordings(words, split, "random")
+    both = encode_wordings(words, split, "random")
     assert both.shape == (36, 2, 12)
     config.data.captions = "reverse"
-    other = run_setup.open_split(config, builder, "train")
+    other = splits.open_split(config, builder, "train")
     assert other.queries.texts[3] == "is red and is more 3"
-    np.testing.assert_array_equal(run_setup.encode_texts(words, other), both[:, 1])
-    assert run_setup.encode_wordings(words, split, "forward").shape == (36, 1, 12)
+    np.testing.assert_array_equal(encode_texts(words, other), both[:, 1])
+    assert encode_wordings(words, split, "forward").shape == (36, 1, 12)

@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from dqe_jax import models, run_setup
+from dqe_jax import models
 from dqe_jax.config import (
     FIELDS,
     FREE_FIELDS,
@@ -25,6 +25,7 @@ from dqe_jax.config import (
     flatten,
 )
 from dqe_jax.data import datasets
+from dqe_jax.models import setup
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -320,7 +321,7 @@ def test_fields_of_the_pretrained_backbones_are_read_by_them():
         config.model.backbone = backbone
         config.data.image_size = 224
         with recorded_reads(config) as reads:
-            pretrained = run_setup.open_weights(config)
+            pretrained = setup.open_weights(config)
             models.build_model(
                 config.model,
                 vocab_size=1,
@@ -329,7 +330,7 @@ def test_fields_of_the_pretrained_backbones_are_read_by_them():
                 sizes=pretrained.sizes,
             )
             with pytest.raises(UserError, match=r"config\.model\.tokenizer is empty"):
-                run_setup.tokenizer_of(config, pretrained)
+                setup.tokenizer_of(config, pretrained)
         read |= reads
     assert read >= OF_PRETRAINED
 

@@ -12,7 +12,7 @@ from small_runs import small_config
 
 from configs import fashion_products, shapes
 from dqe_jax.config import FIELDS, check_config, flatten
-from dqe_jax.data import pipeline
+from dqe_jax.data import splits
 from dqe_jax.data.index import make_index
 from dqe_jax.training import loop
 from dqe_jax.training import workdir as workdirs
@@ -179,11 +179,11 @@ def test_an_empty_or_unknown_split(tmp_path, monkeypatch):
         def as_data_source(self, split):
             return []
 
-    monkeypatch.setattr(pipeline, "read_index", lambda *_: make_index([]))
+    monkeypatch.setattr(splits, "read_index", lambda *_: make_index([]))
     with pytest.raises(UserError, match=r"split 'train' of shapes in /data has no query"):
-        pipeline.load_split(Builder(), "train", 64)
+        splits.load_split(Builder(), "train", 64)
     with pytest.raises(UserError, match=r"no split 'validation'; it has train, test"):
-        pipeline.load_split(Builder(), "validation", 64)
+        splits.load_split(Builder(), "validation", 64)
 
 
 def test_fashion_products_needs_its_photos(prepared_dir, tmp_path):

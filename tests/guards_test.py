@@ -14,7 +14,7 @@ from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config
-from dqe_jax.data import pipeline
+from dqe_jax.data import splits
 from dqe_jax.distributed import interrupts
 from dqe_jax.training import loop
 from dqe_jax.training import workdir as workdirs
@@ -168,7 +168,7 @@ def test_a_data_directory_that_vanishes(base, monkeypatch):
         raise FileNotFoundError(2, "No such file or directory", "shard")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Gallery, "__getitem__", gone)
+        patch.setattr(splits.Gallery, "__getitem__", gone)
         with pytest.raises(
             UserError, match=r"the data in .*moving.* is gone: step 2 is saved; put it back, and"
         ):

@@ -11,8 +11,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import common
-from dqe_jax import models, run_setup
-from dqe_jax.models import freeze
+from dqe_jax import models
+from dqe_jax.models import freeze, setup, summary
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import VisionSizes
@@ -156,7 +156,7 @@ def entry_points(model):
 def initial(backbone):
     """Parameters before training."""
     config = small_config(backbone)
-    return run_setup.init_params(build(config), config)
+    return setup.init_params(build(config), config)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_bfloat16_is_close_to_float32_over_the_same_parameters(model, backbone):
     half_model = build(config)
     half_query, half_gallery = entry_points(half_model)
     reference, text, _ = flat_inputs()
-    shapes = jax.eval_shape(lambda: run_setup.init_params(half_model, config))
+    shapes = jax.eval_shape(lambda: setup.init_params(half_model, config))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
@@ -329,7 +329,7 @@ def test_without_attributes_the_model_is_the_plain_composer(model, backbone, ini
     query = model[2]
     config = small_config(backbone, **{"model.attributes.enabled": False})
     module = build(config)
-    shapes = jax.eval_shape(lambda: run_setup.init_params(module, config))
+    shapes = jax.eval_shape(lambda: setup.init_params(module, config))
     assert set(initial) - set(shapes) == {"attributes"}
     bare = {name: value for name, value in initial.items() if name in shapes}
     out = entry_points(module)[0](bare, *flat_inputs()[:2])
@@ -385,8 +385,8 @@ def test_parameters_of_the_default_config():
     config = common.get_config()
     config.model.attributes.names = ("a", "b", "c", "d")
     module = models.build_model(config.model, vocab_size=100, max_length=24, image_size=64)
-    params = jax.eval_shape(lambda: run_setup.init_params(module, config))
-    counts = run_setup.count_parameters(params, models.parts_of("tiny"))
+    params = jax.eval_shape(lambda: setup.init_params(module, config))
+    counts = summary.count_parameters(params, models.parts_of("tiny"))
 
     def dense(inputs, outputs):
         return inputs * outputs + outputs
@@ -428,7 +428,7 @@ def test_every_parameter_is_in_exactly_one_part(initial, backbone):
             p for p, patterns in parts.items() if freeze.part_of(path, {p: patterns, "": "*"}) == p
         ]
         assert len(holders) == 1, (path, holders)
-    assert set(run_setup.count_parameters(initial, parts)) == set(parts)
+    assert set(summary.count_parameters(initial, parts)) == set(parts)
 
 
 @pytest.mark.parametrize(

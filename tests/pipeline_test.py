@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dqe_jax.data import examples, pipeline, preparation
+from dqe_jax.data import examples, pipeline, preparation, splits
 from dqe_jax.data.builders import shapes
 from dqe_jax.data.index import from_json, make_index, read_index
 from dqe_jax.data.transforms import AUGMENTATIONS, join_captions
@@ -85,12 +85,12 @@ def query_record(number, reference, target, targets=None, texts=(b"make it red",
 
 def gallery_of(records, cache=True):
     source = Source(records)
-    return pipeline.Gallery(source, make_index(records), SIZE, cache), source
+    return splits.Gallery(source, make_index(records), SIZE, cache), source
 
 
 def made_split(queries, gallery, **options):
     """A split of these records."""
-    return pipeline.make_split(
+    return splits.make_split(
         "train", queries, Source(gallery), make_index(gallery), SIZE, **options
     )
 
@@ -140,7 +140,7 @@ def smoke(tmp_path_factory):
 
 
 def test_load_split_reads_columns(smoke):
-    split = pipeline.load_split(smoke, "test", 72)
+    split = splits.load_split(smoke, "test", 72)
     queries, source = split.queries, smoke.as_data_source(split="test")
     assert split.name == "test"
     assert len(queries) == len(source) == 64
@@ -179,14 +179,14 @@ def test_a_single_caption_keeps_its_end():
 
 
 def test_queries_are_read_beyond_a_chunk(smoke, monkeypatch):
-    expected = pipeline.load_split(smoke, "test", 72).queries.ids
-    monkeypatch.setattr(pipeline, "READ_CHUNK", 7)
-    assert pipeline.load_split(smoke, "test", 72).queries.ids == expected
+    expected = splits.load_split(smoke, "test", 72).queries.ids
+    monkeypatch.setattr(splits, "READ_CHUNK", 7)
+    assert splits.load_split(smoke, "test", 72).queries.ids == expected
 
 
 def test_reading_a_split_reads_no_image():
     source = Source([gallery_record(0), gallery_record(1)])
-    pipeline.make_split("train", [query_record(0, 0, 1)], source, make_index(source.records), SIZE)
+    splits.make_split("train", [query_record(0, 0, 1)], source, make_index(source.records), SIZE)
     assert not source.reads
 
 
@@ -252,7 +252,7 @@ def test_truth_may_be_unknown():
 
 def test_an_unknown_split_is_named_with_those_that_exist(smoke):
     with pytest.raises(UserError, match=r"no split 'dev'; it has \w+, \w+, \w+\.$") as error:
-        pipeline.load_split(smoke, "dev", 72)
+        splits.load_split(smoke, "dev", 72)
     assert all(split in str(error.value) for split in examples.SPLITS)
     assert "gallery" not in str(error.value)
 
@@ -261,7 +261,7 @@ def test_an_unknown_split_is_named_with_those_that_exist(smoke):
 
 
 def test_gallery_items(smoke):
-    gallery = pipeline.load_split(smoke, "test", 72).gallery
+    gallery = splits.load_split(smoke, "test", 72).gallery
     source = smoke.as_data_source(split="test_gallery")
     assert len(gallery) == len(source)
     assert gallery.image_shape == (72, 72, 3)
@@ -273,7 +273,7 @@ def test_gallery_items(smoke):
 
 
 def test_the_cache_changes_nothing(smoke):
-    with_cache, without = (pipeline.load_split(smoke, "test", 72, c).gallery for c in (True, False))
+    with_cache, without = (splits.load_split(smoke, "test", 72, c).gallery for c in (True, False))
     for row in (3, 0, 3):
         np.testing.assert_array_equal(with_cache[row], without[row])
 
@@ -320,7 +320,7 @@ def test_gallery_batches_can_be_left_early():
 
 
 def test_a_batch_has_the_documented_arrays(smoke):
-    split = pipeline.load_split(smoke, "train", 72)
+    split = splits.load_split(smoke, "train", 72)
     count = len(split.queries)
     batches = pipeline.train_batches(
         split,

@@ -13,7 +13,7 @@ import standins
 from PIL import Image
 
 from configs import circo, cirr, common, fiq, fiq_clip, triplets
-from dqe_jax.data import datasets, pipeline, preparation, preprocess
+from dqe_jax.data import datasets, preparation, preprocess, splits
 from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.data.builders import benchmarks
 from dqe_jax.data.builders.benchmarks import make_builder
@@ -43,7 +43,7 @@ def report_of(data, dataset, name):
 
 def opened(dataset, data, split, preprocess, size=SIZE):
     builder = make_builder(dataset, str(data), image_size=size, preprocess=preprocess)
-    return pipeline.load_split(builder, split, size)
+    return splits.load_split(builder, split, size)
 
 
 def column(report, name):
@@ -118,7 +118,7 @@ def test_circo_complete(tmp_path):
     assert column(report, "official_gallery") == {"validation": images, "test": images}
     builder = make_builder("circo", str(tmp_path / "data"), image_size=SIZE, preprocess="squash")
     assert set(builder.info.splits) == {"gallery", "validation", "test"}  # images stored once
-    split = pipeline.load_split(builder, "validation", SIZE)
+    split = splits.load_split(builder, "validation", SIZE)
     assert sum(len(rows) for rows in split.queries.valid) == 916
     assert all(rows[0] == t for rows, t in zip(split.queries.valid, split.queries.target))
     photo = load_photo(
@@ -351,7 +351,7 @@ def test_an_interrupted_run_leaves_nothing_that_counts(tmp_path, monkeypatch):
     preparation.prepare(make())
     builder = make()
     assert preparation.report(builder)["splits"]["train"]["queries"] == 6
-    assert len(pipeline.load_split(builder, "train", SIZE).gallery) == 9
+    assert len(splits.load_split(builder, "train", SIZE).gallery) == 9
 
 
 def test_processes_give_what_one_process_gives(tmp_path):

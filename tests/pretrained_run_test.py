@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from small_runs import compiled_once, small_config
 
-from dqe_jax import models, run_setup
+from dqe_jax import models
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config, flatten
-from dqe_jax.models import freeze
+from dqe_jax.models import freeze, setup
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
 from dqe_jax.training import loop
@@ -197,10 +197,10 @@ def test_converted_weights_and_a_scanned_stack_start_alike(base, name, tmp_path)
     def start(**changes):
         config = config_of(base, name, **changes)
         check_config(config)
-        pretrained = run_setup.open_weights(config)
-        tokenizer = run_setup.tokenizer_of(config, pretrained)
-        model = run_setup.model_of(config, tokenizer, pretrained.sizes)
-        return run_setup.init_params(model, config, 0, pretrained), tokenizer
+        pretrained = setup.open_weights(config)
+        tokenizer = setup.tokenizer_of(config, pretrained)
+        model = setup.model_of(config, tokenizer, pretrained.sizes)
+        return setup.init_params(model, config, 0, pretrained), tokenizer
 
     expected, tokenizer = start()
     found, again = start(**{"model.weights": str(tmp_path / "out")})

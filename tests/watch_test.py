@@ -11,8 +11,8 @@ import pytest
 from etils import epath
 from small_runs import compiled_once, small_config
 
-from dqe_jax import run_setup
 from dqe_jax.checkpoints import store
+from dqe_jax.checkpoints.trained import Trained
 from dqe_jax.evaluation.watch import watch
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -71,14 +71,14 @@ def test_a_checkpoint_that_is_removed_meanwhile(base, trained, tmp_path, monkeyp
     workdir = epath.Path(tmp_path / "copy")
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "watch-validation", ignore_errors=True)
-    read = run_setup.Trained.read_params
+    read = Trained.read_params
 
     def gone(self):
         if self.step == 2:
             shutil.rmtree(workdir / "checkpoints" / "2")
         return read(self)
 
-    monkeypatch.setattr(run_setup.Trained, "read_params", gone)
+    monkeypatch.setattr(Trained, "read_params", gone)
     with caplog.at_level("WARNING"):
         assert list(follow(base, workdir)) == [4, 6]
     assert "Step 2 was removed before it was evaluated" in caplog.text

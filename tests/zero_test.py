@@ -6,11 +6,12 @@ import optax
 import pytest
 from small_runs import compiled_once, small_config
 
-from dqe_jax import models, run_setup
+from dqe_jax import models
 from dqe_jax.checkpoints import store
 from dqe_jax.cli import benchmark_step
 from dqe_jax.config import check_config
 from dqe_jax.distributed import mesh
+from dqe_jax.models import setup
 from dqe_jax.training import loop, optimizer, zero
 from dqe_jax.training import state as programs
 
@@ -142,7 +143,7 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
         max_length=config.data.max_length,
         image_size=config.data.image_size,
     )
-    params = run_setup.init_params(model, config)
+    params = setup.init_params(model, config)
     made = programs.make_optimizer(config, params, 4)
     step = programs.make_step(config, model, made, devices()[:4])
     state = programs.init_state(config, made, params, devices()[:4])

@@ -85,24 +85,27 @@ def _lowers(negatives: Any) -> list[float]:
 
 
 def _audit(config: Any, split: str, directory: str, lowers: Sequence[float]) -> None:
-    from dqe_jax import run_setup
-    from dqe_jax.data import datasets
+    from dqe_jax.checkpoints.trained import open_trained
+    from dqe_jax.data import datasets, splits
+    from dqe_jax.data.text import encode_texts
     from dqe_jax.evaluation import report
+    from dqe_jax.evaluation.run import output_of
     from dqe_jax.experiments.audit import candidates, draws, figure
+    from dqe_jax.training.bank import make_bank_keeper
     from dqe_jax.utils.paths import whole_path
 
-    trained = run_setup.open_trained(config, directory, _STEP.value)
+    trained = open_trained(config, directory, _STEP.value)
     model, words, devices, step = trained.model, trained.tokenizer, trained.devices, trained.step
-    opened = run_setup.open_split(config, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
     rows = candidates.sample_queries(opened, _QUERIES.value, config.seed)
-    output = whole_path(_OUTPUT.value) if _OUTPUT.value else trained.output
+    output = whole_path(_OUTPUT.value) if _OUTPUT.value else output_of(trained)
     _make_directory(output)
     params = trained.read_params()
     banked = config.copy_and_resolve_references()
     banked.negatives.update(pool="bank", mining="step")  # filling the bank mines nothing yet
-    text = run_setup.encode_texts(words, opened)
+    text = encode_texts(words, opened)
     found = draws.audit(
-        run_setup.make_bank_keeper(banked, model, opened, text, devices),
+        make_bank_keeper(banked, model, opened, text, devices),
         params,
         step,
         split=opened,

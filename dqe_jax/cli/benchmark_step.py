@@ -70,11 +70,12 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
     """A function that takes some steps and waits for them; and the FLOP of one step."""
     import jax
 
-    from dqe_jax import models, run_setup
+    from dqe_jax import models
     from dqe_jax.distributed import mesh
+    from dqe_jax.models import setup
     from dqe_jax.training import state as programs
 
-    pretrained = run_setup.describe_weights(config)
+    pretrained = setup.describe_weights(config)
     model = models.build_model(
         config.model,
         vocab_size=VOCABULARY,
@@ -82,7 +83,7 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
         image_size=config.data.image_size,
         sizes=pretrained and pretrained.sizes,
     )
-    params = run_setup.init_params(model, config, config.seed)
+    params = setup.init_params(model, config, config.seed)
     made = programs.make_optimizer(config, params, len(devices))
     # There is no bank here: negatives are mined from the batch.
     config.negatives.pool = "batch"
@@ -127,13 +128,13 @@ def main(argv: Sequence[str]) -> None:
     import jax
     import numpy as np
 
-    from dqe_jax import run_setup
     from dqe_jax.config import check_batch, check_config
+    from dqe_jax.distributed import mesh
     from dqe_jax.models import DTYPES
 
     config = _CONFIG.value
     check_config(config)
-    devices = run_setup.devices_of(config.num_devices)
+    devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices))
     if config.model.scan_layers:
         # A loop over layers would be counted as one layer.

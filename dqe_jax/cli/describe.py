@@ -26,14 +26,15 @@ def main(argv: Sequence[str]) -> None:
     import jax
     import numpy as np
 
-    from dqe_jax import models, run_setup
+    from dqe_jax import models
     from dqe_jax.config import check_config
+    from dqe_jax.models import setup, summary
 
     config = _CONFIG.value
     check_config(config)
     # A loop over layers would be counted as one layer, recomputation as more than the model.
     config.model.scan_layers = config.model.remat = False
-    pretrained = run_setup.describe_weights(config)
+    pretrained = setup.describe_weights(config)
     data = config.data
     model = models.build_model(
         config.model,
@@ -42,8 +43,8 @@ def main(argv: Sequence[str]) -> None:
         image_size=data.image_size,
         sizes=pretrained and pretrained.sizes,
     )
-    shapes = run_setup.param_shapes(model, config)
-    logging.info("%s", run_setup.parameter_table(shapes, config.model))
+    shapes = setup.param_shapes(model, config)
+    logging.info("%s", summary.parameter_table(shapes, config.model))
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), np.uint8)
     text = jax.ShapeDtypeStruct((1, data.max_length), np.int32)
 

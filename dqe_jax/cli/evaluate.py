@@ -73,27 +73,29 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _evaluate(config, split: str) -> None:
-    from dqe_jax import run_setup
-    from dqe_jax.data import datasets
+    from dqe_jax.checkpoints.trained import open_trained
+    from dqe_jax.data import datasets, splits
+    from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
+    from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator, output_of
     from dqe_jax.utils.paths import whole_path
 
     directory = _CHECKPOINT.value or _WORKDIR.value
     if directory is None:
         raise UserError("name what to evaluate: --workdir=DIR or --checkpoint=DIR.")
     datasets.find_dataset(config.data)
-    trained = run_setup.open_trained(config, directory, _STEP.value)
+    trained = open_trained(config, directory, _STEP.value)
     model, words, step = trained.model, trained.tokenizer, trained.step
-    opened = run_setup.open_split(config, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
     judged = None
     if _HP_FASHIONIQ.value is not None:
-        judged = run_setup.open_preferences(config, opened, _HP_FASHIONIQ.value)
-    evaluator = run_setup.make_evaluator(config, model, words, opened, trained.devices)
+        judged = open_preferences(config, opened, _HP_FASHIONIQ.value)
+    evaluator = make_evaluator(config, model, words, opened, trained.devices)
     params = trained.read_params()
-    output = whole_path(_OUTPUT.value) if _OUTPUT.value else trained.output
-    run_setup.evaluate_and_report(config, evaluator, params, step=step, directory=output)
+    output = whole_path(_OUTPUT.value) if _OUTPUT.value else output_of(trained)
+    evaluate_and_report(config, evaluator, params, step=step, directory=output)
     if judged is not None:
         path = output / f"hp_fashioniq-{step}.json"
-        run_setup.measure_preferences(evaluator, words, params, judged, path)
+        measure_preferences(evaluator, words, params, judged, path)
 
 
 def _watch(config, split: str) -> None:

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax import lax
 
+from dqe_jax.utils.errors import UserError
+
 AXIS = "devices"
 
 
@@ -66,6 +68,25 @@ def pad_rows(array: np.ndarray, multiple: int) -> np.ndarray:
 def all_devices() -> list[jax.Device]:
     """The devices of all processes, those of a process side by side."""
     return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def devices_of(num_devices: int) -> list[jax.Device]:
+    """The first `num_devices` devices; all of all processes for 0.
+
+    Raises:
+      UserError: there are fewer, or several processes that would not all take part.
+    """
+    devices = all_devices()
+    if num_devices > len(devices):
+        raise UserError(
+            f"config.num_devices is {num_devices}: this run has {len(devices)} devices."
+        )
+    if num_devices not in (0, len(devices)) and jax.process_count() > 1:
+        raise UserError(
+            f"config.num_devices is {num_devices}: with several processes all {len(devices)} "
+            "devices take part; set it to 0."
+        )
+    return devices[:num_devices] if num_devices else devices
 
 
 def own_devices(devices: Sequence[jax.Device]) -> slice:

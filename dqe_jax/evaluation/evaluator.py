@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dqe_jax.data.pipeline import Split
+from dqe_jax.data.splits import Split
 from dqe_jax.distributed import mesh
 from dqe_jax.evaluation import metrics, protocols, ranking
 from dqe_jax.evaluation.protocols import Protocol

@@ -14,9 +14,10 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from dqe_jax import run_setup
 from dqe_jax.checkpoints import store
-from dqe_jax.data import datasets
+from dqe_jax.checkpoints.trained import open_trained
+from dqe_jax.data import datasets, splits
+from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.metric_log import MetricLog
 
@@ -48,7 +49,7 @@ def watch(
     Raises:
       UserError: no data, another model, or no new checkpoint for `patience_s`.
     """
-    opened = run_setup.open_split(config, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
     log = MetricLog(workdir / f"watch-{split}", resume_step=None, again="")
     seen, found, evaluator, since = set(log.steps()), {}, None, time.time()
     logging.info("Following %s: %d checkpoints were evaluated before.", workdir, len(seen))
@@ -75,11 +76,9 @@ def watch(
             trained, params = read
             if evaluator is None:
                 words, devices = trained.tokenizer, trained.devices
-                evaluator = run_setup.make_evaluator(config, trained.model, words, opened, devices)
+                evaluator = make_evaluator(config, trained.model, words, opened, devices)
             if step >= _total_steps(workdir):
-                result = run_setup.evaluate_and_report(
-                    config, evaluator, params, step=step, directory=output
-                )
+                result = evaluate_and_report(config, evaluator, params, step=step, directory=output)
             else:
                 result = evaluator.run(params)
             found[step] = result.metrics
@@ -99,7 +98,7 @@ def _read(config: Any, workdir: epath.Path, step: int, poll_s: float) -> tuple[A
     """
     for attempt in range(RETRIES):
         try:
-            trained = run_setup.open_trained(config, workdir, step)
+            trained = open_trained(config, workdir, step)
             try:
                 return trained, trained.read_params()
             finally:

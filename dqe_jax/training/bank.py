@@ -16,9 +16,13 @@ import tqdm
 from absl import logging
 from jax import lax
 
+from dqe_jax.data.splits import Split, known_positives, photo_ids
 from dqe_jax.distributed import mesh
+from dqe_jax.embedding.encoders import encoders
 from dqe_jax.method import mining
 from dqe_jax.method.mining import Bank, Mined
+from dqe_jax.models import DQE
+from dqe_jax.training.state import splitter
 
 
 def rows_of_device(num_rows: int, num_devices: int, chunk_rows: int = mining.CHUNK_ROWS) -> int:
@@ -211,3 +215,25 @@ class BankKeeper:
             out = jax.tree.map(np.asarray, self._mine(key, *padded, self.bank))
             parts.append(jax.tree.map(lambda x, kept=here: x[: len(kept)], out))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def make_bank_keeper(
+    config: Any, model: DQE, split: Split, text: np.ndarray, devices: list[jax.Device]
+) -> BankKeeper:
+    """The keeper of the bank of a split; `text` int32 `[n, L]` are its queries' texts."""
+    encode_query, encode_gallery = encoders(model)
+    never = known_positives(split)
+    if config.negatives.oracle != "none":
+        never = np.concatenate([never, photo_ids(split, split.queries.valid)], axis=1)
+    return BankKeeper(
+        split=split,
+        text=text,
+        known_positives=never,
+        encode_query=encode_query,
+        encode_gallery=encode_gallery,
+        trained=lambda params: splitter(config.model)(params)[0],
+        negatives=config.negatives,
+        seed=config.seed,
+        batch_size=config.eval.batch_size,
+        devices=devices,
+    )

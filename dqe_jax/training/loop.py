@@ -18,20 +18,22 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax import models, run_setup
+from dqe_jax import models
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_batch, check_config
-from dqe_jax.data import datasets, lexicon, pipeline
+from dqe_jax.data import datasets, lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import BENCHMARKS
+from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
-from dqe_jax.models import freeze
+from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
+from dqe_jax.models import freeze, setup, summary
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.training import state as programs
-from dqe_jax.training.bank import BankKeeper
+from dqe_jax.training.bank import BankKeeper, make_bank_keeper
 from dqe_jax.training.optimizer import make_schedule
 from dqe_jax.training.step import TrainState
 from dqe_jax.training.workdir import claim_workdir
@@ -65,7 +67,7 @@ def train_and_evaluate(
     began = time.time()
     check_config(config)
     freeze.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
-    devices = run_setup.devices_of(config.num_devices)
+    devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices), jax.process_count())
     if config.data.dataset in BENCHMARKS:
         datasets.find_dataset(config.data)  # before weights are downloaded for nothing
@@ -73,8 +75,8 @@ def train_and_evaluate(
         "workdir", lambda: claim_workdir(workdir, config, alone=processes.leads())
     )
     try:
-        pretrained = run_setup.open_weights(config)
-        tokenizer = run_setup.tokenizer_of(config, pretrained) if pretrained else None
+        pretrained = setup.open_weights(config)
+        tokenizer = setup.tokenizer_of(config, pretrained) if pretrained else None
         builder = processes.leader_first("data", lambda: datasets.open_dataset(config.data))
         run = _prepare(config, path, builder, devices, pretrained, tokenizer)
         with (
@@ -106,7 +108,7 @@ class Run:
     keeper: BankKeeper | None
     batches: Any
     validation: RetrievalEvaluator
-    last: pipeline.Split
+    last: splits.Split
 
 
 def _prepare(
@@ -119,27 +121,27 @@ def _prepare(
 ) -> Run:
     data = config.data
     # What the end of the run needs must be there now.
-    last = run_setup.open_split(config, builder, config.eval.split)
-    split = run_setup.open_split(config, builder, "train")
+    last = splits.open_split(config, builder, config.eval.split)
+    split = splits.open_split(config, builder, "train")
     words = lexicon.load_lexicon(data.lexicon)
     names = config.model.attributes.names
     mentions = lexicon.mentions(split.queries.texts, names, words)
     if tokenizer is None:
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, data.max_length)
-    text = run_setup.encode_wordings(tokenizer, split, data.captions)
-    held_out = run_setup.open_split(config, builder, "validation")
+    text = encode_wordings(tokenizer, split, data.captions)
+    held_out = splits.open_split(config, builder, "validation")
     if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
         raise UserError(
             f"config.negatives.oracle is {config.negatives.oracle!r}: {data.dataset} does not say "
             "which images are in truth valid; take 'none'."
         )
-    model = run_setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
-    params = run_setup.param_shapes(model, config)
+    model = setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
+    params = setup.param_shapes(model, config)
 
     optimizer = programs.make_optimizer(config, params, len(devices))
     keeper = None
     if programs.uses_bank(config.negatives):
-        keeper = run_setup.make_bank_keeper(config, model, split, text[:, 0], devices)
+        keeper = make_bank_keeper(config, model, split, text[:, 0], devices)
     batches = pipeline.train_batches(
         split,
         text=text,
@@ -152,7 +154,7 @@ def _prepare(
         process=jax.process_index(),
         num_processes=jax.process_count(),
     )
-    validation = run_setup.make_evaluator(config, model, tokenizer, held_out, devices)
+    validation = make_evaluator(config, model, tokenizer, held_out, devices)
     if config.keep_best and config.keep_best not in validation.metric_names():
         raise UserError(
             f"config.keep_best is {config.keep_best!r}: validation measures "
@@ -181,7 +183,7 @@ def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
     """The state of the newest checkpoint, or a fresh one; and the seconds trained before."""
     split, newest = programs.splitter(run.config.model), manager.latest_step()
     if newest is None:
-        params = run_setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
+        params = setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
         return programs.init_state(run.config, run.optimizer, params, run.devices), 0.0
     like = {"params": run.params, "opt_state": run.optimizer.saved}
     meta = store.read_meta(manager, newest)
@@ -258,7 +260,7 @@ def _in_a_sentence(error: Exception, run: Run) -> UserError | None:
 
 def _log_start(run: Run, params: Any) -> None:
     logging.info("Devices: %s", ", ".join(str(device) for device in run.devices))
-    logging.info("%s", run_setup.parameter_table(params, run.config.model))
+    logging.info("%s", summary.parameter_table(params, run.config.model))
 
 
 def _loop(
@@ -404,8 +406,8 @@ def _save(
 
 def _final_evaluation(run: Run, state: TrainState, log: MetricLog | NoLog) -> dict[str, float]:
     split, step = run.last, int(state.step)
-    evaluator = run_setup.make_evaluator(run.config, run.model, run.tokenizer, split, run.devices)
-    result = run_setup.evaluate_and_report(
+    evaluator = make_evaluator(run.config, run.model, run.tokenizer, split, run.devices)
+    result = evaluate_and_report(
         run.config, evaluator, state.params, step=step, directory=run.workdir / "eval"
     )
     # Of the validation split there is a line already.

@@ -20,7 +20,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from dqe_jax.data.pipeline import Split, known_positives, photo_ids
+from dqe_jax.data.splits import Split, known_positives, photo_ids
 from dqe_jax.utils.errors import UserError
 
 CLASSES = ("valid", "near_miss", "unrelated")

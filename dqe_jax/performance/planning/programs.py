@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dqe_jax import models, run_setup
+from dqe_jax import models
 from dqe_jax.data.pipeline import batch_shapes
 from dqe_jax.distributed import mesh
+from dqe_jax.embedding.encoders import encoders
 from dqe_jax.method import mining
-from dqe_jax.models import DTYPES
+from dqe_jax.models import DTYPES, setup
 from dqe_jax.training import bank as banks
 from dqe_jax.training import state as own_programs
 from dqe_jax.training.step import TrainState
@@ -98,7 +99,7 @@ class _Maker:
     """Makes the programs of a config over the devices of a slice."""
 
     def __init__(self, config: Any, devices: Sequence[jax.Device], vocabulary: int):
-        pretrained = run_setup.describe_weights(config)
+        pretrained = setup.describe_weights(config)
         self.config, self.devices, self.number = config, list(devices), len(devices)
         self.model = models.build_model(
             config.model,
@@ -107,8 +108,8 @@ class _Maker:
             image_size=config.data.image_size,
             sizes=pretrained and pretrained.sizes,
         )
-        self.encode_gallery = run_setup.encoders(self.model)[1]
-        params = run_setup.param_shapes(self.model, config)
+        self.encode_gallery = encoders(self.model)[1]
+        params = setup.param_shapes(self.model, config)
         self.optimizer = own_programs.make_optimizer(config, params, self.number)
         moments = self.optimizer.shapes
         self.state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, moments)

@@ -1,0 +1,80 @@
+"""A trained model, opened for use."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+from tokenizers import Tokenizer
+
+from dqe_jax.checkpoints import store
+from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences
+from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.distributed import mesh
+from dqe_jax.models import DQE
+from dqe_jax.models.setup import model_of, param_shapes
+from dqe_jax.models.weights import sizes as size_files
+from dqe_jax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A checkpoint and the model it is of.
+
+    Attributes:
+      config: of the caller.
+      trained_by: config of the run, as a nested dict.
+      manager: of the run's checkpoints.
+      step: of the checkpoint.
+      model: as the config and the checkpoint say.
+      tokenizer: of the checkpoint.
+      devices: to run on.
+    """
+
+    config: Any
+    trained_by: dict[str, Any]
+    manager: Any
+    step: int
+    model: DQE
+    tokenizer: Tokenizer
+    devices: list[jax.Device]
+
+    @property
+    def directory(self) -> epath.Path:
+        """Of the checkpoints."""
+        return self.manager.directory
+
+    def read_params(self) -> Any:
+        """The parameters alone, replicated over the devices."""
+        shapes = param_shapes(self.model, self.config)
+        params = store.restore(self.manager, self.step, params=shapes)["params"]
+        return mesh.replicate(params, self.devices)
+
+
+def open_trained(config: Any, directory: str, step: int | None) -> Trained:
+    """Opens a checkpoint; its parameters are read later.
+
+    Args:
+      config: must agree with that of the checkpoint in what the model depends on.
+      directory: a workdir, or its `checkpoints` directory.
+      step: of the checkpoint; None for the newest.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is of another model.
+    """
+    manager = store.open_for_reading(directory)
+    step = store.choose_step(manager, step)
+    meta = store.read_meta(manager, step)
+    changed = differences(config.to_dict(), meta["config"], MODEL_FIELDS, START_FIELDS)
+    if changed:
+        raise UserError(
+            f"the checkpoint in {manager.directory} is of another model; --config differs in "
+            f"{'; '.join(changed)}."
+        )
+    devices = mesh.devices_of(config.num_devices)
+    words = text_tokens.tokenizer_from_json(meta["tokenizer"])
+    sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
+    model = model_of(config, words, sizes)
+    return Trained(config, meta["config"], manager, step, model, words, devices)

@@ -1,0 +1,243 @@
+"""A prepared split: its queries, and the images of the gallery that they rank, by random access."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from dqe_jax.data.examples import SPLITS, Queries, gallery_split
+from dqe_jax.data.index import GalleryIndex, read_index
+from dqe_jax.data.transforms import join_captions
+from dqe_jax.utils.errors import UserError
+
+READ_CHUNK = 256
+
+
+def open_split(config: Any, builder: Any, name: str) -> Split:
+    """A split of the data set of a config; captions are in order where training draws the order."""
+    data = config.data
+    order = "forward" if data.captions == "random" else data.captions
+    return load_split(builder, name, data.image_size, data.cache_images, order)
+
+
+class Gallery:
+    """The images of a gallery that are at hand, read on demand and kept in memory once read.
+
+    Rows are positions among these images, in the order of the stored gallery.
+
+    Attributes:
+      ids: of the images.
+      photo: int32 `[N]`, image ids: copies of a photo share one.
+      image_shape: `(H, W, 3)`.
+    """
+
+    def __init__(self, source: Any, index: GalleryIndex, image_size: int, cache: bool = True):
+        """Wraps a TFDS data source; `cache` keeps decoded images (N * H * W * 3 bytes)."""
+        self._source = source
+        self._stored = _present(index)
+        at = np.searchsorted(self._stored, index.photo[self._stored])
+        self.photo = at.astype(np.int32)  # the first copy is at hand if any is
+        self.ids = [index.ids[row] for row in self._stored]
+        self.image_shape = (image_size, image_size, 3)
+        self._images = np.empty((len(self), *self.image_shape), np.uint8) if cache else None
+        self._read = np.zeros(len(self), bool)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The image uint8 `[H, W, 3]` of a row."""
+        if self._images is None:
+            return self._source[int(self._stored[row])]["image"][0]
+        if not self._read[row]:
+            self._images[row] = self._source[int(self._stored[row])]["image"][0]
+            self._read[row] = True  # last: other threads look at it
+        return self._images[row]
+
+    def batches(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Images of `rows` in order, `[<= size, H, W, 3]` at a time, read by threads ahead."""
+        with ThreadPoolExecutor(4) as pool:
+            chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+            read = lambda chunk: np.stack([self[int(row)] for row in chunk])  # noqa: E731
+            ahead = [pool.submit(read, chunk) for chunk in chunks[:2]]
+            for i in range(len(chunks)):
+                if i + 2 < len(chunks):
+                    ahead.append(pool.submit(read, chunks[i + 2]))
+                yield ahead[i].result()
+                ahead[i] = None  # at most three chunks are held
+
+
+def _present(index: GalleryIndex) -> np.ndarray:
+    """Stored rows that have an image, ascending."""
+    return np.setdiff1d(np.arange(len(index)), list(index.missing))
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """How much of the official split is at hand: queries and gallery images, of so many."""
+
+    queries: int
+    official_queries: int
+    gallery: int
+    official_gallery: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.queries:,} of {self.official_queries:,} queries, "
+            f"{self.gallery:,} of {self.official_gallery:,} gallery images"
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return (self.queries, self.gallery) == (self.official_queries, self.official_gallery)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split: its queries, the gallery they rank, and the parts of it by name.
+
+    A query whose reference or target is not at hand is not among the queries. Of its other
+    annotated targets those that are not at hand are left out; of its valid rows they are counted,
+    as rows beyond the gallery: no ranking finds them.
+    """
+
+    name: str
+    queries: Queries
+    gallery: Gallery
+    pools: dict[str, np.ndarray]
+    coverage: Coverage
+
+
+def load_split(
+    builder: Any, name: str, image_size: int, cache: bool = True, captions: str = "forward"
+) -> Split:
+    """Reads the queries of a prepared split; images are read later, on demand.
+
+    Args:
+      builder: a prepared TFDS builder.
+      name: of `examples.SPLITS`.
+      image_size: pixels a side of its images.
+      cache: whether images stay in memory once read.
+      captions: order in which several captions are joined, see `transforms.join_captions`.
+
+    Raises:
+      UserError: the data set has no such split, or it has no query.
+    """
+    splits = builder.info.splits
+    gallery = gallery_split(name, splits)
+    if name not in splits or gallery not in splits:
+        known = [s for s in SPLITS if s in splits]
+        raise UserError(f"{builder.name} has no split {name!r}; it has {', '.join(known)}.")
+    source = builder.as_data_source(split=name)
+    records = []
+    for start in range(0, len(source), READ_CHUNK):
+        rows = list(range(start, min(start + READ_CHUNK, len(source))))
+        records.extend(source.__getitems__(rows))
+    index = read_index(builder, gallery)
+    official = (builder.info.metadata or {}).get("official", {}).get(name, {})
+    split = make_split(
+        name,
+        records,
+        builder.as_data_source(split=gallery),
+        index,
+        image_size,
+        cache=cache,
+        captions=captions,
+        official_queries=official.get("queries"),
+    )
+    if not len(split.queries):
+        raise UserError(f"split {name!r} of {builder.name} in {builder.data_dir} has no query.")
+    return split
+
+
+def make_split(
+    name: str,
+    records: Sequence[dict[str, Any]],
+    source: Any,
+    index: GalleryIndex,
+    image_size: int,
+    *,
+    cache: bool = True,
+    captions: str = "forward",
+    official_queries: int | None = None,
+) -> Split:
+    """A split of its query records, and its gallery's source and index.
+
+    Args:
+      name: of the split.
+      records: of the queries, as stored.
+      source: of the gallery's records.
+      index: of the gallery.
+      image_size: pixels a side.
+      cache: as for `load_split`.
+      captions: as for `load_split`.
+      official_queries: how many the published split has; the records' number by default.
+    """
+    gallery = Gallery(source, index, image_size, cache)
+    # Stored rows to rows at hand; others lie beyond the gallery, each at a place of its own.
+    rows = len(gallery) + np.arange(len(index), dtype=np.int32)
+    rows[_present(index)] = np.arange(len(gallery), dtype=np.int32)
+
+    def at_hand(row: int) -> bool:
+        return row not in index.missing
+
+    kept = [r for r in records if at_hand(r["reference"]) and at_hand(r["target"])]
+
+    def row_arrays(field: str, *, known: bool) -> list[np.ndarray]:
+        """Rows of a field; `known` leaves out those that are not at hand."""
+        stored = [np.asarray(record[field], np.int32) for record in kept]
+        return [rows[x[list(map(at_hand, x.tolist()))] if known else x] for x in stored]
+
+    def words(field: str) -> list[tuple[str, ...]]:
+        return [tuple(value.decode() for value in record[field]) for record in kept]
+
+    target, all_captions = np.array([r["target"] for r in kept], np.int32), words("texts")
+    queries = Queries(
+        ids=[r["id"].decode() for r in kept],
+        texts=[join_captions(each, captions) for each in all_captions],
+        reference=rows[np.array([r["reference"] for r in kept], np.int32)],
+        target=np.where(target < 0, -1, rows[target]).astype(np.int32),
+        targets=row_arrays("targets", known=True),
+        valid=row_arrays("valid", known=False),
+        kinds=words("kinds"),
+        attributes=words("attributes"),
+        pools=["".join(pools[:1]) for pools in words("pools")],
+        subset=row_arrays("subset", known=True),
+        captions=all_captions,
+    )
+    pools = {
+        pool: rows[[row for row in stored.tolist() if at_hand(row)]]
+        for pool, stored in index.pools.items()
+    }
+    official = len(records) if official_queries is None else official_queries
+    coverage = Coverage(len(kept), official, len(gallery), len(index))
+    return Split(name, queries, gallery, pools, coverage)
+
+
+def photo_ids(split: Split, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Image ids of ragged gallery rows, int32 `[n, longest]`, padded with -1.
+
+    Rows beyond the gallery, of images that are not at hand, are left out. A row may be a copy of
+    another row's photo: the two share an id.
+    """
+    kept = [values[values < len(split.gallery)] for values in rows]
+    ids = np.full((len(kept), max(map(len, kept), default=0)), -1, np.int32)
+    for line, values in zip(ids, kept):
+        line[: len(values)] = split.gallery.photo[values]
+    return ids
+
+
+def known_positives(split: Split) -> np.ndarray:
+    """Image ids that are never negatives of a query: int32 `[n, P]`, the target's first."""
+    return np.concatenate(
+        [
+            split.gallery.photo[split.queries.target][:, None],
+            photo_ids(split, split.queries.targets),
+        ],
+        axis=1,
+    )

@@ -1,0 +1,151 @@
+"""The model of a config: its weights, its tokenizer and the parameters that it starts with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer
+
+from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.models import DQE, DTYPES, build_model, freeze, parts_of
+from dqe_jax.models.weights.initial import Pretrained, open_pretrained
+from dqe_jax.models.weights.stacking import stack_layers
+from dqe_jax.models.weights.transfer import fit
+from dqe_jax.utils.errors import UserError
+
+BACKBONE = "backbone/"
+# Tokens of the shortest text of a pretrained backbone: its start, a word, its end.
+LEAST_LENGTH = 3
+
+
+def open_weights(config: Any) -> Pretrained | None:
+    """The pretrained weights of a config, found but not read; None for the tiny backbone.
+
+    Raises:
+      UserError: they cannot be found, or do not fit the config.
+    """
+    if config.model.backbone == "tiny":
+        return None
+    pretrained = open_pretrained(config.model)
+    longest = pretrained.sizes.max_length
+    if config.data.max_length > longest:
+        raise UserError(
+            f"config.data.max_length is {config.data.max_length}: {config.model.backbone} takes "
+            f"at most {longest} tokens."
+        )
+    if config.data.max_length < LEAST_LENGTH:
+        raise UserError(
+            f"config.data.max_length is {config.data.max_length}: {config.model.backbone} needs at "
+            f"least {LEAST_LENGTH}, for the start, a word and the end of a text."
+        )
+    if config.data.image_size % pretrained.sizes.vision.patch_size:
+        raise UserError(
+            f"config.data.image_size is {config.data.image_size}: it must be a multiple of the "
+            f"patch size of the backbone, {pretrained.sizes.vision.patch_size}."
+        )
+    return pretrained
+
+
+def describe_weights(config: Any) -> Pretrained | None:
+    """As `open_weights`; weights are looked for only if they decide the sizes of the model."""
+    if config.model.backbone != "tiny" and config.model[config.model.backbone].variant != "auto":
+        config = config.copy_and_resolve_references()
+        config.model.weights = ""
+    return open_weights(config)
+
+
+def tokenizer_of(config: Any, pretrained: Pretrained) -> Tokenizer:
+    """The tokenizer of a pretrained backbone.
+
+    Raises:
+      UserError: it cannot be found, or does not fit the model.
+    """
+    length = config.data.max_length
+    named = config.model.tokenizer
+    if named:
+        tokenizer = text_tokens.pretrained_tokenizer(named, length)
+    elif pretrained.tokenizer:
+        tokenizer = text_tokens.tokenizer_from_json(pretrained.tokenizer)
+        padding = tokenizer.padding
+        text_tokens.set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
+    elif pretrained.source is not None:
+        tokenizer = text_tokens.pretrained_tokenizer(pretrained.source.directory, length)
+    else:
+        raise UserError(
+            f"config.model.tokenizer is empty: {config.model.backbone} needs a tokenizer; name a "
+            "directory with its files, or config.model.weights that come with one."
+        )
+    # Without added tokens: published BLIP-2 files add some that no text contains.
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    if size > pretrained.sizes.vocab_size:
+        raise UserError(
+            f"the tokenizer has {size} words: the text embeddings of {config.model.backbone} have "
+            f"{pretrained.sizes.vocab_size} rows; name the tokenizer of the weights in "
+            "config.model.tokenizer."
+        )
+    if config.model.backbone == "blip2" and tokenizer.padding["pad_id"] != 0:
+        raise UserError(
+            f"the tokenizer pads with id {tokenizer.padding['pad_id']}: blip2 needs BERT's, which "
+            "pads with 0; name it in config.model.tokenizer."
+        )
+    return tokenizer
+
+
+def model_of(config: Any, tokenizer: Tokenizer, sizes: Any = None) -> DQE:
+    """The model of a config over a tokenizer's vocabulary; `sizes` are those of its weights."""
+    return build_model(
+        config.model,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_length=config.data.max_length,
+        image_size=config.data.image_size,
+        sizes=sizes,
+    )
+
+
+def param_shapes(model: DQE, config: Any) -> Any:
+    """Shapes and dtypes of a model's parameters."""
+    return jax.eval_shape(lambda: init_params(model, config))
+
+
+def init_params(
+    model: DQE, config: Any, seed: int = 0, pretrained: Pretrained | None = None
+) -> Any:
+    """Parameters to start from: pretrained where there are weights, random elsewhere.
+
+    Args:
+      model: of the config.
+      config: of the run.
+      seed: of the random ones.
+      pretrained: weights of the backbone; without an origin, all is random.
+
+    Raises:
+      UserError: the weights do not fit the model.
+    """
+    size = config.data.image_size
+    image = np.zeros((1, size, size, 3), np.uint8)
+    text = np.ones((1, 1, config.data.max_length), np.int32)
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, image, text, image[:, None], train=False)["params"]
+
+    given = {}
+    if pretrained is not None and pretrained.origin:
+        shapes = flatten_dict(jax.eval_shape(init, jax.random.key(seed)), sep="/")
+        held = pretrained.read()
+        if config.model.scan_layers:
+            held = stack_layers(held)
+        own = {p.removeprefix(BACKBONE): x for p, x in shapes.items() if p.startswith(BACKBONE)}
+        fitted = fit(held, own, pretrained.origin)
+        given = {BACKBONE + path: x for path, x in fitted.items()}
+
+    def missing(key: jax.Array) -> Any:  # what is given is not drawn at all
+        return {p: x for p, x in flatten_dict(init(key), sep="/").items() if p not in given}
+
+    flat = jax.jit(missing)(jax.random.key(seed)) | given
+    parts = parts_of(config.model.backbone)
+    dtype = DTYPES[config.model.frozen_dtype]
+    training, frozen = freeze.split(unflatten_dict(flat, sep="/"), config.model.frozen, parts)
+    return freeze.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))
