@@ -21,7 +21,8 @@ WITHOUT_JAX = (
     "evaluation.contact_sheet",
     *(f"experiments.audit.{name}" for name in ("candidates", "statistics", "figure")),
 )
-ONLY_JAX = ("method.trns", "method.losses")  # of all third-party packages
+ONLY_JAX = ("method",)  # of all third-party packages, and what describes its arrays
+DESCRIBES_ARRAYS = ("flax.struct", "jaxtyping")
 CONFIG_IMPORTS = ("__future__", "ml_collections", "configs")
 # Calls that only build a value: free to run when a module is imported. So are classes (CapWords)
 # and methods of a string literal.
@@ -140,7 +141,11 @@ def third_party_imports(source: Module) -> Iterator[str]:
             yield f"{where} imports {package}: this module works without jax"
         if package in ("tests", "configs"):
             yield f"{where} imports {package}"
-        if source.within(ONLY_JAX) and package not in ("jax", PACKAGE, *sys.stdlib_module_names):
+        known = package in ("jax", PACKAGE, *sys.stdlib_module_names)
+        known |= any(is_within(name, other) for other in DESCRIBES_ARRAYS)
+        # The one module that says what an array is.
+        known |= source.unit == "method.arrays" and package == "numpy"
+        if source.within(ONLY_JAX) and not known:
             yield f"{where} imports {package}: this module needs only jax"
 
 
@@ -204,7 +209,9 @@ def runs_nothing_on_import(source: Module) -> Iterator[str]:
                 continue
             case ast.Expr(value=ast.Call(func=ast.Attribute(attr="defvjp"))):
                 continue  # names the gradient of the function above; computes nothing
-            case ast.If() if is_guard(node) and not node.orelse:
+            case ast.If() if is_guard(node) and all(
+                isinstance(x, ast.Assign) and is_constant(x.value) for x in node.orelse
+            ):
                 continue
             case ast.Assign(value=value) if is_constant(value):
                 continue
@@ -259,6 +266,7 @@ ACCEPTED = [
         "from __future__ import annotations\nimport functools, jax.numpy",
     ),
     (third_party_imports, "train", "import optax, flax"),
+    (third_party_imports, "method.mining", "import flax.struct\nfrom jaxtyping import Float"),
     (pmap_only_in_mesh, "distributed.mesh", "import jax\nf = jax.pmap"),
     (pmap_only_in_mesh, "x", "from dqe_jax.distributed import mesh\nf = mesh.pmap"),
     (no_print, "main", "def print_usage(): log.print('x')"),
@@ -266,6 +274,7 @@ ACCEPTED = [
     (runs_nothing_on_import, "train", "@jax.jit\ndef f(): work()\nclass A:\n    x = g()"),
     (runs_nothing_on_import, "train", "W = re.compile('a')\nif __name__ == '__main__':\n    f()"),
     (runs_nothing_on_import, "train", "if TYPE_CHECKING:\n    import numpy"),
+    (runs_nothing_on_import, "x", "if TYPE_CHECKING:\n    import a\nelse:\n    a = int"),
     (runs_nothing_on_import, "data.text", "N = {w: i for i, w in ((0, 'a'), (1, 'b'))}"),
     (runs_nothing_on_import, "models.x", "F = {'a': jax.nn.silu, 'b': lambda x: jnp.tanh(x)}"),
     (runs_nothing_on_import, "data.x", "C = (Config(name=' '.join(('a', 'b'))), Config())"),
@@ -278,6 +287,7 @@ REFUSED = [
     (third_party_imports, "evaluation.contact_sheet", "from flax import linen"),
     (third_party_imports, "train", "import tensorflow_datasets as tfds"),
     (third_party_imports, "method.losses", "import numpy as np"),
+    (third_party_imports, "method.mining", "from flax import linen"),
     (third_party_imports, "main", "from configs import tiny"),
     (third_party_imports, "train", "from tests.trns_test import unit"),
     (pmap_only_in_mesh, "ranking", "import jax\nf = jax.pmap(g)"),
@@ -291,6 +301,7 @@ REFUSED = [
     (runs_nothing_on_import, "train", "Config()"),
     (runs_nothing_on_import, "train", "for x in range(3): pass"),
     (runs_nothing_on_import, "train", "if jax.devices():\n    X = 1"),
+    (runs_nothing_on_import, "x", "if TYPE_CHECKING:\n    import a\nelse:\n    a = load()"),
     (runs_nothing_on_import, "train", "try:\n    import a\nexcept ImportError:\n    a = None"),
     (config_imports, "x", "import jax"),
     (config_imports, "x", "from dqe_jax import trns"),

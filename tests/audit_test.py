@@ -22,6 +22,7 @@ from configs import common
 from dqe_jax.data import splits
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.splits import Split, known_positives
+from dqe_jax.distributed import mesh
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES
 from dqe_jax.method import mining
@@ -266,14 +267,20 @@ def test_figures_are_of_what_mining_draws(changes):
     scores = np.asarray(mining.bank_scores(query[rows], bank))
     target = split.queries.target[rows]
     delta = scores[np.arange(len(rows)), target][:, None] - scores
-    forbidden = np.array([[p < 0 or p in line for p in bank.photo] for line in known])
+    forbidden = np.array([[p < 0 or p in line for p in bank.image_id] for line in known])
     upper = [np.quantile(line[~never], negatives.upper) for line, never in zip(delta, forbidden)]
     ids = rows.astype(np.int32)
     for rule in changes.get("rules", draws.RULES):
-        setting = draws.negatives_of(negatives, rule)
-        mine = jax.jit(functools.partial(mining.mine_bank, negatives=setting, axis_name=None))
-        inputs = (jax.random.key(3), query[rows], target, known, ids, bank)
-        mined = jax.device_get(mine(*inputs))
+        mine = mesh.pmap(
+            functools.partial(
+                mining.mine_bank, rule=draws.rule_of(negatives, rule), axis=mesh.AXIS
+            ),
+            in_axes=(None, None, None, None, None, 0),
+            out_axes=None,
+            devices=jax.devices()[:1],
+        )
+        inputs = (jax.random.key(3), query[rows], target, known, ids)
+        mined = jax.device_get(mine(*inputs, jax.tree.map(lambda x: x[None], bank)))
         expected = plain_figures(split, rows, mined, delta, forbidden, upper)
         found = facts["rules"][rule]
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5), rule
@@ -283,7 +290,7 @@ def test_figures_are_of_what_mining_draws(changes):
             assert (found["fallback"] > 0) == narrow.any() == bool(changes)
     allowed = ~forbidden
     photo = split.gallery.photo
-    valid = np.array([[p in photo[split.queries.valid[r]] for p in bank.photo] for r in rows])
+    valid = np.array([[p in photo[split.queries.valid[r]] for p in bank.image_id] for r in rows])
     lowest = np.argsort(np.where(allowed, delta, np.inf), axis=1)[:, : negatives.per_query]
     if not changes:
         hardest = np.take_along_axis(valid, lowest, axis=1).mean()

@@ -16,9 +16,12 @@ from dqe_jax.data import datasets, splits
 from dqe_jax.data.splits import known_positives
 from dqe_jax.data.text import encode_texts
 from dqe_jax.data.tokenizer import train_word_tokenizer
+from dqe_jax.method.batch import Batch
 from dqe_jax.models import setup
-from dqe_jax.training import bank, loop, state
+from dqe_jax.training import loop
 from dqe_jax.training.bank import make_bank_keeper
+from dqe_jax.training.bank_programs import rows_of_device
+from dqe_jax.training.step import warmup_rule
 from dqe_jax.utils.errors import UserError
 
 BANK = {
@@ -107,11 +110,11 @@ def test_warm_up(base, warmup):
 def test_infonce_has_no_warm_up():
     config = config_of(pathlib.Path(), **{"negatives.warmup": "random"})
     config.negatives.rule = "in_batch"
-    assert state.warmup_negatives(config.negatives).rule == "in_batch"
+    assert warmup_rule(config.negatives) is None
     config.negatives.rule = "trns"
-    assert state.warmup_negatives(config.negatives).rule == "random"
+    assert warmup_rule(config.negatives).name == "random"
     config.negatives.pool = "batch"
-    assert state.warmup_negatives(config.negatives).rule == "trns"
+    assert warmup_rule(config.negatives).name == "trns"
 
 
 def test_both_sides_of_a_refresh_are_logged(base):
@@ -140,11 +143,11 @@ def keeper(base):
 def test_the_bank_holds_the_whole_gallery_in_its_order(keeper):
     keeper, split, model, params, _ = keeper
     tokens = np.asarray(keeper.bank.tokens)
-    photo = np.asarray(keeper.bank.photo).ravel()
+    image_id = np.asarray(keeper.bank.image_id).ravel()
     count = len(split.gallery)
-    assert tokens.shape[:2] == (8, bank.rows_of_device(count, 8))
-    np.testing.assert_array_equal(photo[:count], split.gallery.photo)
-    assert (photo[count:] == -1).all()
+    assert tokens.shape[:2] == (8, rows_of_device(count, 8))
+    np.testing.assert_array_equal(image_id[:count], split.gallery.photo)
+    assert (image_id[count:] == -1).all()
     tokens = tokens.reshape(-1, *tokens.shape[2:])
     for row in (0, 1, count // 2, count - 1):
         image = split.gallery[row][None]
@@ -162,8 +165,11 @@ def test_what_is_mined_at_a_refresh_is_never_a_known_positive(keeper):
     mined = split.gallery.photo[rows]
     assert not (mined[:, :, None] == known[:, None, :]).any()
     assert all(len(set(line)) == 16 for line in rows.tolist())
-    batch = keeper.add_mined({"query": np.array([[3, 1]])})
-    np.testing.assert_array_equal(batch["mined_rows"][0, 1], rows[1])
+    spec = Batch.spec(
+        references=1, queries_per_reference=2, image_size=8, max_length=4, attributes=2
+    )
+    batch = keeper.add_mined(spec.replace(query=np.array([[3, 1]])))
+    np.testing.assert_array_equal(batch.mined.rows[0, 1], rows[1])
 
 
 @pytest.mark.slow  # `train_step_test.py` and the next test have its parts

@@ -12,6 +12,11 @@ import gc  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from dqe_jax.testing.shapes import check_shapes  # noqa: E402
+
+# Shapes and dtypes of these rooms' functions are checked at every call.
+check_shapes("dqe_jax.method", "dqe_jax.models", "dqe_jax.embedding")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _drop_programs():

@@ -29,7 +29,7 @@ def prepared_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch):
-    monkeypatch.setattr(loop, "_restore_or_init", lambda *_: pytest.fail("training starts"))
+    monkeypatch.setattr(loop, "restore_or_init", lambda *_: pytest.fail("training starts"))
 
 
 def main(*arguments):

@@ -1,5 +1,6 @@
 """What a machine or bad data can do to a run: one sentence each, and nothing saved is lost."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -61,21 +62,20 @@ def test_losses_that_are_not_finite_end_the_run(base):
 def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, caplog):
     """Step 3 has weights of intent that are no numbers: nothing moves but the counts."""
     config, workdir = config_of(base, keep_checkpoints=9, checkpoint_every=1), base / "skipped"
-    take, count = loop._take_step, iter(range(1, 100))
+    take, count = loop.take_step, iter(range(1, 100))
 
-    def spoilt(run, state, stop):
+    def spoilt(session, state, stop):
         class Batches:
             def __next__(self):
-                batch = next(run.batches)
+                batch = next(session.batches)
                 if next(count) == 3:
-                    batch = {**batch, "mentions": np.full_like(batch["mentions"], np.nan)}
+                    batch = batch.replace(mentions=np.full_like(batch.mentions, np.nan))
                 return batch
 
-        changed = type("Spoilt", (), {"__getattr__": lambda _, name: getattr(run, name)})()
-        changed.batches = Batches()
+        changed = dataclasses.replace(session, batches=Batches())
         return take(changed, state, stop)
 
-    monkeypatch.setattr(loop, "_take_step", spoilt)
+    monkeypatch.setattr(loop, "take_step", spoilt)
     with caplog.at_level("WARNING"):
         loop.train_and_evaluate(config, workdir)
     assert "Step 3: the loss or a gradient is not finite; it is skipped." in caplog.text
@@ -179,10 +179,10 @@ def test_a_data_directory_that_vanishes(base, monkeypatch):
 
 
 def test_an_error_of_the_code_stays_what_it_is(base, monkeypatch):
-    def broken(run, state, stop):
+    def broken(session, state, stop):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(loop, "_take_step", broken)
+    monkeypatch.setattr(loop, "take_step", broken)
     with pytest.raises(ZeroDivisionError):
         loop.train_and_evaluate(config_of(base), base / "broken")
 
@@ -239,14 +239,14 @@ def test_training_without_evaluation(base):
 def test_a_signal_saves_and_ends(base, number, every, monkeypatch):
     config = config_of(base, total_steps=100, checkpoint_every=every, eval_every=0)
     workdir = base / f"signal-{number}-{every}"
-    take, handler = loop._take_step, signal.getsignal(number)
+    take, handler = loop.take_step, signal.getsignal(number)
 
-    def sends(run, state, stop):
+    def sends(session, state, stop):
         if int(state.step) == 3:
             signal.raise_signal(number)
-        return take(run, state, stop)
+        return take(session, state, stop)
 
-    monkeypatch.setattr(loop, "_take_step", sends)
+    monkeypatch.setattr(loop, "take_step", sends)
     with pytest.raises(interrupts.Interrupted) as ended:
         loop.train_and_evaluate(config, workdir)
     assert ended.value.status == 128 + number

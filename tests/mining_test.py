@@ -15,8 +15,9 @@ from small_runs import import_binary
 
 from configs import common
 from dqe_jax.distributed import mesh
-from dqe_jax.method import mining
-from dqe_jax.training import bank as banks
+from dqe_jax.method import mining, sharded
+from dqe_jax.method.mining import MiningRule
+from dqe_jax.training import bank_programs as banks
 
 CHUNK, TOKENS, WIDTH, NUM = 16, 3, 6, 5
 ROWS = 113  # no multiple of the chunk, nor of the devices
@@ -62,7 +63,7 @@ def made():
     return gallery, photo, query, target, known
 
 
-def sharded(gallery, photo, devices):
+def bank_of(gallery, photo, devices):
     size = banks.rows_of_device(len(gallery), devices, CHUNK)
     tokens = np.zeros((devices * size, *gallery.shape[1:]), gallery.dtype)
     tokens[: len(gallery)] = gallery
@@ -76,15 +77,15 @@ def sharded(gallery, photo, devices):
 
 def mined_on(devices, made, config, chunk_queries=4, dtype=jnp.float32):
     gallery, photo, query, target, known = made
-    held = sharded(gallery, photo, devices)
+    held = bank_of(gallery, photo, devices)
     held = held.replace(tokens=held.tokens.astype(dtype))
 
     def mine(query, target, known, held):
         row_ids = jnp.arange(len(query)) + 100
         return mining.mine_bank(
             jax.random.key(7),
-            *(query, target, known, row_ids, held, config),
-            axis_name=mesh.AXIS,
+            *(query, target, known, row_ids, held, MiningRule.of(config)),
+            axis=mesh.AXIS,
             chunk_rows=CHUNK,
             chunk_queries=chunk_queries,
         )
@@ -212,7 +213,7 @@ def test_best_tokens_give_the_scores(made, devices, uneven, slots, monkeypatch):
     query = np.concatenate([query, query[:3]])  # 16: as many for each device
     high = ROWS // 8 if uneven else ROWS
     rows = np.random.default_rng(1).integers(0, high, (len(query), 4)).astype(np.int32)
-    monkeypatch.setattr(mining, "SLOTS", slots)
+    monkeypatch.setattr(sharded, "SLOTS", slots)
     monkeypatch.setattr(mining, "AT_ONCE", 5)
     fn = mesh.pmap(
         lambda q, r, held: mining.best_tokens(q, r, held, mesh.AXIS),
@@ -220,7 +221,7 @@ def test_best_tokens_give_the_scores(made, devices, uneven, slots, monkeypatch):
         out_axes=0,
         devices=jax.devices()[:devices],
     )
-    tokens = np.asarray(fn(query, rows, sharded(gallery, photo, devices)))
+    tokens = np.asarray(fn(query, rows, bank_of(gallery, photo, devices)))
     tokens = tokens.reshape(len(query), 4, -1)
     scores = np.einsum("bd,bnd->bn", query, tokens)
     np.testing.assert_array_equal(scores, (gallery[rows] @ query[:, None, :, None])[..., 0].max(2))
@@ -243,14 +244,16 @@ def test_numbers_to_log():
     )
     delta = jnp.array([[0.2, 0.6, 0.05], [0.1, 9.0, 9.0]])
     false = jnp.array([[True, False, False], [False, True, True]])
-    described = mining.describe(mined, delta, false, "trns")
+    described = mining.describe(mined, delta, false, MiningRule.of(negatives("trns")))
     logs = {name: np.asarray(values).tolist() for name, values in described.items()}
     assert logs["negatives/easy"] == pytest.approx([1 / 3, 0])
     assert logs["negatives/fallback"] == pytest.approx([2 / 3, 0])
     assert logs["negatives/false"] == pytest.approx([1 / 3, 0])
     assert logs["negatives/delta"] == pytest.approx([0.85 / 3, 0.1])
     assert logs["negatives/drawn"] == [3, 1]
-    assert "negatives/false" not in mining.describe(mined, delta, None, "random")
+    assert "negatives/false" not in mining.describe(
+        mined, delta, None, MiningRule.of(negatives("random"))
+    )
 
 
 def test_the_baseline_of_the_benchmark_is_the_rule():

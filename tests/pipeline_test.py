@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import types
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,23 +16,10 @@ from dqe_jax.data import examples, pipeline, preparation, splits
 from dqe_jax.data.builders import shapes
 from dqe_jax.data.index import from_json, make_index, read_index
 from dqe_jax.data.transforms import AUGMENTATIONS, join_captions
+from dqe_jax.method.batch import Batch
 from dqe_jax.utils.errors import UserError
 
 SIZE = 16
-SHAPES_OF_A_BATCH = {
-    "reference_image": ((4, 72, 72, 3), np.uint8),
-    "reference_photo": ((4,), np.int32),
-    "text": ((4, 3, 5), np.int32),
-    "target_image": ((4, 3, 72, 72, 3), np.uint8),
-    "query": ((4, 3), np.int32),
-    "target_photo": ((4, 3), np.int32),
-    "target_row": ((4, 3), np.int32),
-    "truth": ((4, 3, 1), np.int32),
-    "known_positives": ((4, 3, 2), np.int32),
-    "mentions": ((4, 3, 2), np.float32),
-    "valid": ((4, 3), np.bool_),
-}
-
 # ------------------------------------------------------------------------------------ made records
 
 
@@ -123,9 +113,7 @@ def take(batches, count):
 
 
 def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for key in one:
-        np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.fixture(scope="module")
@@ -332,10 +320,22 @@ def test_a_batch_has_the_documented_arrays(smoke):
         seed=0,
     )
     batch = next(batches)
-    assert {k: (v.shape, v.dtype.type) for k, v in batch.items()} == SHAPES_OF_A_BATCH
-    documented = {line.split("`")[1] for line in pipeline.__doc__.splitlines() if "| `" in line}
-    assert set(batch) == documented
-    assert batch["valid"].all()
+    spec = Batch.spec(
+        references=4,
+        queries_per_reference=3,
+        image_size=72,
+        max_length=5,
+        attributes=2,
+        relevant=1,
+    )
+    found, expected = (
+        {name: (x.shape, x.dtype) for name, x in vars(each).items() if x is not None}
+        for each in (batch, spec)
+    )
+    assert found == expected
+    documented = re.findall(r"^ {6}(\w+): ", Batch.__doc__, flags=re.M)
+    assert documented == [field.name for field in dataclasses.fields(Batch)]
+    assert batch.query_mask.all()
 
 
 def pairs_of_groups(*sizes):
@@ -348,24 +348,24 @@ def pairs_of_groups(*sizes):
 def test_what_belongs_together_stays_together():
     split = split_of(pairs_of_groups(2, 2, 2, 2))
     for batch in take(batches_of(split), 4):
-        number = batch["text"][..., 0] - 1  # [R, Q], the queries
-        np.testing.assert_array_equal(batch["mentions"][..., 0], number)
+        number = batch.text[..., 0] - 1  # [R, Q], the queries
+        np.testing.assert_array_equal(batch.mentions[..., 0], number)
         reference = split.queries.reference[number]
         np.testing.assert_array_equal(reference[:, 0], reference[:, 1])
-        np.testing.assert_array_equal(reference[:, 0], batch["reference_photo"])
-        np.testing.assert_array_equal(split.queries.target[number], batch["target_photo"])
+        np.testing.assert_array_equal(reference[:, 0], batch.reference_id)
+        np.testing.assert_array_equal(split.queries.target[number], batch.target_id)
         for r in range(2):
             image = split.gallery[int(reference[r, 0])]
-            np.testing.assert_array_equal(batch["reference_image"][r], image)
+            np.testing.assert_array_equal(batch.reference_image[r], image)
             for q in range(2):
-                image = split.gallery[int(batch["target_photo"][r, q])]
-                np.testing.assert_array_equal(batch["target_image"][r, q], image)
+                image = split.gallery[int(batch.target_id[r, q])]
+                np.testing.assert_array_equal(batch.target_image[r, q], image)
 
 
 def test_each_epoch_has_each_reference_once_in_an_order_of_its_own():
     split = split_of(pairs_of_groups(2, 1, 3, 1, 2))
     batches = batches_of(split, references=1)
-    epochs = [[int(b["reference_photo"][0]) for b in take(batches, 5)] for _ in range(6)]
+    epochs = [[int(b.reference_id[0]) for b in take(batches, 5)] for _ in range(6)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 2
 
@@ -373,13 +373,13 @@ def test_each_epoch_has_each_reference_once_in_an_order_of_its_own():
 def test_epochs_go_on_where_batches_do_not_divide_them():
     split = split_of(pairs_of_groups(1, 1, 1, 1, 1))
     batches = take(batches_of(split, references=2), 5)
-    seen = Counter(int(photo) for b in batches for photo in b["reference_photo"])
+    seen = Counter(int(photo) for b in batches for photo in b.reference_id)
     assert seen == dict.fromkeys(range(5), 2)
 
 
 def test_queries_of_a_reference_are_distinct_and_all_drawn_in_time():
     split = split_of(pairs_of_groups(4))
-    drawn = [b["text"][0, :, 0].tolist() for b in take(batches_of(split, references=1), 20)]
+    drawn = [b.text[0, :, 0].tolist() for b in take(batches_of(split, references=1), 20)]
     assert all(len(set(pair)) == 2 for pair in drawn)
     assert {number for pair in drawn for number in pair} == {1, 2, 3, 4}
 
@@ -387,34 +387,34 @@ def test_queries_of_a_reference_are_distinct_and_all_drawn_in_time():
 def test_references_with_too_few_queries_are_padded_with_what_is_there():
     split = split_of(pairs_of_groups(1, 2, 5))
     for batch in take(batches_of(split, references=3, queries=4), 3):
-        for r, reference in enumerate(batch["reference_photo"]):
+        for r, reference in enumerate(batch.reference_id):
             count = {0: 1, 1: 2, 2: 4}[int(reference)]
-            assert batch["valid"][r].tolist() == [q < count for q in range(4)]
-            real = batch["text"][r, :count, 0].tolist()
+            assert batch.query_mask[r].tolist() == [q < count for q in range(4)]
+            real = batch.text[r, :count, 0].tolist()
             assert len(set(real)) == count
-            assert set(batch["text"][r, :, 0].tolist()) == set(real)
+            assert set(batch.text[r, :, 0].tolist()) == set(real)
 
 
 def test_known_positives_hold_the_target_and_the_other_annotated_targets():
     split = split_of([(0, 10), (1, 11), (2, 12)], targets={0: [10, 15, 16], 1: [11, 17]})
     expected = {0: {10, 15, 16, -1}, 1: {11, 17, -1}, 2: {12, -1}}
     batch = next(batches_of(split, references=3, queries=1))
-    for r, reference in enumerate(batch["reference_photo"]):
-        assert set(batch["known_positives"][r, 0].tolist()) | {-1} == expected[int(reference)]
-        assert batch["known_positives"][r, 0, 0] == batch["target_photo"][r, 0]
+    for r, reference in enumerate(batch.reference_id):
+        assert set(batch.known_positives[r, 0].tolist()) | {-1} == expected[int(reference)]
+        assert batch.known_positives[r, 0, 0] == batch.target_id[r, 0]
 
 
 def test_known_positives_hold_the_image_id_where_the_target_is_a_copy():
     split = split_of([(0, 12)], photos={12: 5}, targets={0: [12, 14]})
     batch = next(batches_of(split, references=1, queries=1))
-    assert batch["target_photo"].tolist() == [[5]]
-    assert {5, 14} <= set(batch["known_positives"].ravel().tolist())
+    assert batch.target_id.tolist() == [[5]]
+    assert {5, 14} <= set(batch.known_positives.ravel().tolist())
 
 
 def test_known_positives_hold_the_image_ids_of_other_targets_that_are_copies():
     split = split_of([(0, 10)], photos={14: 6}, targets={0: [10, 14]})
     batch = next(batches_of(split, references=1, queries=1))
-    assert {10, 6} <= set(batch["known_positives"].ravel().tolist())
+    assert {10, 6} <= set(batch.known_positives.ravel().tolist())
 
 
 def test_one_wording_is_drawn_for_each_query():
@@ -429,7 +429,7 @@ def test_one_wording_is_drawn_for_each_query():
         augment="none",
         seed=0,
     )
-    drawn = np.stack([batch["text"][..., 0] for batch in take(batches, 20)])
+    drawn = np.stack([batch.text[..., 0] for batch in take(batches, 20)])
     assert set((drawn % 100).ravel()) == set(number.tolist())
     assert 0.3 < (drawn >= 100).mean() < 0.7
 
@@ -440,7 +440,7 @@ def test_one_seed_one_stream_whatever_the_number_of_threads():
     for a, b in zip(one, take(batches_of(split, augment="flip_shift", seed=5, threads=3), 6)):
         assert_equal(a, b)
     other = take(batches_of(split, augment="flip_shift", seed=6), 6)
-    assert any((a["text"] != b["text"]).any() for a, b in zip(one, other))
+    assert any((a.text != b.text).any() for a, b in zip(one, other))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
@@ -515,7 +515,7 @@ def test_training_images_are_augmented_one_by_one():
     seen = {
         image.tobytes()
         for batch in take(batches_of(split, references=1, queries=4, augment="flip"), 3)
-        for image in batch["target_image"][0]
+        for image in batch.target_image[0]
     }
     assert seen == {plain.tobytes(), plain[:, ::-1].tobytes()}
     np.testing.assert_array_equal(split.gallery[10], plain)

@@ -257,7 +257,7 @@ def test_tokenizers_of_the_papers(base):
     ],
 )
 def test_errors_before_training(base, tmp_path, monkeypatch, name, changes, words):
-    monkeypatch.setattr(loop, "_loop", lambda *_: pytest.fail("training starts"))
+    monkeypatch.setattr(loop, "run_steps", lambda *_: pytest.fail("training starts"))
     filled = {
         key: value.format(base=base) if isinstance(value, str) else value
         for key, value in changes.items()
@@ -271,7 +271,7 @@ def test_errors_before_training(base, tmp_path, monkeypatch, name, changes, word
 
 
 def test_weights_of_another_size_name_the_parameter(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_loop", lambda *_: pytest.fail("training starts"))
+    monkeypatch.setattr(loop, "run_steps", lambda *_: pytest.fail("training starts"))
     shutil.copytree(base / "clip", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)

@@ -10,10 +10,13 @@ import pytest
 
 from configs import shapes
 from dqe_jax.distributed import mesh
-from dqe_jax.method.mining import draw
+from dqe_jax.method.batch import Batch
+from dqe_jax.method.mining import MiningRule, draw
+from dqe_jax.method.objective import Objective
 from dqe_jax.models import build_model
 from dqe_jax.training.optimizer import make_optimizer
-from dqe_jax.training.step import TrainState, make_loss_fn, make_train_step
+from dqe_jax.training.state import TrainState
+from dqe_jax.training.step import make_train_step
 
 R, Q, L, P, SIZE, VOCAB, PHOTOS = 8, 2, 6, 3, 32, 20, 14
 B = R * Q
@@ -53,7 +56,7 @@ def init_params(enabled=True):
 
     @jax.jit
     def init(key):
-        images = (batch[k] for k in ("reference_image", "text", "target_image"))
+        images = batch.reference_image, batch.text, batch.target_image
         return model.init({"params": key}, *images, train=False)["params"]
 
     params = init(jax.random.key(0))
@@ -74,32 +77,43 @@ def make_batch(seed, padding=True):
     known[:, :, 0] = target
     text = rng.integers(2, VOCAB, (R, Q, L)).astype(np.int32)
     text[:, :, 4:] *= rng.integers(0, 2, (R, Q, 1)).astype(np.int32)
-    valid = np.ones((R, Q), bool)
+    query_mask = np.ones((R, Q), bool)
     if padding:
-        valid[2, 1] = valid[5, :] = valid[7, 1] = False
-    return {
-        "reference_image": rng.integers(0, 256, (R, SIZE, SIZE, 3)).astype(np.uint8),
-        "reference_photo": rng.integers(0, PHOTOS, R).astype(np.int32),
-        "text": text,
-        "target_image": rng.integers(0, 256, (R, Q, SIZE, SIZE, 3)).astype(np.uint8),
-        "query": np.arange(R * Q, dtype=np.int32).reshape(R, Q),
-        "target_photo": target,
-        "target_row": target,
-        "truth": np.zeros((R, Q, 0), np.int32),
-        "known_positives": known,
-        "mentions": rng.integers(0, 2, (R, Q, 4)).astype(np.float32),
-        "valid": valid,
-    }
-
-
-def loss_of(config, axis_name):
-    return make_loss_fn(
-        apply_fn=make_model(config).apply,
-        negatives=config.negatives,
-        weights=config.loss,
-        margin=config.loss.margin_size,
-        axis_name=axis_name,
+        query_mask[2, 1] = query_mask[5, :] = query_mask[7, 1] = False
+    return Batch(
+        reference_image=rng.integers(0, 256, (R, SIZE, SIZE, 3)).astype(np.uint8),
+        reference_id=rng.integers(0, PHOTOS, R).astype(np.int32),
+        text=text,
+        target_image=rng.integers(0, 256, (R, Q, SIZE, SIZE, 3)).astype(np.uint8),
+        query=np.arange(R * Q, dtype=np.int32).reshape(R, Q),
+        target_id=target,
+        target_row=target,
+        relevant=np.zeros((R, Q, 0), np.int32),
+        known_positives=known,
+        mentions=rng.integers(0, 2, (R, Q, 4)).astype(np.float32),
+        query_mask=query_mask,
     )
+
+
+def objective_of(config):
+    return Objective(
+        apply_fn=make_model(config).apply,
+        rule=MiningRule.of(config.negatives),
+        oracle=config.negatives.oracle,
+        weights=config.loss,
+        axis=mesh.AXIS,
+    )
+
+
+def on_one_device(fn):
+    """`fn(params, batch, key)` over the axis of a mesh of one device, compiled."""
+
+    def call(params, batch, key):
+        mapped = jax.vmap(fn, in_axes=(None, 0, None), axis_name=mesh.AXIS)
+        out = mapped(params, jax.tree.map(lambda x: x[None], batch), key)
+        return jax.tree.map(lambda x: x[0], out)
+
+    return jax.jit(call)
 
 
 def make_step(config, tx, num_devices, wrap=lambda f: f):
@@ -107,9 +121,9 @@ def make_step(config, tx, num_devices, wrap=lambda f: f):
     devices = jax.devices("cpu")[:num_devices]
     if len(devices) < num_devices:
         pytest.skip(f"needs {num_devices} devices")
-    step = make_train_step(loss_fn=loss_of(config, mesh.AXIS), tx=tx, seed=7)
+    step = make_train_step(loss_fn=objective_of(config), tx=tx, seed=7)
     mapped = mesh.pmap(
-        wrap(step), in_axes=(None, 0), out_axes=None, donate_argnums=(0,), devices=devices
+        wrap(step), in_axes=(None, 0, 0), out_axes=None, donate_argnums=(0,), devices=devices
     )
     return mapped, devices
 
@@ -127,8 +141,10 @@ def three_steps(rule, num_devices):
     step, devices = make_step(make_config(rule), tx, num_devices)
     state, history = start_state(tx, devices, init_params()[1]), []
     for i in range(3):
-        state, metrics = step(state, mesh.shard(make_batch(i), num_devices))
-        history.append(jax.device_get(metrics))
+        batch, stop = mesh.shard(make_batch(i), num_devices), np.zeros((num_devices, 1), np.int32)
+        output = step(state, batch, stop)
+        state = output.state
+        history.append(jax.device_get(output.metrics))
     return history, jax.device_get(state.params)
 
 
@@ -167,10 +183,10 @@ def plain_loss(config, out, batch, indices, drawn):
     q = np.asarray(out.query.embedding, np.float64)
     target, reference = (np.asarray(x, np.float64) for x in (out.target, out.reference))
     pool = np.concatenate([target, reference])
-    ids = np.concatenate([batch["target_photo"].reshape(-1), batch["reference_photo"]])
-    valid = batch["valid"].reshape(-1)
-    usable = np.concatenate([valid, batch["valid"].any(1)])
-    known = batch["known_positives"].reshape(B, -1)
+    ids = np.concatenate([batch.target_id.reshape(-1), batch.reference_id])
+    query_mask = batch.query_mask.reshape(-1)
+    usable = np.concatenate([query_mask, batch.query_mask.any(1)])
+    known = batch.known_positives.reshape(B, -1)
 
     def score(i, c):
         return max(q[i] @ token for token in pool[c])
@@ -191,11 +207,11 @@ def plain_loss(config, out, batch, indices, drawn):
             out.target_attribute_features,
         )
     )
-    mentions = batch["mentions"].reshape(B, -1)
-    for i in np.flatnonzero(valid):
+    mentions = batch.mentions.reshape(B, -1)
+    for i in np.flatnonzero(query_mask):
         s = score(i, i)
         rows = [score(i, c) for c in range(len(pool)) if negative(i, c)]
-        columns = [score(j, i) for j in range(B) if j != i and valid[j] and negative(j, i)]
+        columns = [score(j, i) for j in range(B) if j != i and query_mask[j] and negative(j, i)]
         parts["in_batch"].append((cross_entropy(s, rows) + cross_entropy(s, columns)) / 2)
         mined = [score(i, c) for c, kept in zip(indices[i], drawn[i]) if kept]
         assert all(negative(i, c) for c, kept in zip(indices[i], drawn[i]) if kept)
@@ -219,25 +235,25 @@ def plain_loss(config, out, batch, indices, drawn):
 def test_loss_equals_its_plain_statement(rule):
     config, batch, key = make_config(rule), make_batch(3), jax.random.key(5)
     params = init_params()[1]
-    images = (batch[k] for k in ("reference_image", "text", "target_image"))
+    images = batch.reference_image, batch.text, batch.target_image
     out = jax.jit(make_model(config).apply)({"params": params}, *images)
-    loss, metrics = jax.jit(loss_of(config, None))(params, batch, key)
+    loss, metrics = on_one_device(objective_of(config))(params, batch, key)
 
     scores = np.einsum(
         "bd,nd->bn", out.query.embedding, np.concatenate([out.target, out.reference])[:, 0]
     )
     delta = np.diag(scores[:, :B])[:, None] - scores
-    ids = np.concatenate([batch["target_photo"].reshape(-1), batch["reference_photo"]])
-    usable = np.concatenate([batch["valid"].reshape(-1), batch["valid"].any(1)])
-    known = batch["known_positives"].reshape(B, -1)
+    ids = np.concatenate([batch.target_id.reshape(-1), batch.reference_id])
+    usable = np.concatenate([batch.query_mask.reshape(-1), batch.query_mask.any(1)])
+    known = batch.known_positives.reshape(B, -1)
     forbidden = np.array([[c in row for c in ids] for row in known])
-    forbidden |= ~usable[None] | ~batch["valid"].reshape(-1, 1)
+    forbidden |= ~usable[None] | ~batch.query_mask.reshape(-1, 1)
     if rule == "hardest":
         order = np.argsort(np.where(forbidden, np.inf, delta), axis=1, kind="stable")[:, :5]
         indices, drawn = order, ~np.take_along_axis(forbidden, order, 1)
     else:
         sample_key = jax.random.split(key)[0]
-        mined = draw(sample_key, delta, forbidden, np.arange(B), config.negatives)
+        mined = draw(sample_key, delta, forbidden, np.arange(B), MiningRule.of(config.negatives))
         indices, drawn = mined.rows, mined.drawn
     means, expected = plain_loss(config, out, batch, np.asarray(indices), np.asarray(drawn))
     for name, value in means.items():
@@ -249,15 +265,15 @@ def test_loss_equals_its_plain_statement(rule):
 
 def test_an_oracle_takes_what_is_in_truth_valid_for_known_positives():
     batch, key, params = make_batch(3), jax.random.key(5), init_params()[1]
-    truth = np.random.default_rng(0).integers(-1, PHOTOS, (R, Q, 4)).astype(np.int32)
-    known = np.concatenate([batch["known_positives"], truth], axis=-1)
+    relevant = np.random.default_rng(0).integers(-1, PHOTOS, (R, Q, 4)).astype(np.int32)
+    known = np.concatenate([batch.known_positives, relevant], axis=-1)
 
     def metrics(oracle, **changes):
         config = make_config("trns", **{"negatives.oracle": oracle})
-        return jax.jit(loss_of(config, None))(params, batch | changes, key)[1]
+        return on_one_device(objective_of(config))(params, batch.replace(**changes), key)[1]
 
-    none, mined, whole = (metrics(oracle, truth=truth) for oracle in ("none", "mined", "all"))
-    told = metrics("none", truth=truth, known_positives=known)
+    none, mined, whole = (metrics(oracle, relevant=relevant) for oracle in ("none", "mined", "all"))
+    told = metrics("none", relevant=relevant, known_positives=known)
     for name, value in told.items():  # "all": as if the valid ones were annotated
         np.testing.assert_allclose(whole[name], value, rtol=1e-6, err_msg=name)
     np.testing.assert_array_equal(mined["loss/in_batch"], none["loss/in_batch"])
@@ -270,29 +286,31 @@ def test_an_oracle_takes_what_is_in_truth_valid_for_known_positives():
 @pytest.mark.parametrize("rule", ["trns", "in_batch"])
 def test_padding_changes_nothing(rule):
     config, batch = make_config(rule), make_batch(4)
-    other = {name: value.copy() for name, value in make_batch(5).items()}
-    padding = ~batch["valid"]
-    changed = {name: value.copy() for name, value in batch.items()}
-    for name in ("text", "target_image", "target_photo", "known_positives", "mentions"):
-        changed[name][padding] = other[name][padding]
+    other, changed = make_batch(5), jax.tree.map(np.copy, batch)
+    padding = ~batch.query_mask
+    for name in ("text", "target_image", "target_id", "known_positives", "mentions"):
+        getattr(changed, name)[padding] = getattr(other, name)[padding]
     nobody = padding.all(1)  # a reference that is padding as a whole
     assert nobody.any()
-    for name in ("reference_image", "reference_photo"):
-        changed[name][nobody] = other[name][nobody]
-    value = jax.jit(jax.value_and_grad(loss_of(config, None), has_aux=True))
+    for name in ("reference_image", "reference_id"):
+        getattr(changed, name)[nobody] = getattr(other, name)[nobody]
+    value = on_one_device(jax.value_and_grad(objective_of(config), has_aux=True))
     one, two = (value(init_params()[1], b, jax.random.key(1)) for b in (batch, changed))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     # They are rows that would count: the same change without the mask is seen.
-    full = {"valid": np.ones_like(batch["valid"])}
-    losses = [value(init_params()[1], b | full, jax.random.key(1))[0][0] for b in (batch, changed)]
+    full = np.ones_like(batch.query_mask)
+    losses = [
+        value(init_params()[1], b.replace(query_mask=full), jax.random.key(1))[0][0]
+        for b in (batch, changed)
+    ]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_a_batch_of_padding_alone_is_zero_and_finite():
     config = make_config("trns")
-    batch = make_batch(6) | {"valid": np.zeros((R, Q), bool)}
-    batch["valid"][0, 0] = True  # one query and, but for its reference, nothing to compare with
-    value = jax.jit(jax.value_and_grad(loss_of(config, None), has_aux=True))
+    batch = make_batch(6).replace(query_mask=np.zeros((R, Q), bool))
+    batch.query_mask[0, 0] = True  # one query and, but for its reference, nothing to compare with
+    value = on_one_device(jax.value_and_grad(objective_of(config), has_aux=True))
     (loss, _), grads = value(init_params()[1], batch, jax.random.key(0))
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -303,7 +321,7 @@ def test_gradients_reach_the_attribute_weights():
     # terms: what the query's own loss teaches.
     config = make_config("trns", **{"loss.intent": 0.0, "loss.alignment": 0.0})
     tx = make_optimizer(config.optimizer, 100)
-    value = jax.jit(jax.grad(loss_of(config, None), has_aux=True))
+    value = on_one_device(jax.grad(objective_of(config), has_aux=True))
     params = init_params()[0]
     assert not np.any(params["attributes"]["contribution"]["kernel"])
     opt_state = jax.jit(tx.init)(params)
@@ -329,7 +347,7 @@ def test_gradients_reach_the_attribute_weights():
 def test_attribute_terms_teach_from_the_first_step(name):
     zero = {f"loss.{n}": 0.0 for n in ("in_batch", "preference", "margin", "intent", "alignment")}
     config = make_config("in_batch", **{**zero, f"loss.{name}": 1.0})
-    grads, _ = jax.jit(jax.grad(loss_of(config, None), has_aux=True))(
+    grads, _ = on_one_device(jax.grad(objective_of(config), has_aux=True))(
         init_params()[0], make_batch(0), jax.random.key(0)
     )
     part = {"intent": "weight_out", "alignment": "attention"}[name]
@@ -341,7 +359,7 @@ def test_weighting_starts_as_the_plain_composer_and_is_it_at_zero_weights():
     with_weights = make_model(make_config())
     without = make_model(make_config(**{"model.attributes.enabled": False}))
     batch = make_batch(0)
-    image, text = batch["target_image"][:, 0], batch["text"][:, 0]
+    image, text = batch.target_image[:, 0], batch.text[:, 0]
 
     @functools.partial(jax.jit, static_argnums=0)
     def query(model, params):
@@ -375,7 +393,7 @@ def test_attributes_do_not_change_how_the_backbone_starts():
 
 def test_trains_without_attributes():
     config = make_config("trns", **{"model.attributes.enabled": False})
-    loss, metrics = jax.jit(loss_of(config, None))(
+    loss, metrics = on_one_device(objective_of(config))(
         init_params(enabled=False)[1], make_batch(0), jax.random.key(0)
     )
     assert np.isfinite(loss)
@@ -389,20 +407,21 @@ def test_one_compilation_donated_state_and_no_transfer(caplog):
     traces = []
 
     def counted(step):
-        def wrapped(state, batch):
+        def wrapped(state, batch, stop):
             traces.append(1)
-            return step(state, batch)
+            return step(state, batch, stop)
 
         return wrapped
 
     step, devices = make_step(config, tx, 4, counted)
-    state = start_state(tx, devices, init_params()[0])
+    state, stop = start_state(tx, devices, init_params()[0]), np.zeros((4, 1), np.int32)
     compilations = []
     for i in range(5):
         batch, before = mesh.shard(make_batch(i), 4), state
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
-            state, metrics = step(state, batch)
+            output = step(state, batch, stop)
+            state = output.state
         compilations.append(sum("XLA compilation" in r.getMessage() for r in caplog.records))
         # Scalars apart: optax keeps a flag that no step reads.
         assert all(x.is_deleted() for x in jax.tree.leaves(before) if x.ndim)
@@ -410,23 +429,23 @@ def test_one_compilation_donated_state_and_no_transfer(caplog):
     assert compilations[0] >= 1
     assert compilations[1:] == [0] * 4
     assert int(state.step) == 5
-    assert all(np.isfinite(v) for v in metrics.values())
+    assert all(np.isfinite(v) for v in output.metrics.values())
 
     # The step alone moves nothing between host and devices.
     own_mesh = jax.sharding.Mesh(np.asarray(devices), (mesh.AXIS,))
     spec = jax.sharding.NamedSharding(own_mesh, jax.sharding.PartitionSpec(mesh.AXIS))
-    placed = jax.device_put(mesh.shard(make_batch(6), 4), spec)
-    state, _ = jax.block_until_ready(step(state, placed))
+    placed = jax.device_put((mesh.shard(make_batch(6), 4), stop), spec)
+    state = jax.block_until_ready(step(state, *placed)).state
     with jax.transfer_guard("disallow"):
-        state, metrics = jax.block_until_ready(step(state, placed))
-    assert int(state.step) == 7
+        output = jax.block_until_ready(step(state, *placed))
+    assert int(output.state.step) == 7
 
 
 def test_bfloat16_step_is_finite_and_near_float32():
     values = {}
     for dtype in ("float32", "bfloat16"):
         config = make_config("in_batch", **{"model.dtype": dtype})
-        value = jax.jit(jax.value_and_grad(loss_of(config, None), has_aux=True))
+        value = on_one_device(jax.value_and_grad(objective_of(config), has_aux=True))
         (loss, _), grads = value(init_params()[1], make_batch(0), jax.random.key(0))
         assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

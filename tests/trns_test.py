@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 
 from dqe_jax.method import trns
+from dqe_jax.method.similarity import (
+    paired_similarity,
+    similarity,
+    target_relative_similarity,
+)
 
 # ----------------------------------------------------------------------------- the plain statement
 
@@ -100,9 +105,9 @@ def test_similarity_and_delta(num_tokens: int, num_candidates: int):
     target = unit(rng, 3, num_tokens, 5)
     scores = [[plain_score(q, t) for t in gallery] for q in query]
     paired = [plain_score(q, t) for q, t in zip(query, target)]
-    np.testing.assert_allclose(trns.similarity(query, gallery), scores, atol=1e-6)
-    np.testing.assert_allclose(trns.paired_similarity(query, target), paired, atol=1e-6)
-    delta = trns.target_relative_similarity(query, gallery, target)
+    np.testing.assert_allclose(similarity(query, gallery), scores, atol=1e-6)
+    np.testing.assert_allclose(paired_similarity(query, target), paired, atol=1e-6)
+    delta = target_relative_similarity(query, gallery, target)
     assert delta.dtype == jnp.float32
     np.testing.assert_allclose(delta, plain_delta(query, gallery, target), atol=1e-6)
 
@@ -119,7 +124,7 @@ def test_similarity_gradient_is_that_of_einsum_and_max(num_tokens: int):
     def gradient(score):
         return jax.grad(lambda q, g: (weight * score(q, g)).sum(), argnums=(0, 1))(query, gallery)
 
-    for ours, expected in zip(gradient(trns.similarity), gradient(direct)):
+    for ours, expected in zip(gradient(similarity), gradient(direct)):
         np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
@@ -134,9 +139,7 @@ def test_similarity_gradient_reaches_the_best_token_only():
             best = int(np.argmax([np.dot(query[b], token) for token in gallery[n]]))
             of_query[b] += weight[b, n] * gallery[n, best]
             of_gallery[n, best] += weight[b, n] * query[b]
-    ours = jax.grad(lambda q, g: (weight * trns.similarity(q, g)).sum(), argnums=(0, 1))(
-        query, gallery
-    )
+    ours = jax.grad(lambda q, g: (weight * similarity(q, g)).sum(), argnums=(0, 1))(query, gallery)
     np.testing.assert_allclose(ours[0], of_query, atol=1e-6)
     np.testing.assert_allclose(ours[1], of_gallery, atol=1e-6)
 
@@ -146,7 +149,7 @@ def test_equal_tokens_share_one_gradient():
     rng = np.random.default_rng(4)
     query, token = unit(rng, 2, 5), unit(rng, 3, 1, 5)
     gallery = np.repeat(token, 4, axis=1)
-    of_query, of_gallery = jax.grad(lambda q, g: trns.similarity(q, g).sum(), argnums=(0, 1))(
+    of_query, of_gallery = jax.grad(lambda q, g: similarity(q, g).sum(), argnums=(0, 1))(
         query, gallery
     )
     np.testing.assert_allclose(of_query, np.tile(token.sum((0, 1)), (2, 1)), atol=1e-5)
@@ -165,7 +168,7 @@ def test_target_relative_similarity_gradient():
     def gradient(fn):
         return jax.grad(lambda *a: jnp.sin(fn(*a)).sum(), argnums=(0, 1, 2))(*arrays)
 
-    for ours, expected in zip(gradient(trns.target_relative_similarity), gradient(direct)):
+    for ours, expected in zip(gradient(target_relative_similarity), gradient(direct)):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -174,11 +177,11 @@ def test_scores_of_bfloat16_embeddings_are_float32():
     query = jnp.asarray(unit(rng, 2, 8), jnp.bfloat16)
     gallery = jnp.asarray(unit(rng, 3, 4, 8), jnp.bfloat16)
     target = gallery[:2]
-    scores = trns.similarity(query, gallery)
-    assert scores.dtype == trns.paired_similarity(query, target).dtype == jnp.float32
+    scores = similarity(query, gallery)
+    assert scores.dtype == paired_similarity(query, target).dtype == jnp.float32
     exact = [[plain_score(q, t) for t in np.float32(gallery)] for q in np.float32(query)]
     np.testing.assert_allclose(scores, exact, atol=1e-6)
-    gradient = jax.grad(lambda q: trns.similarity(q, gallery).sum())(query)
+    gradient = jax.grad(lambda q: similarity(q, gallery).sum())(query)
     assert gradient.dtype == jnp.bfloat16
     assert np.isfinite(np.float32(gradient)).all()
 
@@ -221,12 +224,12 @@ def test_the_memory_check_sees_inside_inner_programs(eight_tokens):
 
 def test_similarity_makes_no_array_of_all_tokens(eight_tokens):
     query, gallery, limit = eight_tokens
-    assert largest_array(jax.make_jaxpr(trns.similarity)(query, gallery).jaxpr) <= limit
+    assert largest_array(jax.make_jaxpr(similarity)(query, gallery).jaxpr) <= limit
 
 
 def test_similarity_backward_makes_no_array_of_all_tokens(eight_tokens):
     query, gallery, limit = eight_tokens
-    backward = jax.grad(lambda q, g: jnp.square(trns.similarity(q, g)).sum(), argnums=(0, 1))
+    backward = jax.grad(lambda q, g: jnp.square(similarity(q, g)).sum(), argnums=(0, 1))
     assert largest_array(jax.make_jaxpr(backward)(query, gallery).jaxpr) <= limit
 
 
@@ -612,7 +615,7 @@ def test_draws_do_not_depend_on_how_rows_are_split():
 
 
 def mine(key, query, gallery, target, forbidden):
-    delta = trns.target_relative_similarity(query, gallery, target)
+    delta = target_relative_similarity(query, gallery, target)
     low, high = trns.mid_zone_bounds(delta, ~forbidden, "quantile", lower=0.1, upper=0.7)
     mask = trns.mid_zone_mask(delta, low, high, forbidden)
     return delta, *trns.sample_negatives(

@@ -13,7 +13,8 @@ from dqe_jax.config import check_config
 from dqe_jax.distributed import mesh
 from dqe_jax.models import setup
 from dqe_jax.training import loop, optimizer, zero
-from dqe_jax.training import state as programs
+from dqe_jax.training import state as states
+from dqe_jax.training.step import make_step
 
 SHARDED = {"optimizer.shard_state": True}
 SHAPES = {"scalar": (), "vector": (5,), "empty": (0, 4), "small": (3, 7), "odd": (97, 90)}
@@ -144,9 +145,9 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
         image_size=config.data.image_size,
     )
     params = setup.init_params(model, config)
-    made = programs.make_optimizer(config, params, 4)
-    step = programs.make_step(config, model, made, devices()[:4])
-    state = programs.init_state(config, made, params, devices()[:4])
+    made = states.make_optimizer(config, params, 4)
+    step = make_step(config, model, made, devices()[:4])
+    state = states.init_state(config, made, params, devices()[:4])
     assert made.bytes_of_device() < 0.5 * sum(2 * x.nbytes for x in jax.tree.leaves(params))
     batch = mesh.shard(benchmark_step.random_batch(config), 4)
     compilations = []

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         config.data.data_dir = _DATA_DIR.value
     check_config(config)
     for rule in _RULES.value:
-        draws.negatives_of(config.negatives, rule)
+        draws.rule_of(config.negatives, rule)
     lowers = _lowers(config.negatives)
     split = datasets.split_of(config.data.dataset, _SPLIT.value)
     directory = _CHECKPOINT.value or _WORKDIR.value

@@ -97,10 +97,11 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
 
     from dqe_jax.distributed import mesh
     from dqe_jax.method import mining
-    from dqe_jax.training import bank
+    from dqe_jax.method.mining import MiningRule
+    from dqe_jax.training.bank_programs import rows_of_device
 
-    tokens, width = _TOKENS.value, _WIDTH.value
-    rows = bank.rows_of_device(size, len(devices))
+    tokens, width, rule = _TOKENS.value, _WIDTH.value, MiningRule.of(negatives)
+    rows = rows_of_device(size, len(devices))
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[_DTYPE.value]
 
     def fill(index):
@@ -113,9 +114,9 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
             return jax.lax.dynamic_update_slice(held, x, (i * mining.CHUNK_ROWS, 0, 0))
 
         start = jnp.zeros((rows, tokens, width), dtype)
-        photo = index * rows + jnp.arange(rows)
+        row = index * rows + jnp.arange(rows)
         held = jax.lax.fori_loop(0, rows // mining.CHUNK_ROWS, step, start)
-        return mining.Bank(held, jnp.where(photo < size, photo, -1).astype(jnp.int32))
+        return mining.Bank(held, jnp.where(row < size, row, -1).astype(jnp.int32))
 
     on = {"devices": devices}
     held = mesh.pmap(fill, in_axes=(0,), out_axes=0, **on)(np.arange(len(devices)))
@@ -127,8 +128,8 @@ def time_mining(size: int, negatives: Any, devices: list[Any]) -> dict[str, floa
     def mine(query, own, held):
         return mining.mine_bank(
             jax.random.key(2),
-            *(query, own, own[:, None], jnp.arange(count), held, negatives),
-            axis_name=mesh.AXIS,
+            *(query, own, own[:, None], jnp.arange(count), held, rule),
+            axis=mesh.AXIS,
         )
 
     def plain(query, held):

@@ -34,46 +34,49 @@ VARIANTS = {
 REQUIRED = ("config",)
 
 
-def random_batch(config: Any) -> dict[str, Any]:
-    """A batch of random images and texts, as `data/pipeline.py` gives it; ids are distinct."""
+def random_batch(config: Any) -> Any:
+    """A `Batch` of random images and texts; ids are distinct."""
     import numpy as np
 
-    from dqe_jax.data.pipeline import batch_shapes
+    from dqe_jax.data.pipeline import batch_spec
+    from dqe_jax.method.batch import Batch
 
     rng, R = np.random.default_rng(0), config.batch.references
-    shapes = batch_shapes(config, R)
+    spec = batch_spec(config, R)
 
     def below(name: str, high: int) -> np.ndarray:
-        dtype, shape = shapes[name]
-        return rng.integers(0, high, shape).astype(dtype)
+        array = getattr(spec, name)
+        return rng.integers(0, high, array.shape).astype(array.dtype)
 
     def count(name: str, first: int = 0) -> np.ndarray:
-        dtype, shape = shapes[name]
-        return np.arange(first, first + np.prod(shape), dtype=dtype).reshape(shape)
+        array = getattr(spec, name)
+        return np.arange(first, first + array.size, dtype=array.dtype).reshape(array.shape)
 
-    return {
-        "reference_image": below("reference_image", 256),
-        "reference_photo": count("reference_photo"),
-        "query": count("query"),
-        "text": 1 + below("text", VOCABULARY - 1),
-        "target_image": below("target_image", 256),
-        "target_photo": count("target_photo", R),
-        "target_row": count("target_row"),
-        "known_positives": below("known_positives", 1) - 1,
-        "truth": count("truth"),
-        "mentions": below("mentions", 2),
-        "valid": below("valid", 1) == 0,
-    }
+    return Batch(
+        reference_image=below("reference_image", 256),
+        reference_id=count("reference_id"),
+        query=count("query"),
+        text=1 + below("text", VOCABULARY - 1),
+        target_image=below("target_image", 256),
+        target_id=count("target_id", R),
+        target_row=count("target_row"),
+        known_positives=below("known_positives", 1) - 1,
+        relevant=count("relevant"),
+        mentions=below("mentions", 2),
+        query_mask=below("query_mask", 1) == 0,
+    )
 
 
 def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None], float]:
     """A function that takes some steps and waits for them; and the FLOP of one step."""
     import jax
+    import numpy as np
 
     from dqe_jax import models
     from dqe_jax.distributed import mesh
     from dqe_jax.models import setup
-    from dqe_jax.training import state as programs
+    from dqe_jax.training import state as states
+    from dqe_jax.training.step import make_step
 
     pretrained = setup.describe_weights(config)
     model = models.build_model(
@@ -84,20 +87,21 @@ def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None],
         sizes=pretrained and pretrained.sizes,
     )
     params = setup.init_params(model, config, config.seed)
-    made = programs.make_optimizer(config, params, len(devices))
+    made = states.make_optimizer(config, params, len(devices))
     # There is no bank here: negatives are mined from the batch.
     config.negatives.pool = "batch"
-    step = programs.make_step(config, model, made, devices)
-    state = programs.init_state(config, made, params, devices)
+    step = make_step(config, model, made, devices)
+    state = states.init_state(config, made, params, devices)
     batch = mesh.shard(random_batch(config), len(devices))
-    compiled = step.lower(state, batch).compile()
+    stop = np.zeros((len(devices), 1), np.int32)
+    compiled = step.lower(state, batch, stop).compile()
     analysis = compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     holder = [state]
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            holder[0], _ = compiled(holder[0], batch)
+            holder[0] = compiled(holder[0], batch, stop).state
         jax.block_until_ready(holder[0])
 
     run(1)

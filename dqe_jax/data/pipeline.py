@@ -1,21 +1,7 @@
 """From prepared records to batches, by random access: TFDS data sources read through Grain.
 
-A training batch holds `R` references with `Q` queries each (siblings are good negatives, and each
-reference is encoded once), as NumPy arrays:
-
-| key | array | |
-| --- | --- | --- |
-| `reference_image` | uint8 `[R, H, W, 3]` | |
-| `reference_photo` | int32 `[R]` | image id; copies of a photo share one |
-| `query` | int32 `[R, Q]` | position among the split's queries |
-| `text` | int32 `[R, Q, L]` | |
-| `target_image` | uint8 `[R, Q, H, W, 3]` | |
-| `target_photo` | int32 `[R, Q]` | |
-| `target_row` | int32 `[R, Q]` | row of the gallery |
-| `known_positives` | int32 `[R, Q, P]` | image ids that are never negatives, -1 for none |
-| `truth` | int32 `[R, Q, V]` | image ids in truth valid, -1 for none: for log and oracles |
-| `mentions` | float32 `[R, Q, K]` | attributes that the text mentions |
-| `valid` | bool `[R, Q]` | false for padding: a reference with fewer than `Q` queries |
+A training batch (`method/batch.py`) holds references with several queries each: siblings are good
+negatives, and each reference is encoded once.
 """
 
 from __future__ import annotations
@@ -28,36 +14,26 @@ import numpy as np
 
 from dqe_jax.data.splits import Split, known_positives, photo_ids
 from dqe_jax.data.transforms import AUGMENTATIONS
+from dqe_jax.method.batch import Batch
 
 # References of a training run, at most: Grain cannot take parts of a truly endless data set.
 ENDLESS = 2**48
 
 
-def batch_shapes(
-    config: Any, references: int, *, known: int = 2, truth: int = 0
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each array of a training batch.
+def batch_spec(config: Any, references: int) -> Batch:
+    """Shape and dtype of every array of a training batch, see `Batch.spec`.
 
     Args:
       config: of a run.
       references: `R`.
-      known: `P`, which the data set decides: the target, and the most targets that a query has.
-      truth: `V`, likewise.
     """
-    R, Q, size = references, config.batch.queries_per_reference, config.data.image_size
-    return {
-        "reference_image": ("uint8", (R, size, size, 3)),
-        "reference_photo": ("int32", (R,)),
-        "query": ("int32", (R, Q)),
-        "text": ("int32", (R, Q, config.data.max_length)),
-        "target_image": ("uint8", (R, Q, size, size, 3)),
-        "target_photo": ("int32", (R, Q)),
-        "target_row": ("int32", (R, Q)),
-        "known_positives": ("int32", (R, Q, known)),
-        "truth": ("int32", (R, Q, truth)),
-        "mentions": ("float32", (R, Q, len(config.model.attributes.names))),
-        "valid": ("bool", (R, Q)),
-    }
+    return Batch.spec(
+        references=references,
+        queries_per_reference=config.batch.queries_per_reference,
+        image_size=config.data.image_size,
+        max_length=config.data.max_length,
+        attributes=len(config.model.attributes.names),
+    )
 
 
 class _Loader:
@@ -69,36 +45,35 @@ class _Loader:
         text: np.ndarray,
         mentions: np.ndarray,
         positives: np.ndarray,
-        truth: np.ndarray,
+        relevant: np.ndarray,
         per_reference: int,
         augment: Callable[[np.ndarray, np.random.Generator], np.ndarray],
     ):
         self.split, self.text, self.mentions = split, text, mentions
-        self.positives, self.truth = positives, truth
+        self.positives, self.relevant = positives, relevant
         self.per_reference, self.augment = per_reference, augment
 
-    def __call__(self, group: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, group: np.ndarray, rng: np.random.Generator) -> Batch:
         gallery, queries, Q = self.split.gallery, self.split.queries, self.per_reference
         # Neighbours in the data set stay together: builders record edits that contrast in pairs.
         chosen = np.roll(group, -rng.integers(len(group)))[:Q]
-        valid = np.arange(Q) < len(chosen)
-        chosen = np.resize(chosen, Q)  # padding repeats what is there; `valid` masks it
+        query_mask = np.arange(Q) < len(chosen)
+        chosen = np.resize(chosen, Q)  # padding repeats what is there; the mask says so
         reference, targets = queries.reference[chosen[0]], queries.target[chosen]
-        target_photo = gallery.photo[targets]
         order = rng.integers(self.text.shape[1], size=Q) if self.text.shape[1] > 1 else 0
-        return {
-            "reference_image": self.augment(gallery[reference], rng),
-            "reference_photo": gallery.photo[reference],
-            "query": chosen.astype(np.int32),
-            "text": self.text[chosen, order],
-            "target_image": np.stack([self.augment(gallery[row], rng) for row in targets]),
-            "target_photo": target_photo,
-            "target_row": targets,
-            "known_positives": self.positives[chosen],
-            "truth": self.truth[chosen],
-            "mentions": self.mentions[chosen],
-            "valid": valid,
-        }
+        return Batch(
+            reference_image=self.augment(gallery[reference], rng),
+            reference_id=gallery.photo[reference],
+            query=chosen.astype(np.int32),
+            text=self.text[chosen, order],
+            target_image=np.stack([self.augment(gallery[row], rng) for row in targets]),
+            target_id=gallery.photo[targets],
+            target_row=targets,
+            known_positives=self.positives[chosen],
+            relevant=self.relevant[chosen],
+            mentions=self.mentions[chosen],
+            query_mask=query_mask,
+        )
 
 
 def train_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,12 +64,11 @@ class Gallery:
         with ThreadPoolExecutor(4) as pool:
             chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
             read = lambda chunk: np.stack([self[int(row)] for row in chunk])  # noqa: E731
-            ahead = [pool.submit(read, chunk) for chunk in chunks[:2]]
+            ahead = collections.deque(pool.submit(read, chunk) for chunk in chunks[:2])
             for i in range(len(chunks)):
-                if i + 2 < len(chunks):
+                if i + 2 < len(chunks):  # at most three chunks are held
                     ahead.append(pool.submit(read, chunks[i + 2]))
-                yield ahead[i].result()
-                ahead[i] = None  # at most three chunks are held
+                yield ahead.popleft().result()
 
 
 def _present(index: GalleryIndex) -> np.ndarray:
@@ -182,6 +182,20 @@ def make_split(
     # Stored rows to rows at hand; others lie beyond the gallery, each at a place of its own.
     rows = len(gallery) + np.arange(len(index), dtype=np.int32)
     rows[_present(index)] = np.arange(len(gallery), dtype=np.int32)
+    queries = _make_queries(records, index, rows, captions)
+    pools = {
+        pool: rows[[row for row in stored.tolist() if row not in index.missing]]
+        for pool, stored in index.pools.items()
+    }
+    official = len(records) if official_queries is None else official_queries
+    coverage = Coverage(len(queries), official, len(gallery), len(index))
+    return Split(name, queries, gallery, pools, coverage)
+
+
+def _make_queries(
+    records: Sequence[dict[str, Any]], index: GalleryIndex, rows: np.ndarray, captions: str
+) -> Queries:
+    """The queries whose reference and target are at hand; `rows` are those of the stored rows."""
 
     def at_hand(row: int) -> bool:
         return row not in index.missing
@@ -197,7 +211,7 @@ def make_split(
         return [tuple(value.decode() for value in record[field]) for record in kept]
 
     target, all_captions = np.array([r["target"] for r in kept], np.int32), words("texts")
-    queries = Queries(
+    return Queries(
         ids=[r["id"].decode() for r in kept],
         texts=[join_captions(each, captions) for each in all_captions],
         reference=rows[np.array([r["reference"] for r in kept], np.int32)],
@@ -210,13 +224,6 @@ def make_split(
         subset=row_arrays("subset", known=True),
         captions=all_captions,
     )
-    pools = {
-        pool: rows[[row for row in stored.tolist() if at_hand(row)]]
-        for pool, stored in index.pools.items()
-    }
-    official = len(records) if official_queries is None else official_queries
-    coverage = Coverage(len(kept), official, len(gallery), len(index))
-    return Split(name, queries, gallery, pools, coverage)
 
 
 def photo_ids(split: Split, rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dqe_jax.data.splits import Split
-from dqe_jax.distributed import mesh
+from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.evaluation import metrics, protocols, ranking
 from dqe_jax.evaluation.protocols import Protocol
 
@@ -81,8 +81,7 @@ class RetrievalEvaluator:
           protocol: what is ranked and measured.
         """
         self.split, self.text, self.protocol = split, text, protocol
-        self._devices, self._top_k = list(devices), top_k
-        self._batch = -(-batch_size // len(devices)) * len(devices)
+        self._top_k = top_k
         pools = split.pools or {"": np.arange(len(split.gallery))}
         self._pools = protocols.pool_rows(protocol, split.queries, pools)
 
@@ -90,8 +89,10 @@ class RetrievalEvaluator:
             out = encode_query(params, image, text)
             return out.embedding, out.attribute_weights
 
-        self._query = mesh.map_rows(query, columns=2, devices=devices)
-        self._gallery = mesh.map_rows(encode_gallery, columns=1, devices=devices)
+        batch = -(-batch_size // len(devices)) * len(devices)
+        on = {"batch_size": batch, "devices": devices}
+        self._embed_queries = RowEmbedder(query, columns=1, **on)
+        self._embed_rows = RowEmbedder(encode_gallery, columns=0, **on)
         self._rank = ranking.make_rank_fn(top_k, devices=devices)
         self._score = ranking.make_score_fn(devices=devices)
 
@@ -116,7 +117,9 @@ class RetrievalEvaluator:
         """Evaluates parameters that are replicated over the devices."""
         queries = self.split.queries
         gallery = self._embed_gallery(params, np.concatenate([*self._pools.values()]))
-        query, weights = self._embed(self._query, params, queries.reference, self.text)
+        query, weights = self._embed_queries(
+            params, self.split.gallery, queries.reference, self.text
+        )
         rows, scores = self._rank_pools(query, gallery, self.protocol.exclude_reference)
         subset_rows = self._rank_subsets(query, gallery)
         compared = self._baselines(gallery) if baselines and len(self.labelled) else None
@@ -145,14 +148,14 @@ class RetrievalEvaluator:
           float32 `[J, S]`.
         """
         gallery = self._embed_gallery(params, rows.ravel())
-        query, _ = self._embed(self._query, params, reference, text)
+        query, _ = self._embed_queries(params, self.split.gallery, reference, text)
         return self._score(query, gallery.tokens, gallery.place[rows])
 
     def _embed_gallery(self, params: Any, rows: np.ndarray) -> _Embedded:
         rows = np.unique(rows)
         place = np.full(len(self.split.gallery), -1, np.int64)
         place[rows] = np.arange(len(rows))
-        return _Embedded(self._embed(self._gallery, params, rows), place)
+        return _Embedded(self._embed_rows(params, self.split.gallery, rows), place)
 
     def _rank_pools(
         self, query: np.ndarray, gallery: _Embedded, exclude_reference: bool
@@ -205,20 +208,3 @@ class RetrievalEvaluator:
             counts = [min(len(queries.valid[i]), size) for i in self.labelled]
             compared = {"random": metrics.random_baseline(size, counts), **compared}
         return compared
-
-    def _embed(self, encode, params: Any, rows: np.ndarray, *columns: np.ndarray) -> Any:
-        """Runs `encode` over the images of `rows` (and columns beside them), batch by batch.
-
-        Each process reads the images of its own devices.
-        """
-        own = [
-            mesh.own_rows(mesh.pad_rows(x, self._batch), self._batch, self._devices)
-            for x in (rows, *columns)
-        ]
-        size = self._batch // len(self._devices) * mesh.count_own(self._devices)
-        parts = []
-        for i, images in enumerate(self.split.gallery.batches(own[0], size)):
-            here = slice(i * size, (i + 1) * size)
-            parts.append(encode(params, images, *(column[here] for column in own[1:])))
-        # Only the last batch is padded.
-        return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(rows)], *parts)

@@ -13,6 +13,7 @@ matrix product that scores it, does not depend on the number of devices: neither
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from dqe_jax.distributed import mesh
+from dqe_jax.method.similarity import listed_similarity, ranking_similarity
 from dqe_jax.utils.errors import UserError
 
 RankFn = Callable[..., tuple[np.ndarray, np.ndarray]]
@@ -64,51 +66,12 @@ def make_rank_fn(
         raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
     devices = mesh.all_devices() if devices is None else list(devices)
 
-    def rank_shard(queries, excluded, gallery, num_rows):
-        """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k."""
-        steps = gallery.shape[0]
-        first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * (steps * chunk_rows)
-        offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
-        query_index = jnp.arange(chunk_queries)[:, None]
-
-        def step(best, chunk):
-            tokens, start = chunk
-            scores = jnp.einsum(
-                "cd,rmd->crm",
-                queries,
-                tokens,
-                precision=lax.Precision.HIGHEST,
-                preferred_element_type=jnp.float32,
-            ).max(axis=-1)
-            # Sorting tells -0 from 0; as scores they are equal.
-            scores = jnp.where(scores == 0, 0.0, scores)
-            scores = jnp.where(start + offsets < num_rows, scores, -jnp.inf)
-            # A negative index would wrap around: send whatever is not in this chunk past its end,
-            # where `drop` ignores it.
-            place = excluded - start
-            place = jnp.where(place < 0, chunk_rows, place)
-            scores = scores.at[query_index, place].set(-jnp.inf, mode="drop")
-            rows = jnp.broadcast_to(start + offsets, scores.shape)
-            return _top_k(
-                jnp.concatenate([best[0], scores], axis=1),
-                jnp.concatenate([best[1], rows], axis=1),
-                k,
-            ), None
-
-        # These come before all rows, so that at a score of -inf they, not masked rows, are kept.
-        nothing = (
-            jnp.full((chunk_queries, k), -jnp.inf, jnp.float32),
-            jnp.full((chunk_queries, k), -1, jnp.int32),
-        )
-        starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
-        best, _ = lax.scan(step, nothing, (gallery, starts))
-        # [C, devices * k], devices in order, hence equal scores in row order.
-        scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
-        scores, rows = _top_k(scores, rows, k)
-        return rows, scores
-
+    sizes = {"k": k, "chunk_rows": chunk_rows, "chunk_queries": chunk_queries}
     rank_chunk = mesh.pmap(
-        rank_shard, in_axes=(None, None, 0, None), out_axes=(None, None), devices=devices
+        functools.partial(_rank_shard, **sizes),
+        in_axes=(None, None, 0, None),
+        out_axes=(None, None),
+        devices=devices,
     )
     # Returns its argument as it lies on the devices, so that the gallery is sent there only once.
     place_on_devices = mesh.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
@@ -145,6 +108,53 @@ def make_rank_fn(
     return rank
 
 
+def _rank_shard(
+    queries: jax.Array,
+    excluded: jax.Array,
+    gallery: jax.Array,
+    num_rows: jax.Array,
+    *,
+    k: int,
+    chunk_rows: int,
+    chunk_queries: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k."""
+    steps = gallery.shape[0]
+    first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * (steps * chunk_rows)
+    offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
+    query_index = jnp.arange(chunk_queries)[:, None]
+
+    def step(best, chunk):
+        tokens, start = chunk
+        scores = ranking_similarity(queries, tokens)
+        # Sorting tells -0 from 0; as scores they are equal.
+        scores = jnp.where(scores == 0, 0.0, scores)
+        scores = jnp.where(start + offsets < num_rows, scores, -jnp.inf)
+        # A negative index would wrap around: send whatever is not in this chunk past its end,
+        # where `drop` ignores it.
+        place = excluded - start
+        place = jnp.where(place < 0, chunk_rows, place)
+        scores = scores.at[query_index, place].set(-jnp.inf, mode="drop")
+        rows = jnp.broadcast_to(start + offsets, scores.shape)
+        return _top_k(
+            jnp.concatenate([best[0], scores], axis=1),
+            jnp.concatenate([best[1], rows], axis=1),
+            k,
+        ), None
+
+    # These come before all rows, so that at a score of -inf they, not masked rows, are kept.
+    nothing = (
+        jnp.full((chunk_queries, k), -jnp.inf, jnp.float32),
+        jnp.full((chunk_queries, k), -1, jnp.int32),
+    )
+    starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
+    best, _ = lax.scan(step, nothing, (gallery, starts))
+    # [C, devices * k], devices in order, hence equal scores in row order.
+    scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
+    scores, rows = _top_k(scores, rows, k)
+    return rows, scores
+
+
 ScoreFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -166,13 +176,7 @@ def make_score_fn(
 
     def score_shard(_, queries, tokens):
         """Per device: nothing, `[C, d]`, `[C, S, M, d]` to `[C, S]`."""
-        return jnp.einsum(
-            "cd,csmd->csm",
-            queries,
-            tokens,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        ).max(axis=-1)
+        return listed_similarity(queries, tokens)
 
     score_chunk = mesh.map_rows(score_shard, columns=2, devices=devices)
 

@@ -1,7 +1,7 @@
 """The loss terms of DQE-CIR (method, section 3). Arrays in, one value a query out, float32 `[B]`.
 
-Averaging over queries, and the weights of the terms, belong to the training step, which knows what
-is padding. `tau` is the learned temperature. Masked-out negatives contribute nothing; a query
+Averaging over queries, and the weights of the terms, belong to `objective.py`, which knows what is
+padding. `tau` is the learned temperature. Masked-out negatives contribute nothing; a query
 without any has the value 0.
 """
 
@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float, Int, Shaped
+
+from dqe_jax.method.arrays import Array, Scalar
 
 
-def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+def _masked_mean(values: Array, mask: Array) -> Array:
     """Mean over the last axis of what the mask keeps, 0 where it keeps nothing."""
     return jnp.where(mask, values, 0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
-def _gap(target_score: jax.Array, scores: jax.Array) -> jax.Array:
+def _gap(target_score: Array, scores: Array) -> Array:
     """`s_t - s` in float32: `[B], [B, N] -> [B, N]`."""
     return target_score.astype(jnp.float32)[:, None] - scores.astype(jnp.float32)
 
 
 def info_nce(
-    target_score: jax.Array, scores: jax.Array, negative: jax.Array, tau: jax.Array
-) -> jax.Array:
+    target_score: Float[Array, " B"],
+    scores: Float[Array, "B N"],
+    negative: Bool[Array, "B N"],
+    tau: Scalar,
+) -> Float[Array, " B"]:
     """`-log exp(s_t / tau) / (exp(s_t / tau) + sum_n exp(s_n / tau))`, query to gallery.
 
     Args:
@@ -38,28 +45,67 @@ def info_nce(
     return jax.nn.logsumexp(jnp.concatenate([target, logits], axis=1), axis=1)
 
 
+def column_info_nce(
+    scores: Float[Array, "B T"],
+    target_score: Float[Array, " B"],
+    own: Int[Array, " B"],
+    negative: Bool[Array, "B T"],
+    axis: str,
+) -> Float[Array, " B"]:
+    """InfoNCE of each local target against the queries of all devices, gallery to query.
+
+    Every device holds the rows of its own queries; the columns' sums are taken over the axis, so
+    that the scores need not be computed twice.
+
+    Args:
+      scores: `[B, T]` with the targets of all devices, already divided by tau.
+      target_score: `[B]`, likewise.
+      own: int `[B]`, column of each query's target.
+      negative: bool `[B, T]`, which queries count as negatives of a target.
+      axis: the mapped axis.
+    """
+    positive = jnp.arange(scores.shape[1])[None, :] == own[:, None]
+    logits = jnp.where(positive, target_score[:, None], scores)
+    kept = positive | negative
+    highest = lax.stop_gradient(jnp.where(kept, logits, -jnp.inf).max(0))
+    highest = lax.pmax(highest, axis)
+    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+    total = jnp.where(kept, jnp.exp(jnp.where(kept, logits, 0) - highest), 0.0).sum(0)
+    total = lax.psum(total, axis)
+    return jnp.log(total[own]) + highest[own] - target_score
+
+
 def preference(
-    target_score: jax.Array, negative_scores: jax.Array, valid: jax.Array, tau: jax.Array
-) -> jax.Array:
+    target_score: Float[Array, " B"],
+    negative_scores: Float[Array, "B n"],
+    negative_mask: Bool[Array, "B n"],
+    tau: Scalar,
+) -> Float[Array, " B"]:
     """`L_p = mean_n KL(onehot(target) || softmax([s_t, s_n] / tau)) = mean_n softplus(-margin)`.
 
     Args:
       target_score: `[B]`.
       negative_scores: `[B, n]` of the sampled negatives.
-      valid: bool `[B, n]`.
+      negative_mask: bool `[B, n]`, which of them are there.
       tau: scalar.
     """
-    return _masked_mean(-jax.nn.log_sigmoid(_gap(target_score, negative_scores) / tau), valid)
+    values = -jax.nn.log_sigmoid(_gap(target_score, negative_scores) / tau)
+    return _masked_mean(values, negative_mask)
 
 
 def margin_ranking(
-    target_score: jax.Array, negative_scores: jax.Array, valid: jax.Array, margin: float
-) -> jax.Array:
+    target_score: Float[Array, " B"],
+    negative_scores: Float[Array, "B n"],
+    negative_mask: Bool[Array, "B n"],
+    margin: Scalar,
+) -> Float[Array, " B"]:
     """`L_m = mean_n max(0, margin - (s_t - s_n))`; arguments as in `preference`."""
-    return _masked_mean(jax.nn.relu(margin - _gap(target_score, negative_scores)), valid)
+    return _masked_mean(jax.nn.relu(margin - _gap(target_score, negative_scores)), negative_mask)
 
 
-def attribute_intent(weights: jax.Array, mentions: jax.Array) -> jax.Array:
+def attribute_intent(
+    weights: Float[Array, "B K"], mentions: Shaped[Array, "B K"]
+) -> Float[Array, " B"]:
     """Binary cross-entropy between the attribute weights and what the text mentions.
 
     A text that mentions no attribute of the lexicon gives no signal.
@@ -74,8 +120,10 @@ def attribute_intent(weights: jax.Array, mentions: jax.Array) -> jax.Array:
 
 
 def attribute_alignment(
-    weights: jax.Array, query_features: jax.Array, target_features: jax.Array
-) -> jax.Array:
+    weights: Float[Array, "B K"],
+    query_features: Float[Array, "B K width"],
+    target_features: Float[Array, "B K width"],
+) -> Float[Array, " B"]:
     """`sum_k w_k (1 - cos(a_k(query), a_k(target))) / sum_k w_k`.
 
     Args:
@@ -88,7 +136,7 @@ def attribute_alignment(
     return jnp.sum(w * (1 - cosine), -1) / jnp.maximum(w.sum(-1), 1e-2)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _unit(x: Array) -> Array:
     """The last axis at length 1; next to zero it is left short, so that gradients stay bounded."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)

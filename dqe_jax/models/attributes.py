@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float
 
+from dqe_jax.method.arrays import Array
 from dqe_jax.models.layers import Attention
 
 ACTIVATIONS = {
@@ -59,19 +61,23 @@ class AttributeWeights(nn.Module):
             dtype=self.dtype,
         )
 
-    def weights(self, text: jax.Array) -> jax.Array:
-        """`w = activation(MLP(text))`: pooled text `[B, D]` to float32 `[B, K]`."""
+    def weights(self, text: Float[Array, "B D"]) -> Float[Array, "B K"]:
+        """`w = activation(MLP(text))`, of the pooled text, float32."""
         logits = self.weight_out(nn.relu(self.weight_hidden(text)))
         return ACTIVATIONS[self.activation](logits.astype(jnp.float32))
 
-    def features(self, tokens: jax.Array, text: jax.Array) -> jax.Array:
-        """`a_k`: tokens `[R, P, D]` of R images and pooled text `[B, D']` to `[B, K, width]`.
+    def features(
+        self, tokens: Float[Array, "R P D"], text: Float[Array, "B E"]
+    ) -> Float[Array, "B K width"]:
+        """`a_k` of the tokens of R images and the pooled text.
 
         `B = R * Q`: the texts of an image stand together, Q each.
         """
         queries = self.attribute_queries[None] + self.text_condition(text)[:, None]
         return self.norm(queries + self.attention(queries, tokens))
 
-    def contribute(self, features: jax.Array, weights: jax.Array) -> jax.Array:
-        """`sum_k w_k O(a_k)`, what is added to `h`: `[B, K, width], [B, K] -> [B, d]`."""
+    def contribute(
+        self, features: Float[Array, "B K width"], weights: Float[Array, "B K"]
+    ) -> Float[Array, "B d"]:
+        """`sum_k w_k O(a_k)`, what is added to `h`."""
         return self.contribution(jnp.einsum("bk,bkd->bd", weights, features))

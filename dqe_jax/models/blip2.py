@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float, Int, UInt8
 
+from dqe_jax.method.arrays import Array
 from dqe_jax.models.encoder import ACTIVATIONS, Compute, VisionSizes, VisionTower, attend
 from dqe_jax.models.features import ImageFeatures, TextFeatures
 from dqe_jax.models.layers import normalize
@@ -100,9 +101,13 @@ class QFormerAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: jax.Array | None, mask: jax.Array | None, train: bool
-    ) -> jax.Array:
-        """Returns `[B, L, D]`; `mask` is bool over the keys."""
+        self,
+        x: Float[Array, "B L D"],
+        context: Float[Array, "R S C"] | None,
+        mask: Bool[Array, "B keys"] | None,
+        train: bool,
+    ) -> Float[Array, "B L D"]:
+        """`mask` is over the keys."""
         s, dtype = self.sizes, self.compute.dtype
         if context is None:
             q, k, v = jnp.split(nn.Dense(3 * s.width, dtype=dtype, name="qkv")(x), 3, axis=-1)
@@ -125,8 +130,8 @@ class QFormerMlp(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps `[B, L, D]` to `[B, L, D]`."""
+    def __call__(self, x: Float[Array, "B L D"], train: bool) -> Float[Array, "B L D"]:
+        """Token by token."""
         s, dtype = self.sizes, self.compute.dtype
         y = nn.Dense(s.mlp_dim, dtype=dtype, name="mlp_in")(x)
         y = nn.Dense(s.width, dtype=dtype, name="mlp_out")(ACTIVATIONS[s.activation](y))
@@ -153,13 +158,13 @@ class QFormerLayer(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         queries: int,
-        image: jax.Array | None,
-        mask: jax.Array | None,
+        image: Float[Array, "R P C"] | None,
+        mask: Bool[Array, "B T"] | None,
         train: bool,
-    ) -> jax.Array:
-        """`x [B, queries + L, D]`, image tokens `[R, P, C]`, bool mask `[B, queries + L]`."""
+    ) -> Float[Array, "B T D"]:
+        """`T = queries + L` tokens, the queries first, over image tokens."""
         x = self.attention(x, None, mask, train)
         parts = []
         if queries:
@@ -193,20 +198,20 @@ class QFormer(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         *,
         queries: int = 0,
-        image: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        image: Float[Array, "R P C"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
         train: bool = False,
-    ) -> jax.Array:
-        """Embeddings `[B, queries + L, D]`, the queries first, to outputs of that shape.
+    ) -> Float[Array, "B T D"]:
+        """`T = queries + L` embeddings, the queries first, to outputs of that shape.
 
         Args:
           x: query tokens, or text embeddings, or both.
           queries: how many of the tokens are queries.
-          image: image tokens `[R, P, C]`, B a multiple of R; needed with queries.
-          mask: bool `[B, queries + L]`, false for padding.
+          image: image tokens, B a multiple of R; needed with queries.
+          mask: false for padding.
           train: whether dropout is on.
         """
         x = self.drop(self.norm(x), deterministic=not train)
@@ -222,8 +227,8 @@ class TextEmbeddings(nn.Module):
     compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Ids int `[B, L]` to `[B, L, D]`."""
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Ids to embeddings."""
         s, dtype = self.sizes, self.compute.dtype
         words = nn.Embed(s.vocab_size, s.width, dtype=dtype, name="words")(ids)
         positions = self.param("positions", nn.initializers.normal(0.02), (s.max_length, s.width))
@@ -272,37 +277,43 @@ class Blip2(nn.Module):
         self.itm_kernel = self.param("itm_kernel", normal, (s.width, 2))
         self.itm_bias = self.param("itm_bias", nn.initializers.zeros, (2,))
 
-    def _queries(self, batch: int) -> jax.Array:
+    def _queries(self, batch: int) -> Float[Array, "B M D"]:
         tokens = self.query_tokens.astype(self.compute.dtype)
         return jnp.broadcast_to(tokens, (batch, *tokens.shape))
 
-    def encode_image(self, image: jax.Array, train: bool = False) -> ImageFeatures:
+    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
         """Tokens `[B, 1 + P, D]`, class token first, and gallery embedding `[B, M, d]`."""
         tokens = self.vision.norm(self.vision(image)[0])
         M = self.sizes.num_queries
         out = self.qformer(self._queries(len(image)), queries=M, image=tokens, train=train)
         return ImageFeatures(tokens, self.vision_projection(out))
 
-    def encode_text(self, ids: jax.Array, train: bool = False) -> TextFeatures:
+    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
         """Tokens `[B, L, D]` of the text alone, and its projected first token, `[B, d]`."""
         mask = ids > 0
         tokens = self.qformer(self.text(ids), mask=mask, train=train)
         return TextFeatures(ids, mask, tokens, self.text_projection(tokens[:, 0]))
 
-    def fuse(self, tokens: jax.Array, ids: jax.Array, train: bool = False) -> jax.Array:
-        """Queries and text over image tokens `[R, P, D]`: query outputs `[B, M, width]`."""
+    def fuse(
+        self, tokens: Float[Array, "R P C"], ids: Int[Array, "B L"], train: bool = False
+    ) -> Float[Array, "B M D"]:
+        """Queries and text over image tokens: the outputs of the queries."""
         M = self.sizes.num_queries
         x = jnp.concatenate([self._queries(len(ids)), self.text(ids)], axis=1)
         mask = jnp.concatenate([jnp.ones((len(ids), M), bool), ids > 0], axis=1)
         return self.qformer(x, queries=M, image=tokens, mask=mask, train=train)[:, :M]
 
-    def compose(self, image: ImageFeatures, text: TextFeatures, train: bool = False) -> jax.Array:
-        """`h`, float32 `[B, d]`: the mean of the projected query tokens."""
+    def compose(
+        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+    ) -> Float[Array, "B d"]:
+        """`h`, float32: the mean of the projected query tokens."""
         out = self.vision_projection(self.fuse(image.tokens, text.ids, train))
         return out.astype(jnp.float32).mean(1)
 
-    def __call__(self, image: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """BLIP-2's own scores: contrastive `[images, texts]`, and matching logits `[B, 2]`.
+    def __call__(
+        self, image: UInt8[Array, "images H W 3"], ids: Int[Array, "texts L"]
+    ) -> tuple[Float[Array, "images texts"], Float[Array, "texts 2"]]:
+        """BLIP-2's own scores: contrastive ones, and matching logits.
 
         The matching logits are of each image with the text at its place; as many of both.
         """

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float, Int, UInt8
 
+from dqe_jax.method.arrays import Array
 from dqe_jax.models.encoder import Compute, Stack, VisionSizes, VisionTower
 from dqe_jax.models.features import ImageFeatures, TextFeatures
 from dqe_jax.models.layers import Block, normalize
@@ -102,8 +103,8 @@ class TextTower(nn.Module):
         self.encoder = Stack(s.text_depth, layer, self.compute)
         self.final_norm = nn.LayerNorm(s.text_epsilon, dtype=dtype)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Ids int `[B, L]` to tokens `[B, L, D]`. Causal: padding cannot reach the text before."""
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Ids to tokens. Causal: padding cannot reach the text before."""
         x = self.words(ids) + self.positions[: ids.shape[1]].astype(self.compute.dtype)
         return self.final_norm(self.encoder(x)[0])
 
@@ -160,7 +161,7 @@ class Clip(nn.Module):
         self.composer_norm = nn.LayerNorm()
         self.residual = nn.Dense(d, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype)
 
-    def encode_image(self, image: jax.Array, train: bool = False) -> ImageFeatures:
+    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
         """Patch tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
         del train
         last, before = self.vision(image)
@@ -168,7 +169,7 @@ class Clip(nn.Module):
         tokens = last if self.features == "last" else before
         return ImageFeatures(tokens[:, 1:], self.visual_projection(pooled)[:, None])
 
-    def encode_text(self, ids: jax.Array, train: bool = False) -> TextFeatures:
+    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
         """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
         del train
         tokens = self.text(ids)
@@ -178,8 +179,10 @@ class Clip(nn.Module):
         pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
         return TextFeatures(ids, mask, tokens, self.text_projection(pooled))
 
-    def compose(self, image: ImageFeatures, text: TextFeatures, train: bool = False) -> jax.Array:
-        """`h`, float32 `[B, d]`."""
+    def compose(
+        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+    ) -> Float[Array, "B d"]:
+        """`h`, float32."""
         del train
         each = len(text.ids) // len(image.tokens)
         x = jnp.repeat(self.composer_in(image.tokens), each, axis=0)
@@ -189,8 +192,10 @@ class Clip(nn.Module):
         reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
         return reference + normalize(text.pooled) + residual
 
-    def __call__(self, image: jax.Array, ids: jax.Array) -> jax.Array:
-        """CLIP's image-text logits, `[images, texts]`: what CLIP was trained for."""
+    def __call__(
+        self, image: UInt8[Array, "images H W 3"], ids: Int[Array, "texts L"]
+    ) -> Float[Array, "images texts"]:
+        """CLIP's image-text logits: what CLIP was trained for."""
         images = normalize(self.encode_image(image).gallery[:, 0])
         texts = normalize(self.encode_text(ids).pooled)
         return jnp.exp(self.logit_scale) * images @ texts.T

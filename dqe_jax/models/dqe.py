@@ -9,48 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float, Int, UInt8
 
+from dqe_jax.method.arrays import Array
+from dqe_jax.method.batch import QueryOutput, TrainOutput
 from dqe_jax.models.attributes import AttributeWeights
 from dqe_jax.models.features import ImageFeatures, TextFeatures
 from dqe_jax.models.layers import normalize
-
-
-@flax.struct.dataclass
-class QueryOutput:
-    """What `encode_query` gives.
-
-    Attributes:
-      embedding: `q`, float32 `[B, d]`, L2-normalised.
-      attribute_weights: `w`, float32 `[B, K]`; K = 0 without attribute weighting.
-      attribute_features: `a_k` of the reference, `[B, K, width]`.
-    """
-
-    embedding: jax.Array
-    attribute_weights: jax.Array
-    attribute_features: jax.Array
-
-
-@flax.struct.dataclass
-class TrainOutput:
-    """What a training step needs, from one pass over the images. `R` references, `B = R * Q`.
-
-    Attributes:
-      query: of the B queries.
-      reference: gallery embeddings of the references, `[R, M, d]`.
-      target: gallery embeddings of the targets, `[B, M, d]`.
-      target_attribute_features: `a_k` of the targets under the query's text, `[B, K, width]`.
-      tau: the temperature, float32 scalar.
-    """
-
-    query: QueryOutput
-    reference: jax.Array
-    target: jax.Array
-    target_attribute_features: jax.Array
-    tau: jax.Array
 
 
 class DQE(nn.Module):
@@ -89,8 +57,8 @@ class DQE(nn.Module):
         start = jnp.log(jnp.asarray(1 / self.initial_tau, jnp.float32))
         self.log_scale = self.param("log_scale", lambda _: start)
 
-    def tau(self) -> jax.Array:
-        """The learned temperature, at least 0.01: float32 scalar."""
+    def tau(self) -> Float[Array, ""]:
+        """The learned temperature, at least 0.01, float32."""
         return jnp.exp(-jnp.minimum(self.log_scale, jnp.log(jnp.float32(100.0))))
 
     def _compose(self, image: ImageFeatures, text: TextFeatures, train: bool) -> QueryOutput:
@@ -103,24 +71,28 @@ class DQE(nn.Module):
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
 
-    def encode_query(self, image: jax.Array, text: jax.Array) -> QueryOutput:
-        """Reference images uint8 `[B, H, W, 3]` with token ids `[B, L]` to query embeddings."""
+    def encode_query(self, image: UInt8[Array, "R H W 3"], text: Int[Array, "B L"]) -> QueryOutput:
+        """Reference images with token ids to query embeddings; `B` is a multiple of `R`."""
         reference = self.backbone.encode_image(image)
         return self._compose(reference, self.backbone.encode_text(text), False)
 
-    def encode_gallery(self, image: jax.Array) -> jax.Array:
-        """Images uint8 `[B, H, W, 3]` to gallery embeddings float32 `[B, M, d]`."""
+    def encode_gallery(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B M d"]:
+        """Images to gallery embeddings, float32."""
         return normalize(self.backbone.encode_image(image).gallery)
 
     def __call__(
-        self, reference: jax.Array, text: jax.Array, target: jax.Array, train: bool = True
+        self,
+        reference: UInt8[Array, "R H W 3"],
+        text: Int[Array, "R Q L"],
+        target: UInt8[Array, "R Q H W 3"],
+        train: bool = True,
     ) -> TrainOutput:
         """One pass for training; every image is encoded once.
 
         Args:
-          reference: uint8 `[R, H, W, 3]`.
-          text: int `[R, Q, L]`, Q texts for each reference.
-          target: uint8 `[R, Q, H, W, 3]`.
+          reference: R images.
+          text: ids of Q texts for each reference.
+          target: the image that each text leads to.
           train: whether dropout is on (rng `dropout`).
         """
         R, Q, L = text.shape

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float, UInt8
+
+from dqe_jax.method.arrays import Array
 
 # Mean and standard deviation of CLIP's and BLIP-2's training images, of 0 to 1.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
@@ -39,8 +43,12 @@ class Compute:
     scan: bool = False
 
 
-def flash_takes(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether cuDNN's flash attention takes `q [B, L, heads, size]` over `k [B, S, heads, size]`.
+def flash_takes(
+    q: Float[Array, "B L heads size"],
+    k: Float[Array, "B S heads size"],
+    mask: Bool[Array, "B S"] | None,
+) -> bool:
+    """Whether cuDNN's flash attention takes these queries and keys.
 
     It wants half precision, head sizes that are multiples of 8 up to 128, and, to train with a
     mask, even lengths.
@@ -51,16 +59,16 @@ def flash_takes(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> bool:
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B L D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S D"],
     heads: int,
     compute: Compute,
     *,
-    mask: jax.Array | None = None,
+    mask: Bool[Array, "B S"] | None = None,
     causal: bool = False,
-) -> jax.Array:
-    """Multi-head attention of projected `q [B, L, D]` over `k, v [B, S, D]`: `[B, L, D]`.
+) -> Float[Array, "B L D"]:
+    """Multi-head attention of projected queries over keys and values.
 
     Args:
       q: queries.
@@ -68,7 +76,7 @@ def attend(
       v: values.
       heads: number of heads; divides D.
       compute: says which implementation.
-      mask: bool `[B, S]`, false for keys that none attends to.
+      mask: false for keys that none attends to.
       causal: a query attends to keys up to its own place.
     """
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
@@ -105,8 +113,8 @@ class EncoderLayer(nn.Module):
     compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[B, L, D]` to `[B, L, D]`."""
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """Maps tokens to tokens."""
         dtype, width = self.compute.dtype, x.shape[-1]
         y = nn.LayerNorm(self.epsilon, dtype=dtype, name="norm_attention")(x)
         y = nn.Dense(3 * width, use_bias=self.qkv_bias, dtype=dtype, name="qkv")(y)
@@ -132,8 +140,10 @@ class Stack(nn.Module):
     compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns what leaves the last layer, and what enters it: `[B, L, D]` each."""
+    def __call__(
+        self, x: Float[Array, "B L D"]
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+        """Returns what leaves the last layer, and what enters it."""
         scan = self.compute.scan
         cls = nn.remat(EncoderLayer, prevent_cse=not scan) if self.compute.remat else EncoderLayer
         make = functools.partial(cls, **self.layer, compute=self.compute)
@@ -217,10 +227,12 @@ class VisionTower(nn.Module):
         self.encoder = Stack(s.depth, layer, self.compute)
         self.post_norm = nn.LayerNorm(s.epsilon, dtype=dtype)
 
-    def __call__(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images `[B, H, W, 3]` of 0 to 255 to the tokens after and before the last layer.
+    def __call__(
+        self, image: UInt8[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Images to the tokens after and before the last layer.
 
-        Both are `[B, 1 + P, D]`, the class token first, without the norm behind the tower.
+        `T = 1 + P`, the class token first, without the norm behind the tower.
         """
         p, dtype = self.sizes.patch_size, self.compute.dtype
         batch, height, width, _ = image.shape
@@ -233,6 +245,6 @@ class VisionTower(nn.Module):
             x = self.pre_norm(x)
         return self.encoder(x)
 
-    def norm(self, tokens: jax.Array) -> jax.Array:
+    def norm(self, tokens: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         """The norm behind the tower."""
         return self.post_norm(tokens)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float
+
+from dqe_jax.method.arrays import Array
 
 
 class Attention(nn.Module):
@@ -22,9 +25,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns `[B, L, D]`. `mask` is bool `[B, S]`, false for padding."""
+        self,
+        x: Float[Array, "B L D"],
+        context: Float[Array, "R S C"] | None = None,
+        mask: Bool[Array, "B S"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """`mask` is false for padding."""
         shape, width = x.shape, x.shape[-1]
         if context is None:
             q, k, v = jnp.split(nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
@@ -51,12 +57,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        mask: jax.Array | None = None,
-        context: jax.Array | None = None,
-        context_mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Maps `x [B, L, D]` to `[B, L, D]`; masks are bool `[B, L]` and `[B, S]`."""
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"] | None = None,
+        context: Float[Array, "R S C"] | None = None,
+        context_mask: Bool[Array, "B S"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Masks are false for padding."""
         width = x.shape[-1]
         attend = Attention(self.heads, self.dtype, name="self_attention")
         x = x + attend(nn.LayerNorm(name="norm_self")(x), mask=mask)
@@ -69,13 +75,13 @@ class Block(nn.Module):
         return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(nn.relu(y))
 
 
-def normalize(x: jax.Array) -> jax.Array:
+def normalize(x: Float[Array, "*axes d"]) -> Float[Array, "*axes d"]:
     """L2-normalises the last axis in float32; a zero vector stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `x [B, L, D]` over the tokens that `mask [B, L]` keeps: `[B, D]`."""
+def masked_mean(x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+    """Mean over the tokens that the mask keeps."""
     weights = mask[..., None].astype(x.dtype)
     return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float, Int, Shaped, UInt8
 
+from dqe_jax.method.arrays import Array
 from dqe_jax.models.features import ImageFeatures, TextFeatures
 from dqe_jax.models.layers import Block, masked_mean, normalize
 
@@ -28,7 +29,7 @@ class TokenHead(nn.Module):
     zero_init: bool = False
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Float[Array, "B P D"]) -> Float[Array, "B d"]:
         """Returns `[B, d]`, not normalised."""
         x = nn.Dense(self.token_dim, dtype=self.dtype, name="token")(nn.LayerNorm()(tokens))
         init = nn.initializers.zeros if self.zero_init else nn.linear.default_kernel_init
@@ -36,7 +37,7 @@ class TokenHead(nn.Module):
         return out(x.reshape(x.shape[0], -1))  # [B, P * token_dim] -> [B, d]
 
 
-def split_cells(image: jax.Array, size: int) -> jax.Array:
+def split_cells(image: Shaped[Array, "B H W C"], size: int) -> Shaped[Array, "B h w cell"]:
     """Cuts `[B, H, W, C]` into cells of `size` a side: `[B, H/size, W/size, size * size * C]`."""
     batch, height, width, channels = image.shape
     x = image.reshape(batch, height // size, size, width // size, size, channels)
@@ -112,7 +113,7 @@ class Tiny(nn.Module):
     def _blocks(self, depth: int) -> list[Block]:
         return [Block(self.heads, dtype=self.dtype) for _ in range(depth)]
 
-    def encode_image(self, image: jax.Array, train: bool = False) -> ImageFeatures:
+    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
         """Tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
         x = ((image.astype(jnp.float32) - self.pixel_mean) / self.pixel_std).astype(self.dtype)
         x = nn.relu(self.cells(split_cells(x, self.cell_size)))
@@ -123,7 +124,7 @@ class Tiny(nn.Module):
             x = block(x)
         return ImageFeatures(x, self.gallery_head(x)[:, None])
 
-    def encode_text(self, ids: jax.Array, train: bool = False) -> TextFeatures:
+    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
         """Tokens `[B, L, D]` and their mean `[B, D]`."""
         mask = ids > 0
         x = self.words(ids) + self.text_positions(jnp.arange(ids.shape[1]))
@@ -133,8 +134,10 @@ class Tiny(nn.Module):
         x = self.text_norm(x)
         return TextFeatures(ids, mask, x, masked_mean(x, mask))
 
-    def compose(self, image: ImageFeatures, text: TextFeatures, train: bool = False) -> jax.Array:
-        """Composed embedding `h`, float32 `[B, d]`."""
+    def compose(
+        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+    ) -> Float[Array, "B d"]:
+        """Composed embedding `h`, float32."""
         del train
         each = len(text.ids) // len(image.tokens)
         x = jnp.repeat(image.tokens, each, axis=0)

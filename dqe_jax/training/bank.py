@@ -14,50 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
-from jax import lax
 
 from dqe_jax.data.splits import Split, known_positives, photo_ids
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
-from dqe_jax.method import mining
-from dqe_jax.method.mining import Bank, Mined
+from dqe_jax.embedding.rows import RowEmbedder
+from dqe_jax.method.batch import Batch, MinedNegatives
+from dqe_jax.method.mining import Bank, Mined, MiningRule
 from dqe_jax.models import DQE
+from dqe_jax.training import bank_programs as programs
 from dqe_jax.training.state import splitter
-
-
-def rows_of_device(num_rows: int, num_devices: int, chunk_rows: int = mining.CHUNK_ROWS) -> int:
-    """`S`: rows that each device holds, a multiple of `chunk_rows`; the last ones are padding."""
-    return -(-num_rows // (num_devices * chunk_rows)) * chunk_rows
-
-
-def make_fill(encode_gallery: Callable[..., jax.Array], dtype: Any, devices: Any) -> Any:
-    """`(params, images [D, b, H, W, 3], start, tokens [D, S, M, d]) -> tokens`, in place.
-
-    Embeds the images into rows `start` to `start + b` of each of the `D` devices.
-    """
-
-    def fill(params, images, start, tokens):
-        new = encode_gallery(params, images).astype(dtype)
-        return lax.dynamic_update_slice(tokens, new, (start, 0, 0))
-
-    in_axes = (None, 0, None, 0)
-    return mesh.pmap(fill, in_axes=in_axes, out_axes=0, donate_argnums=(3,), devices=devices)
-
-
-def make_mine(negatives: Any, devices: Any) -> Any:
-    """`(key, query [B, d], target_row [B], known [B, P], row_ids [B], bank) -> Mined`."""
-
-    def mine(key, query, target_row, known, row_ids, bank):
-        wanted = (query, target_row, known, row_ids, bank, negatives)
-        return mining.mine_bank(key, *wanted, axis_name=mesh.AXIS)
-
-    in_axes = (None, None, None, None, None, 0)
-    return mesh.pmap(mine, in_axes=in_axes, out_axes=None, devices=devices)
-
-
-def step_rows(batch_size: int, num_devices: int) -> int:
-    """Images that a device embeds at a time: a divisor of a chunk, so that steps fill the bank."""
-    return int(np.gcd(mining.CHUNK_ROWS, 1 << max(batch_size // num_devices, 1).bit_length() - 1))
 
 
 class BankKeeper:
@@ -65,7 +31,7 @@ class BankKeeper:
 
     Attributes:
       bank: sharded, leaves `[devices, S, ...]`; None before the first refresh.
-      step: of its refresh.
+      refreshed_at: the step of its refresh.
       snapshot: the trained parameters that it is of, as NumPy arrays.
       mined: `(rows int32 [n, k], drawn bool [n, k])` of all training queries, if they are mined at
         a refresh.
@@ -100,23 +66,25 @@ class BankKeeper:
           devices: to run on.
         """
         self.bank: Bank | None = None
-        self.step: int | None = None
+        self.refreshed_at: int | None = None
         self.snapshot: Any = None
         self.mined: tuple[np.ndarray, np.ndarray] | None = None
         self._split, self._text, self._known = split, text, known_positives
         self._negatives, self._seed, self._devices = negatives, seed, list(devices)
         self._trained = trained
-        self._size = rows_of_device(len(split.gallery), len(devices))
-        self._step = step_rows(batch_size, len(devices))
+        self._size = programs.rows_of_device(len(split.gallery), len(devices))
+        self._rows_per_call = programs.rows_per_call(batch_size, len(devices))
         self._dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[negatives.bank_dtype]
         self._shape = lambda params, images: jax.eval_shape(encode_gallery, params, images)
 
         def embed(params, images, text):
             return encode_query(params, images, text).embedding
 
-        self._fill = make_fill(encode_gallery, self._dtype, devices)
-        self._embed = mesh.map_rows(embed, columns=2, devices=devices)
-        self._mine = make_mine(negatives, devices)
+        self._fill = programs.make_fill(encode_gallery, self._dtype, devices)
+        self._embed = RowEmbedder(
+            embed, columns=1, batch_size=len(devices) * self._rows_per_call, devices=devices
+        )
+        self._mine = programs.make_mine(MiningRule.of(negatives), devices)
         # Places arrays on the devices, row by row.
         self._place = mesh.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
 
@@ -136,17 +104,32 @@ class BankKeeper:
           params: replicated over the devices.
           step: how many were taken.
         """
-        gallery, size, total = self._split.gallery, self._size, len(self._devices)
+        gallery, total = self._split.gallery, len(self._devices)
+        tokens = self._embed_gallery(params, step)
+        image_id = np.full(total * self._size, -1, np.int32)
+        image_id[: len(gallery)] = gallery.photo
         own = mesh.own_devices(self._devices)
-        first = np.arange(total)[own, None] * size
-        starts = range(0, size, self._step)
-        # Read in the order of use: for each step the rows of all devices of this process.
-        rows = [first + start + np.arange(self._step) for start in starts]
+        self.bank = Bank(tokens, self._place(image_id.reshape(total, self._size)[own]))
+        if self._negatives.mining == "refresh":
+            mined = self.mine_all(params, jax.random.fold_in(jax.random.key(self._seed), step))
+            self.mined = mined.rows, mined.drawn
+        # Copies: on CPU NumPy would look at memory that the next step overwrites.
+        self.refreshed_at = step
+        self.snapshot = jax.tree.map(np.array, self._trained(params))
+        logging.debug("Bank of %d images filled after step %d.", len(gallery), step)
+
+    def _embed_gallery(self, params: Any, step: int) -> jax.Array:
+        """Tokens `[devices, S, M, d]` of the whole gallery; each process reads its own rows."""
+        gallery, size, count = self._split.gallery, self._size, self._rows_per_call
+        own = mesh.own_devices(self._devices)
+        first = np.arange(len(self._devices))[own, None] * size
+        starts = range(0, size, count)
+        # Read in the order of use: for each call the rows of all devices of this process.
+        rows = [first + start + np.arange(count) for start in starts]
         read = np.minimum(np.concatenate([r.ravel() for r in rows]), len(gallery) - 1)
-        batches = gallery.batches(read, len(first) * self._step)
         tokens = self.bank.tokens if self.bank is not None else None
         bar = tqdm.tqdm(
-            zip(starts, batches),
+            zip(starts, gallery.batches(read, len(first) * count)),
             total=len(starts),
             desc=f"bank, step {step}",
             leave=False,
@@ -159,34 +142,19 @@ class BankKeeper:
                 shape = self._shape(params, one).shape[1:]
                 tokens = self._place(np.zeros((len(first), size, *shape), self._dtype))
             tokens = self._fill(params, images, np.int32(start), tokens)
-        photo = np.full(total * size, -1, np.int32)
-        photo[: len(gallery)] = gallery.photo
-        self.bank = Bank(tokens, self._place(photo.reshape(total, size)[own]))
-        if self._negatives.mining == "refresh":
-            mined = self.mine_all(params, jax.random.fold_in(jax.random.key(self._seed), step))
-            self.mined = mined.rows, mined.drawn
-        # Copies: on CPU NumPy would look at memory that the next step overwrites.
-        self.step, self.snapshot = step, jax.tree.map(np.array, self._trained(params))
-        logging.debug("Bank of %d images filled after step %d.", len(gallery), step)
+        return tokens
 
-    def add_mined(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def add_mined(self, batch: Batch) -> Batch:
         """A training batch with what was mined for its queries at the refresh, if anything was."""
         if self.mined is None:
             return batch
-        rows, drawn = (x[batch["query"]] for x in self.mined)
-        return {**batch, "mined_rows": rows, "mined_drawn": drawn}
+        rows, drawn = (x[batch.query] for x in self.mined)
+        return batch.replace(mined=MinedNegatives(rows, drawn))
 
     def embed_queries(self, params: Any, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the queries at these positions of the split: float32 `[B, d]`."""
-        queries, batch = self._split.queries, len(self._devices) * self._step
-        mine = mesh.own_rows(mesh.pad_rows(rows, batch), batch, self._devices)
-        size = self._step * mesh.count_own(self._devices)
-        images_of = self._split.gallery.batches(queries.reference[mine], size)
-        parts = [
-            self._embed(params, images, self._text[mine[i * size : (i + 1) * size]])
-            for i, images in enumerate(images_of)
-        ]
-        return np.concatenate(parts)[: len(rows)]
+        split = self._split
+        return self._embed(params, split.gallery, split.queries.reference[rows], self._text[rows])
 
     def mine_all(
         self, params: Any, key: jax.Array, rows: np.ndarray | None = None, batch: int = 1024

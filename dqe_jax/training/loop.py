@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
-import errno
 import os
 import time
 from collections.abc import Iterator
@@ -13,36 +10,27 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tqdm
 from absl import logging
-from etils import epath
-from tokenizers import Tokenizer
 
 from dqe_jax import models
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_batch, check_config
-from dqe_jax.data import datasets, lexicon, pipeline, splits
-from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data import datasets
 from dqe_jax.data.annotations import BENCHMARKS
-from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
-from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
+from dqe_jax.method.objective import Metrics
 from dqe_jax.models import freeze, setup, summary
-from dqe_jax.models.weights import sizes as size_files
-from dqe_jax.models.weights.initial import Pretrained
-from dqe_jax.training import state as programs
-from dqe_jax.training.bank import BankKeeper, make_bank_keeper
+from dqe_jax.training.faults import Guard, in_sentences
 from dqe_jax.training.optimizer import make_schedule
-from dqe_jax.training.step import TrainState
+from dqe_jax.training.session import Session, open_session, restore_or_init, save
+from dqe_jax.training.state import TrainState
+from dqe_jax.training.step import StepOutput
 from dqe_jax.training.workdir import claim_workdir
-from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.metric_log import MetricLog, NoLog
-
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# What libraries say of a full disk, in errors of their own.
-FULL = ("No space left on device", "Disk quota exceeded")
 
 
 def train_and_evaluate(
@@ -78,337 +66,177 @@ def train_and_evaluate(
         pretrained = setup.open_weights(config)
         tokenizer = setup.tokenizer_of(config, pretrained) if pretrained else None
         builder = processes.leader_first("data", lambda: datasets.open_dataset(config.data))
-        run = _prepare(config, path, builder, devices, pretrained, tokenizer)
+        session = open_session(config, path, builder, devices, pretrained, tokenizer)
         with (
-            _in_sentences(run),
+            in_sentences(path, session.data_dir),
             contextlib.closing(store.open_for_training(path, config)) as manager,
         ):
-            state, seconds = _restore_or_init(run, manager)
-            return _train(run, state, manager, seconds, began, stop_at)
+            state, seconds = restore_or_init(session, manager)
+            return _train(session, state, manager, Stopwatch(seconds), began, stop_at)
     finally:
         if lock is not None:
             lock.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """All that the loop needs and that does not change."""
+class Stopwatch:
+    """Seconds of training, without the time in which it is paused."""
 
-    config: Any
-    workdir: epath.Path
-    data_dir: epath.Path
-    devices: list[jax.Device]
-    pretrained: Pretrained | None
-    tokenizer: Any
-    model: Any
-    params: Any
-    optimizer: programs.Optimizer
-    step: Any
-    bank_step: Any
-    keeper: BankKeeper | None
-    batches: Any
-    validation: RetrievalEvaluator
-    last: splits.Split
+    def __init__(self, seconds: float = 0.0):
+        """Starts at once; `seconds` were measured before."""
+        self._before, self._since = seconds, time.time()
+
+    def read(self) -> float:
+        """Seconds so far."""
+        return self._before + time.time() - self._since
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[float]:
+        """Stands still in this context, which gets the seconds so far."""
+        self._before = self.read()
+        try:
+            yield self._before
+        finally:
+            self._since = time.time()
 
 
-def _prepare(
-    config: Any,
-    workdir: epath.Path,
-    builder: Any,
-    devices: list[jax.Device],
-    pretrained: Pretrained | None,
-    tokenizer: Tokenizer | None,
-) -> Run:
-    data = config.data
-    # What the end of the run needs must be there now.
-    last = splits.open_split(config, builder, config.eval.split)
-    split = splits.open_split(config, builder, "train")
-    words = lexicon.load_lexicon(data.lexicon)
-    names = config.model.attributes.names
-    mentions = lexicon.mentions(split.queries.texts, names, words)
-    if tokenizer is None:
-        tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, data.max_length)
-    text = encode_wordings(tokenizer, split, data.captions)
-    held_out = splits.open_split(config, builder, "validation")
-    if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
-        raise UserError(
-            f"config.negatives.oracle is {config.negatives.oracle!r}: {data.dataset} does not say "
-            "which images are in truth valid; take 'none'."
+class _Reporter:
+    """Logs what steps measured, and how fast they were; moves the bar."""
+
+    def __init__(self, session: Session, log: MetricLog | NoLog, stopwatch: Stopwatch, start: int):
+        config = session.config
+        self._log, self._stopwatch = log, stopwatch
+        self._schedule = make_schedule(config.optimizer, config.total_steps)
+        self._per_step = config.batch.references * config.batch.queries_per_reference
+        self._seconds, self._counted = stopwatch.read(), start  # at the last line
+        self.bar = tqdm.tqdm(
+            initial=start,
+            total=config.total_steps,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not processes.leads(),
         )
-    model = setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
-    params = setup.param_shapes(model, config)
 
-    optimizer = programs.make_optimizer(config, params, len(devices))
-    keeper = None
-    if programs.uses_bank(config.negatives):
-        keeper = make_bank_keeper(config, model, split, text[:, 0], devices)
-    batches = pipeline.train_batches(
-        split,
-        text=text,
-        mentions=mentions,
-        references=config.batch.references,
-        queries_per_reference=config.batch.queries_per_reference,
-        augment=data.augment,
-        seed=config.seed,
-        num_threads=data.num_threads,
-        process=jax.process_index(),
-        num_processes=jax.process_count(),
-    )
-    validation = make_evaluator(config, model, tokenizer, held_out, devices)
-    if config.keep_best and config.keep_best not in validation.metric_names():
-        raise UserError(
-            f"config.keep_best is {config.keep_best!r}: validation measures "
-            f"{', '.join(validation.metric_names()) or 'nothing, for want of labels'}."
-        )
-    return Run(
-        config=config,
-        workdir=workdir,
-        data_dir=epath.Path(builder.data_dir),
-        devices=devices,
-        pretrained=pretrained,
-        tokenizer=tokenizer,
-        model=model,
-        params=params,
-        optimizer=optimizer,
-        step=programs.make_step(config, model, optimizer, devices),
-        bank_step=programs.make_step(config, model, optimizer, devices, bank=True),
-        keeper=keeper,
-        batches=batches,
-        validation=validation,
-        last=last,
-    )
-
-
-def _restore_or_init(run: Run, manager: Any) -> tuple[TrainState, float]:
-    """The state of the newest checkpoint, or a fresh one; and the seconds trained before."""
-    split, newest = programs.splitter(run.config.model), manager.latest_step()
-    if newest is None:
-        params = setup.init_params(run.model, run.config, run.config.seed, run.pretrained)
-        return programs.init_state(run.config, run.optimizer, params, run.devices), 0.0
-    like = {"params": run.params, "opt_state": run.optimizer.saved}
-    meta = store.read_meta(manager, newest)
-    # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
-    rebuilt = (
-        run.keeper is not None
-        and meta["bank_step"] is not None
-        and not run.keeper.scheduled(newest)
-    )
-    if rebuilt:
-        like["bank_params"] = split(run.params)[0]
-    items = store.restore(manager, newest, **like)
-    run.batches.set_state(meta["data_state"])
-    if rebuilt:
-        whole = freeze.merge(items["bank_params"], split(items["params"])[1])
-        run.keeper.refresh(mesh.replicate(whole, run.devices), meta["bank_step"])
-    logging.info("Resumed from step %d of %s.", newest, manager.directory)
-    state = programs.place_state(
-        run.optimizer, newest, items["params"], items["opt_state"], run.devices
-    )
-    return state, meta["train_seconds"]
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Writes a line of metrics, and one of times."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds = self._stopwatch.read()
+        examples = (step - self._counted) * self._per_step
+        rate = examples / max(seconds - self._seconds, 1e-9)
+        self._seconds, self._counted = seconds, step
+        self._log.write(step, {**values, "learning_rate": float(self._schedule(step - 1))})
+        self._log.write_timing(step, {"train_seconds": seconds, "examples_per_second": rate})
+        self.bar.set_postfix(loss=f"{values['loss']:.3f}", examples_s=f"{rate:.0f}")
 
 
 def _train(
-    run: Run, state: TrainState, manager: Any, seconds: float, began: float, stop_at: int | None
+    session: Session,
+    state: TrainState,
+    manager: ocp.CheckpointManager,
+    stopwatch: Stopwatch,
+    began: float,
+    stop_at: int | None,
 ) -> dict[str, float]:
-    """Trains and evaluates from a state on; `began` and `seconds` are for the log."""
-    config, start = run.config, int(state.step)
+    """Trains and evaluates from a state on; `began` is for the log."""
+    config, start = session.config, int(state.step)
     end = min(stop_at or config.total_steps, config.total_steps)
-    log = MetricLog(run.workdir, resume_step=start) if processes.leads() else NoLog()
+    log = MetricLog(session.workdir, resume_step=start) if processes.leads() else NoLog()
     try:
         if start == 0:
-            _log_start(run, state.params)
+            logging.info("Devices: %s", ", ".join(str(device) for device in session.devices))
+            logging.info("%s", summary.parameter_table(state.params, config.model))
         logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
         with Interrupts() as interrupts:
-            state, measured = _loop(run, state, end, manager, log, seconds, interrupts)
+            state, measured = run_steps(session, state, end, manager, log, stopwatch, interrupts)
         manager.wait_until_finished()
         if end < config.total_steps or not config.eval_every:
             return measured
-        return _final_evaluation(run, state, log)
+        return _final_evaluation(session, state, log)
     finally:
         log.close()
 
 
-@contextlib.contextmanager
-def _in_sentences(run: Run) -> Iterator[None]:
-    """Raises a `UserError` for what the machine does to a run, the end of saving included."""
-    try:
-        yield
-    except (UserError, Interrupted):
-        raise
-    except Exception as error:
-        sentence = _in_a_sentence(error, run)
-        if sentence is None:
-            raise
-        raise sentence from error
-
-
-def _in_a_sentence(error: Exception, run: Run) -> UserError | None:
-    """The `UserError` for what the machine did to a run; None for anything else."""
-    steps = store.steps_of(run.workdir)
-    kept = f"step {steps[-1]} is saved" if steps else "nothing is saved yet"
-    if not run.data_dir.is_dir():
-        sentence = f"the data in {run.data_dir} is gone: {kept}; put it back"
-    elif getattr(error, "errno", None) in CANNOT_WRITE or any(w in str(error) for w in FULL):
-        sentence = (
-            f"cannot write to {run.workdir} ({reason_of(error)}): {kept}; free space or make it "
-            "writable"
-        )
-    else:
-        return None
-    return UserError(f"{sentence}, and run the same command again: it goes on from there.")
-
-
-def _log_start(run: Run, params: Any) -> None:
-    logging.info("Devices: %s", ", ".join(str(device) for device in run.devices))
-    logging.info("%s", summary.parameter_table(params, run.config.model))
-
-
-def _loop(
-    run: Run,
+def run_steps(
+    session: Session,
     state: TrainState,
     end: int,
-    manager: Any,
+    manager: ocp.CheckpointManager,
     log: MetricLog | NoLog,
-    seconds: float,
+    stopwatch: Stopwatch,
     interrupts: Interrupts,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Takes the steps up to `end`; time spent evaluating and saving is not counted as training."""
-    config, measured = run.config, {}
-    schedule = make_schedule(config.optimizer, config.total_steps)
-    per_step = config.batch.references * config.batch.queries_per_reference
-    start, keeper, guard = int(state.step), run.keeper, _Guard(config.max_bad_steps, manager)
-    bar = tqdm.tqdm(
-        initial=start,
-        total=config.total_steps,
-        desc="train",
-        unit="step",
-        dynamic_ncols=True,
-        disable=not processes.leads(),
-    )
-    clock, mark, counted = time.time(), seconds, start
+    """Takes the steps up to `end`; time spent evaluating and saving is not counted as training.
+
+    Returns:
+      The state, and the metrics of the last validation.
+    """
+    config, keeper, start, measured = session.config, session.keeper, int(state.step), {}
+    guard = Guard(config.max_bad_steps, manager)
+    reporter = _Reporter(session, log, stopwatch, start)
     for step in range(start + 1, end + 1):
         refreshed = keeper is not None and keeper.due(step - 1)
         if refreshed:
             keeper.refresh(state.params, step - 1)
-        state, metrics = _take_step(run, state, interrupts.seen)
-        bar.update()
-        stop = guard.check(step, metrics)
-        last = step == end
+        output = take_step(session, state, interrupts.seen)
+        state = output.state
+        reporter.bar.update()
+        stop, last = guard.check(step, output.control), step == end
         # On both sides of a refresh, to show how far the bank had aged.
         due = keeper is not None and keeper.due(step)
         if step % config.log_every == 0 or last or refreshed or due:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            values = {name: x for name, x in values.items() if name not in ("stop", "bad_in_a_row")}
-            seconds, clock = seconds + time.time() - clock, time.time()
-            rate = (step - counted) * per_step / max(seconds - mark, 1e-9)
-            mark, counted = seconds, step
-            log.write(step, {**values, "learning_rate": float(schedule(step - 1))})
-            log.write_timing(step, {"train_seconds": seconds, "examples_per_second": rate})
-            bar.set_postfix(loss=f"{values['loss']:.3f}", examples_s=f"{rate:.0f}")
+            reporter.write(step, output.metrics)
         evaluate = config.eval_every > 0 and (step % config.eval_every == 0 or last)
-        save = step % config.checkpoint_every == 0 or last or stop > 0
-        if evaluate or save:
+        saving = step % config.checkpoint_every == 0 or last or stop > 0
+        if evaluate or saving:
             jax.block_until_ready(state)
-            seconds += time.time() - clock
-            found = None
-            if evaluate:
-                found = measured = run.validation.run(state.params).metrics
-                log.write(step, {f"validation/{k}": v for k, v in measured.items()})
-                if processes.leads():
-                    bar.write(f"step {step}, {run.validation.describe(measured)}")
-            if save:
-                stop = max(stop, guard.check_all())  # nothing unsound is saved
-                _save(run, manager, step, state, seconds, found)
-            clock = time.time()
+            with stopwatch.pause() as seconds:
+                found = _validate(session, state, log, reporter.bar) if evaluate else None
+                measured = measured if found is None else found
+                if saving:
+                    stop = max(stop, guard.check_all())  # nothing unsound is saved
+                    save(session, manager, state, seconds, found)
         if stop:
-            bar.close()
+            reporter.bar.close()
             manager.wait_until_finished()
             raise Interrupted(stop, step)
-    bar.close()
+    reporter.bar.close()
     return state, measured
 
 
-def _take_step(run: Run, state: TrainState, stop: int) -> tuple[TrainState, Any]:
-    """One step, with negatives of the bank as soon as there is one."""
-    batch = next(run.batches)
-    own = mesh.count_own(run.devices)
-    batch = {**batch, "stop": np.full(own, stop, np.int32)}
-    if run.keeper is None or run.keeper.bank is None:
-        return run.step(state, mesh.shard(batch, own))
-    batch = run.keeper.add_mined(batch)
-    return run.bank_step(state, mesh.shard(batch, own), run.keeper.bank)
+def take_step(session: Session, state: TrainState, stop: int) -> StepOutput:
+    """One step, with negatives of the bank as soon as there is one.
 
-
-class _Guard:
-    """Looks at steps shortly after they were taken, so that the device never waits for the host.
-
-    All processes see the same values at the same step, and so act alike.
+    Args:
+      session: of the run.
+      state: which is donated.
+      stop: number of the signal that this process saw; 0 for none.
     """
-
-    BEHIND = 2
-
-    def __init__(self, max_bad_steps: int, manager: Any):
-        self._most, self._manager = max_bad_steps, manager
-        self._waiting: collections.deque[tuple[int, Any, Any]] = collections.deque()
-
-    def check(self, step: int, metrics: Any) -> int:
-        """Notes a step; the number of the signal that came by `BEHIND` steps before, or 0.
-
-        Raises:
-          UserError: too many steps in a row were not finite.
-        """
-        self._waiting.append((step, metrics["stop"], metrics["bad_in_a_row"]))
-        return self._look() if len(self._waiting) > self.BEHIND else 0
-
-    def check_all(self) -> int:
-        """Looks at all that are left; returns and raises as `check`."""
-        return max([self._look() for _ in range(len(self._waiting))], default=0)
-
-    def _look(self) -> int:
-        step, stop, bad = self._waiting.popleft()
-        stop, bad = (int(x) for x in jax.device_get((stop, bad)))
-        if bad == 1:
-            logging.warning("Step %d: the loss or a gradient is not finite; it is skipped.", step)
-        if bad >= self._most:
-            newest = self._manager.latest_step()
-            kept = "no checkpoint is saved" if newest is None else f"step {newest} is saved"
-            raise UserError(
-                f"the loss or a gradient was not finite in {bad} steps in a row, up to step "
-                f"{step}: lower config.optimizer.learning_rate, or look at the data of these steps "
-                f"(config.max_bad_steps is {self._most}); {kept}."
-            )
-        return stop
+    own, keeper = mesh.count_own(session.devices), session.keeper
+    batch, told = next(session.batches), np.full((own, 1), stop, np.int32)
+    if keeper is None or keeper.bank is None:
+        return session.step(state, mesh.shard(batch, own), told)
+    return session.bank_step(state, mesh.shard(keeper.add_mined(batch), own), told, keeper.bank)
 
 
-def _save(
-    run: Run,
-    manager: Any,
-    step: int,
-    state: TrainState,
-    seconds: float,
-    metrics: dict[str, float] | None,
-) -> None:
-    """Saves a checkpoint, with all that the run needs to go on exactly."""
-    keeper = run.keeper
-    banked = keeper is not None and keeper.bank is not None
-    meta = {
-        "config": run.config.to_dict(),
-        "tokenizer": run.tokenizer.to_str(),
-        "sizes": run.pretrained and size_files.to_json(run.pretrained.sizes),
-        "data_state": run.batches.get_state(),
-        "bank_step": keeper.step if banked else None,
-        "train_seconds": seconds,
-    }
-    snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
-    moments = programs.state_to_save(run.optimizer, state.opt_state, run.devices)
-    store.save(manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics)
+def _validate(
+    session: Session, state: TrainState, log: MetricLog | NoLog, bar: tqdm.tqdm
+) -> dict[str, float]:
+    """Metrics of the validation split, logged."""
+    step, measured = int(state.step), session.validation.run(state.params).metrics
+    log.write(step, {f"validation/{k}": v for k, v in measured.items()})
+    if processes.leads():
+        bar.write(f"step {step}, {session.validation.describe(measured)}")
+    return measured
 
 
-def _final_evaluation(run: Run, state: TrainState, log: MetricLog | NoLog) -> dict[str, float]:
-    split, step = run.last, int(state.step)
-    evaluator = make_evaluator(run.config, run.model, run.tokenizer, split, run.devices)
+def _final_evaluation(
+    session: Session, state: TrainState, log: MetricLog | NoLog
+) -> dict[str, float]:
+    """Metrics of the last split, with a full report."""
+    config, split, step = session.config, session.last, int(state.step)
+    evaluator = make_evaluator(config, session.model, session.tokenizer, split, session.devices)
     result = evaluate_and_report(
-        run.config, evaluator, state.params, step=step, directory=run.workdir / "eval"
+        config, evaluator, state.params, step=step, directory=session.workdir / "eval"
     )
     # Of the validation split there is a line already.
     if split.name != "validation":

@@ -1,7 +1,4 @@
-"""The training step of a config as the program that runs: mapped over the devices.
-
-Training, the benchmark and the planner compile the same.
-"""
+"""The state of a run: parameters and the optimiser's state, made, placed and saved."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,7 +16,6 @@ from dqe_jax import models
 from dqe_jax.distributed import mesh
 from dqe_jax.models import freeze
 from dqe_jax.training import optimizer, zero
-from dqe_jax.training.step import TrainState, make_loss_fn, make_train_step
 
 
 def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
@@ -27,18 +24,19 @@ def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
     return lambda params: freeze.split(params, model_config.frozen, parts)
 
 
-def uses_bank(negatives: Any) -> bool:
-    """Whether negatives are mined from a bank, by `config.negatives`."""
-    return negatives.rule != "in_batch" and negatives.pool == "bank"
+@flax.struct.dataclass
+class TrainState:
+    """What training changes. Randomness is not in it: it is the seed folded with `step`.
 
+    Attributes:
+      step: int32 scalar, the steps taken.
+      params: of the model, those that do not train included.
+      opt_state: of the optimiser, for those that train; see `zero.py` for a sharded one.
+    """
 
-def warmup_negatives(negatives: Any) -> Any:
-    """`config.negatives` of steps without a bank: what `warmup` says, or the config's own."""
-    if not uses_bank(negatives) or negatives.warmup == "rule":
-        return negatives
-    changed = negatives.copy_and_resolve_references()
-    changed.rule = negatives.warmup
-    return changed
+    step: jax.Array
+    params: Any
+    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +61,13 @@ class Optimizer:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def make_optimizer(config: Any, params: Any, number: int) -> Optimizer:
+def make_optimizer(config: Any, params: Any, num_devices: int) -> Optimizer:
     """The optimiser of a config.
 
     Args:
       config: of the run.
       params: all parameters of the model, or their shapes.
-      number: devices.
+      num_devices: how many there are.
     """
     training = splitter(config.model)(params)[0]
     # What decays is decided by the whole arrays, not by slices.
@@ -79,7 +77,7 @@ def make_optimizer(config: Any, params: Any, number: int) -> Optimizer:
     saved = jax.eval_shape(tx.init, training)
     if not config.optimizer.shard_state:
         return Optimizer(tx, saved, saved, None)
-    return Optimizer(tx, saved, *zero.state_shapes(tx, training, number))
+    return Optimizer(tx, saved, *zero.state_shapes(tx, training, num_devices))
 
 
 def init_state(config: Any, made: Optimizer, params: Any, devices: Sequence[jax.Device]) -> Any:
@@ -122,48 +120,3 @@ def state_to_save(made: Optimizer, opt_state: Any, devices: Sequence[jax.Device]
     if made.axes is None:
         return opt_state
     return zero.join(opt_state, made.axes, made.saved, len(devices))
-
-
-def make_step(
-    config: Any,
-    model: Any,
-    made: Optimizer,
-    devices: Sequence[jax.Device],
-    *,
-    bank: bool = False,
-) -> Any:
-    """The mapped step, which donates the state.
-
-    Args:
-      config: of the run.
-      model: of the config.
-      made: its optimiser.
-      devices: to run on, of all processes.
-      bank: whether negatives come from a bank.
-
-    Returns:
-      `(state, batch) -> (state, metrics)`, or `(state, batch, bank) -> ...`. State and metrics are
-      replicated; arrays of the batch, of the bank and of an optimiser's state that is sharded have
-      a leading axis of devices.
-    """
-    loss_fn = make_loss_fn(
-        apply_fn=model.apply,
-        negatives=config.negatives if bank else warmup_negatives(config.negatives),
-        weights=config.loss,
-        margin=config.loss.margin_size,
-    )
-    step = make_train_step(
-        loss_fn=loss_fn,
-        tx=made.tx,
-        seed=config.seed,
-        split=splitter(config.model),
-        shard_state=config.optimizer.shard_state,
-    )
-    axes = None if made.axes is None else TrainState(None, None, made.axes)
-    return mesh.pmap(
-        step,
-        in_axes=(axes, 0, 0) if bank else (axes, 0),
-        out_axes=(axes, None),
-        donate_argnums=(0,),
-        devices=devices,
-    )

@@ -31,19 +31,19 @@ LANES = 128
 LEAST = 8 * LANES
 
 
-def is_sharded(x: Any, number: int) -> bool:
+def is_sharded(x: Any, num_devices: int) -> bool:
     """Whether the moments of an array are sharded over so many devices."""
-    return math.prod(x.shape) >= number * LEAST
+    return math.prod(x.shape) >= num_devices * LEAST
 
 
-def _shape(x: Any, number: int) -> tuple[int, int, int]:
+def _shape(x: Any, num_devices: int) -> tuple[int, int, int]:
     """`[D, r, 128]` of an array."""
-    return number, -(-math.prod(x.shape) // (number * LANES)), LANES
+    return num_devices, -(-math.prod(x.shape) // (num_devices * LANES)), LANES
 
 
-def _slices(x: Any, number: int) -> jax.Array:
+def _slices(x: Any, num_devices: int) -> jax.Array:
     """All slices of an array, `[D, r, 128]`."""
-    shape = _shape(x, number)
+    shape = _shape(x, num_devices)
     return jnp.pad(x.reshape(-1), (0, math.prod(shape) - x.size)).reshape(shape)
 
 
@@ -52,11 +52,11 @@ def _slices(x: Any, number: int) -> jax.Array:
 
 def global_norm(slices: Any, like: Any) -> jax.Array:
     """Norm of arrays in the shapes of `like`, of which a device holds what `scatter` leaves it."""
-    number = lax.axis_size(mesh.AXIS)
+    num_devices = lax.axis_size(mesh.AXIS)
     own_part, whole = jnp.zeros(()), jnp.zeros(())
     for array, x in zip(jax.tree.leaves(like), jax.tree.leaves(slices), strict=True):
         square = jnp.square(x).sum()
-        if is_sharded(array, number):
+        if is_sharded(array, num_devices):
             own_part += square
         else:
             whole += square
@@ -65,34 +65,34 @@ def global_norm(slices: Any, like: Any) -> jax.Array:
 
 def scatter(grads: Any) -> Any:
     """Gradients added up over the devices: of large ones the own slice, the others whole."""
-    number = lax.axis_size(mesh.AXIS)
+    num_devices = lax.axis_size(mesh.AXIS)
 
     def one(x: jax.Array) -> jax.Array:
-        if not is_sharded(x, number):
+        if not is_sharded(x, num_devices):
             return lax.psum(x, mesh.AXIS)
-        return lax.psum_scatter(_slices(x, number), mesh.AXIS)
+        return lax.psum_scatter(_slices(x, num_devices), mesh.AXIS)
 
     return jax.tree.map(one, grads)
 
 
 def own(params: Any) -> Any:
     """The own slice of each large replicated array; the others as they are."""
-    number, index = lax.axis_size(mesh.AXIS), lax.axis_index(mesh.AXIS)
+    num_devices, index = lax.axis_size(mesh.AXIS), lax.axis_index(mesh.AXIS)
 
     def one(x: jax.Array) -> jax.Array:
-        if not is_sharded(x, number):
+        if not is_sharded(x, num_devices):
             return x
-        return lax.dynamic_index_in_dim(_slices(x, number), index, keepdims=False)
+        return lax.dynamic_index_in_dim(_slices(x, num_devices), index, keepdims=False)
 
     return jax.tree.map(one, params)
 
 
 def gather(slices: Any, like: Any) -> Any:
     """Arrays in the shapes of `like`, of the slices of all devices."""
-    number = lax.axis_size(mesh.AXIS)
+    num_devices = lax.axis_size(mesh.AXIS)
 
     def one(x: jax.Array, whole: jax.Array) -> jax.Array:
-        if not is_sharded(whole, number):
+        if not is_sharded(whole, num_devices):
             return x
         everything = lax.all_gather(x, mesh.AXIS).reshape(-1)
         return everything[: whole.size].reshape(whole.shape)
@@ -103,12 +103,14 @@ def gather(slices: Any, like: Any) -> Any:
 # -------------------------------------------------------------------------------------- on the host
 
 
-def _held(x: Any, number: int) -> tuple[int, ...]:
+def _held(x: Any, num_devices: int) -> tuple[int, ...]:
     """The shape of an array's moments on one device."""
-    return _shape(x, number)[1:] if is_sharded(x, number) else x.shape
+    return _shape(x, num_devices)[1:] if is_sharded(x, num_devices) else x.shape
 
 
-def state_shapes(tx: optax.GradientTransformation, training: Any, number: int) -> tuple[Any, Any]:
+def state_shapes(
+    tx: optax.GradientTransformation, training: Any, num_devices: int
+) -> tuple[Any, Any]:
     """The sharded state: its shapes, and its axes for `mesh.pmap`.
 
     All moments have a leading axis of devices: slices `[D, r, 128]`, small arrays `[D, ...]`, the
@@ -117,7 +119,7 @@ def state_shapes(tx: optax.GradientTransformation, training: Any, number: int) -
     Args:
       tx: the optimiser.
       training: shapes of the parameters that train.
-      number: devices.
+      num_devices: how many there are.
 
     Returns:
       Two trees. The second ends where the moments begin (it must be hashable), with 0, and has None
@@ -125,7 +127,7 @@ def state_shapes(tx: optax.GradientTransformation, training: Any, number: int) -
     """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((number, *_held(x, number)), x.dtype)
+        return jax.ShapeDtypeStruct((num_devices, *_held(x, num_devices)), x.dtype)
 
     shapes = jax.eval_shape(tx.init, jax.tree.map(shape, training))
     kind = jax.tree.structure(training)
@@ -175,15 +177,17 @@ def init(tx: optax.GradientTransformation, training: Any, devices: Sequence[jax.
       training: the parameters that train, or their shapes: AdamW starts from nothing else.
       devices: of all processes.
     """
-    number, count = len(devices), mesh.count_own(devices)
+    num_devices, count = len(devices), mesh.count_own(devices)
 
     def fresh() -> Any:
         def zeros(x: Any) -> jax.Array:
-            return jnp.zeros((count, *_held(x, number)), x.dtype)
+            return jnp.zeros((count, *_held(x, num_devices)), x.dtype)
 
         return tx.init(jax.tree.map(zeros, training))
 
-    return jax.jit(fresh, out_shardings=_shardings(*state_shapes(tx, training, number), devices))()
+    return jax.jit(
+        fresh, out_shardings=_shardings(*state_shapes(tx, training, num_devices), devices)
+    )()
 
 
 def cut(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
@@ -194,34 +198,34 @@ def cut(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
       axes: from `state_shapes`.
       devices: of all processes.
     """
-    here, number = mesh.own_devices(devices), len(devices)
+    here, num_devices = mesh.own_devices(devices), len(devices)
 
     def one(axis: int | None, x: np.ndarray) -> np.ndarray:
         if axis is None:
             return x
-        if not is_sharded(x, number):
+        if not is_sharded(x, num_devices):
             return np.broadcast_to(x, (mesh.count_own(devices), *x.shape))
-        slices = np.zeros(_shape(x, number), x.dtype)
+        slices = np.zeros(_shape(x, num_devices), x.dtype)
         slices.reshape(-1)[: x.size] = x.reshape(-1)
         return slices[here]
 
     return jax.device_put(_with_axes(one, axes, state), _shardings(state, axes, devices))
 
 
-def join(state: Any, axes: Any, like: Any, number: int) -> Any:
+def join(state: Any, axes: Any, like: Any, num_devices: int) -> Any:
     """The inverse of `cut`: NumPy arrays, the same in all processes.
 
     Args:
       state: as a step leaves it.
       axes: from `state_shapes`.
       like: the state in the shapes of the parameters.
-      number: devices.
+      num_devices: how many there are.
     """
 
     def one(axis: int | None, x: jax.Array, whole: Any) -> np.ndarray:
         if axis is None:
             return np.asarray(x)
-        if not is_sharded(whole, number):
+        if not is_sharded(whole, num_devices):
             return np.asarray(x[0])
         slices = np.asarray(x)
         if jax.process_count() > 1:  # one array after the other: a device never holds all

@@ -7,18 +7,18 @@ Scores are those of the bank, computed on all devices. Negatives are drawn from 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from dqe_jax.distributed import mesh
 from dqe_jax.experiments.audit import candidates, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES, Truth
 from dqe_jax.method import mining
-from dqe_jax.method.mining import Bank, Mined
+from dqe_jax.method.mining import Bank, Mined, MiningRule
 from dqe_jax.training.bank import BankKeeper
 from dqe_jax.utils.errors import UserError
 
@@ -28,15 +28,15 @@ LOWERS = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1)
 Draw = Callable[..., Mined]
 
 
-def negatives_of(negatives: Any, rule: str) -> ConfigDict:
-    """A copy of `config.negatives` that mines by a rule.
+def rule_of(negatives: Any, rule: str) -> MiningRule:
+    """A rule with the settings of `config.negatives`.
 
     Raises:
       UserError: the rule mines nothing, or is unknown.
     """
     if rule not in RULES:
         raise UserError(f"--rules: {rule!r} is not one of {', '.join(RULES)}.")
-    return ConfigDict(dict(negatives) | {"rule": rule})
+    return MiningRule.of(negatives, rule)
 
 
 def audit(
@@ -76,7 +76,7 @@ def audit(
     measure = _Measure(negatives, rules, lowers, jax.random.key(seed))
     target = split.queries.target[rows]
     for here, scores in _scores(query, keeper.bank, devices):
-        photo = np.asarray(keeper.bank.photo).reshape(-1)
+        photo = np.asarray(keeper.bank.image_id).reshape(-1)
         delta = scores[np.arange(len(scores)), target[here]][:, None] - scores
         part = Truth(truth.known[here], truth.valid[here], truth.near[here])
         measure.add(delta, *candidates.classify(part, photo), rows[here].astype(np.int32))
@@ -96,11 +96,11 @@ def _scores(
         yield here, whole[: here.stop - start]
 
 
-def _draw_by(negatives: Any) -> Draw:
+def _draw_by(rule: MiningRule) -> Draw:
     """`(key, delta, forbidden, row_ids) -> Mined`, compiled."""
 
     def draw(key, delta, forbidden, row_ids):
-        return mining.draw(key, delta, forbidden, row_ids, negatives, chunk=mining.CHUNK_ROWS)
+        return mining.draw(key, delta, forbidden, row_ids, rule, chunk=mining.CHUNK_ROWS)
 
     return jax.jit(draw)
 
@@ -110,10 +110,12 @@ def _draw_above(negatives: Any) -> Draw:
 
     They are arguments so that all settings of a sweep share one program.
     """
-    fields = dict(negatives) | {"rule": "trns", "bounds": "quantile", "upper": upper_of(negatives)}
+    rule = dataclasses.replace(
+        MiningRule.of(negatives, "trns"), bounds="quantile", upper=upper_of(negatives)
+    )
 
     def draw(key, delta, forbidden, row_ids, lower, floor):
-        setting = ConfigDict(fields | {"lower": lower, "floor": floor})
+        setting = dataclasses.replace(rule, lower=lower, floor=floor)
         return mining.draw(key, delta, forbidden, row_ids, setting, chunk=mining.CHUNK_ROWS)
 
     return jax.jit(draw)
@@ -132,9 +134,7 @@ class _Measure:
     ):
         self._rules, self._key = tuple(rules), key
         # TRNS comes first: its bounds say what is easy, whether it is asked for or not.
-        self._draws = {
-            rule: _draw_by(negatives_of(negatives, rule)) for rule in ("trns", *self._rules)
-        }
+        self._draws = {rule: _draw_by(rule_of(negatives, rule)) for rule in ("trns", *self._rules)}
         self._sweep = _draw_above(negatives)
         floor = negatives.floor if np.isfinite(negatives.floor) else 0.0
         self._settings = [(q, f) for f in (floor, -np.inf) for q in lowers]

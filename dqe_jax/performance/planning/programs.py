@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from dqe_jax import models
-from dqe_jax.data.pipeline import batch_shapes
+from dqe_jax.data.pipeline import batch_spec
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.method import mining
+from dqe_jax.method.batch import MinedNegatives
+from dqe_jax.method.mining import MiningRule
 from dqe_jax.models import DTYPES, setup
-from dqe_jax.training import bank as banks
-from dqe_jax.training import state as own_programs
-from dqe_jax.training.step import TrainState
+from dqe_jax.training import bank_programs
+from dqe_jax.training.state import TrainState, make_optimizer
+from dqe_jax.training.step import make_step, uses_bank
 
 # Images of the training gallery: published ones, or as the data set is generated at the most.
 GALLERY = {
@@ -80,7 +82,7 @@ def make_programs(
       UserError: the model cannot be built.
     """
     maker = _Maker(config, devices, vocabulary)
-    bank = maker.bank(gallery) if own_programs.uses_bank(config.negatives) else None
+    bank = maker.bank(gallery) if uses_bank(config.negatives) else None
     made = {"step": maker.step, "gallery embedding": lambda: maker.gallery_embedding(bank)}
     if bank is not None:
         made["bank step"] = lambda: maker.bank_step(bank)
@@ -90,9 +92,9 @@ def make_programs(
     return [made[name]() for name in NAMES if name in names and name in made]
 
 
-def _sharded(number: int, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+def _sharded(num_devices: int, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     """An array with a leading axis of devices."""
-    return jax.ShapeDtypeStruct((number, *shape), jnp.dtype(dtype))
+    return jax.ShapeDtypeStruct((num_devices, *shape), jnp.dtype(dtype))
 
 
 class _Maker:
@@ -100,7 +102,7 @@ class _Maker:
 
     def __init__(self, config: Any, devices: Sequence[jax.Device], vocabulary: int):
         pretrained = setup.describe_weights(config)
-        self.config, self.devices, self.number = config, list(devices), len(devices)
+        self.config, self.devices, self.num_devices = config, list(devices), len(devices)
         self.model = models.build_model(
             config.model,
             vocab_size=vocabulary,
@@ -110,45 +112,48 @@ class _Maker:
         )
         self.encode_gallery = encoders(self.model)[1]
         params = setup.param_shapes(self.model, config)
-        self.optimizer = own_programs.make_optimizer(config, params, self.number)
+        self.optimizer = make_optimizer(config, params, self.num_devices)
         moments = self.optimizer.shapes
         self.state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, moments)
         self.weights = {"parameters": size_of(params)}
         self.moments = {"optimiser": self.optimizer.bytes_of_device()}
-        self.references = config.batch.references // self.number
-        self.shapes = batch_shapes(config, self.references)
+        self.references = config.batch.references // self.num_devices
+        self.batch = jax.tree.map(self._of_devices, batch_spec(config, self.references))
+
+    def _of_devices(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return _sharded(self.num_devices, x.dtype, *x.shape)
 
     def _images(self, count: int) -> jax.ShapeDtypeStruct:
         side = self.config.data.image_size
-        return _sharded(self.number, jnp.uint8, count, side, side, 3)
+        return _sharded(self.num_devices, jnp.uint8, count, side, side, 3)
 
     def _step(self, name: str, bank: mining.Bank | None) -> Program:
-        config, shapes = self.config, dict(self.shapes)
+        config, batch = self.config, self.batch
         per_reference, inputs = config.batch.queries_per_reference, self.weights | self.moments
         if bank is not None:
             inputs |= self._of_bank(bank)
             if config.negatives.mining == "refresh":
                 drawn = (self.references, per_reference, config.negatives.per_query)
-                shapes |= {"mined_rows": ("int32", drawn), "mined_drawn": ("bool", drawn)}
-        batch = {k: _sharded(self.number, dtype, *s) for k, (dtype, s) in shapes.items()}
-        inputs |= {"batch": size_of(batch) // self.number}
-        step = own_programs.make_step(
-            config, self.model, self.optimizer, self.devices, bank=bank is not None
-        )
-        taken = (self.state, batch) if bank is None else (self.state, batch, bank)
+                mined = [_sharded(self.num_devices, x, *drawn) for x in (jnp.int32, bool)]
+                batch = batch.replace(mined=MinedNegatives(*mined))
+        inputs |= {"batch": size_of(batch) // self.num_devices}
+        step = make_step(config, self.model, self.optimizer, self.devices, bank=bank is not None)
+        stop = _sharded(self.num_devices, jnp.int32, 1)
+        taken = (self.state, batch, stop, *([] if bank is None else [bank]))
         return Program(name, step, taken, inputs, 0, config.batch.references * per_reference)
 
     def _of_bank(self, bank: mining.Bank | None) -> dict[str, int]:
-        return {} if bank is None else {"bank": size_of(bank) // self.number}
+        return {} if bank is None else {"bank": size_of(bank) // self.num_devices}
 
     def bank(self, gallery: int) -> mining.Bank:
         """Shapes of the bank."""
         one = jax.eval_shape(lambda x: x[0], self._images(1))
         tokens = jax.eval_shape(self.encode_gallery, self.state.params, one).shape[1:]
-        rows = banks.rows_of_device(gallery, self.number)
+        rows = bank_programs.rows_of_device(gallery, self.num_devices)
         dtype = DTYPES[self.config.negatives.bank_dtype]
         return mining.Bank(
-            _sharded(self.number, dtype, rows, *tokens), _sharded(self.number, jnp.int32, rows)
+            _sharded(self.num_devices, dtype, rows, *tokens),
+            _sharded(self.num_devices, jnp.int32, rows),
         )
 
     def step(self) -> Program:
@@ -161,18 +166,18 @@ class _Maker:
 
     def bank_refresh(self, bank: mining.Bank) -> Program:
         """Embeds some rows of the bank."""
-        count = banks.step_rows(self.config.eval.batch_size, self.number)
+        count = bank_programs.rows_per_call(self.config.eval.batch_size, self.num_devices)
         start = jax.ShapeDtypeStruct((), jnp.int32)
         taken = (self.state.params, self._images(count), start, bank.tokens)
         inputs = self.weights | self._of_bank(bank)
-        inputs |= {"batch": size_of(taken[1]) // self.number}
-        fill = banks.make_fill(self.encode_gallery, bank.tokens.dtype, self.devices)
+        inputs |= {"batch": size_of(taken[1]) // self.num_devices}
+        fill = bank_programs.make_fill(self.encode_gallery, bank.tokens.dtype, self.devices)
         resident = sum(self.moments.values())
-        return Program("bank refresh", fill, taken, inputs, resident, count * self.number)
+        return Program("bank refresh", fill, taken, inputs, resident, count * self.num_devices)
 
     def mining(self, bank: mining.Bank) -> Program:
         """Mines the bank for some queries, which are the same on all devices."""
-        count, known = MINED_AT_ONCE, self.shapes["known_positives"][1][-1]
+        count, known = MINED_AT_ONCE, self.batch.known_positives.shape[-1]
         queries = (
             jax.ShapeDtypeStruct((count, bank.tokens.shape[-1]), jnp.float32),
             jax.ShapeDtypeStruct((count,), jnp.int32),
@@ -182,14 +187,16 @@ class _Maker:
         taken = (jax.eval_shape(lambda: jax.random.key(0)), *queries, bank)
         inputs = self._of_bank(bank) | {"batch": size_of(queries)}
         resident = sum((self.weights | self.moments).values())
-        mine = banks.make_mine(self.config.negatives, self.devices)
+        mine = bank_programs.make_mine(MiningRule.of(self.config.negatives), self.devices)
         return Program("mining", mine, taken, inputs, resident, count)
 
     def gallery_embedding(self, bank: mining.Bank | None) -> Program:
         """Embeds images in evaluation, while training waits."""
-        count = -(-self.config.eval.batch_size // self.number)
+        count = -(-self.config.eval.batch_size // self.num_devices)
         embed = mesh.gather_rows(self.encode_gallery, columns=1, devices=self.devices)
         taken = (self.state.params, self._images(count))
-        inputs = self.weights | {"batch": size_of(taken[1]) // self.number}
+        inputs = self.weights | {"batch": size_of(taken[1]) // self.num_devices}
         resident = sum((self.moments | self._of_bank(bank)).values())
-        return Program("gallery embedding", embed, taken, inputs, resident, count * self.number)
+        return Program(
+            "gallery embedding", embed, taken, inputs, resident, count * self.num_devices
+        )

@@ -1,0 +1,137 @@
+"""What a training step takes: the batch of a device, and what the model makes of it.
+
+Symbols: `R` references with `Q` queries each, `B = R * Q`; `H`, `W` pixels; `L` tokens of a text;
+`K` attributes; `M` tokens of a gallery embedding, `d` its width. Image ids are at least 0, copies
+of a photo share one, and -1 stands for none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+from dqe_jax.method.arrays import Array
+
+
+@flax.struct.dataclass
+class MinedNegatives:
+    """Negatives that were mined for the queries of a batch when the bank was filled.
+
+    Attributes:
+      rows: int32 `[R, Q, n]`, rows of the bank.
+      drawn: bool `[R, Q, n]`, false where none was left.
+    """
+
+    rows: Array
+    drawn: Array
+
+
+@flax.struct.dataclass
+class Batch:
+    """`R` references with `Q` queries each: siblings are good negatives, and share an image.
+
+    Attributes:
+      reference_image: uint8 `[R, H, W, 3]`.
+      reference_id: int32 `[R]`, image ids.
+      query: int32 `[R, Q]`, positions among the split's queries.
+      text: int32 `[R, Q, L]`, token ids.
+      target_image: uint8 `[R, Q, H, W, 3]`.
+      target_id: int32 `[R, Q]`, image ids.
+      target_row: int32 `[R, Q]`, rows of the gallery.
+      known_positives: int32 `[R, Q, P]`, image ids that are never negatives.
+      relevant: int32 `[R, Q, V]`, image ids that are in truth valid, for the log and for oracles.
+      mentions: float32 `[R, Q, K]`, 1 where the text mentions the attribute, else 0.
+      query_mask: bool `[R, Q]`, false for padding: a reference with fewer than `Q` queries.
+      mined: what was mined at the last refresh of the bank, if negatives are mined then.
+    """
+
+    reference_image: Array
+    reference_id: Array
+    query: Array
+    text: Array
+    target_image: Array
+    target_id: Array
+    target_row: Array
+    known_positives: Array
+    relevant: Array
+    mentions: Array
+    query_mask: Array
+    mined: MinedNegatives | None = None
+
+    @classmethod
+    def spec(
+        cls,
+        *,
+        references: int,
+        queries_per_reference: int,
+        image_size: int,
+        max_length: int,
+        attributes: int,
+        known: int = 2,
+        relevant: int = 0,
+    ) -> Batch:
+        """Shape and dtype of every array, as `jax.ShapeDtypeStruct`.
+
+        Args:
+          references: `R`.
+          queries_per_reference: `Q`.
+          image_size: `H` and `W`.
+          max_length: `L`.
+          attributes: `K`.
+          known: `P`, which the data set decides: the target, and the most targets of a query.
+          relevant: `V`, likewise.
+        """
+        queries, image = (references, queries_per_reference), (image_size, image_size, 3)
+
+        def shaped(dtype: str, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        return cls(
+            reference_image=shaped("uint8", references, *image),
+            reference_id=shaped("int32", references),
+            query=shaped("int32", *queries),
+            text=shaped("int32", *queries, max_length),
+            target_image=shaped("uint8", *queries, *image),
+            target_id=shaped("int32", *queries),
+            target_row=shaped("int32", *queries),
+            known_positives=shaped("int32", *queries, known),
+            relevant=shaped("int32", *queries, relevant),
+            mentions=shaped("float32", *queries, attributes),
+            query_mask=shaped("bool", *queries),
+        )
+
+
+@flax.struct.dataclass
+class QueryOutput:
+    """What a model makes of `B` queries.
+
+    Attributes:
+      embedding: `q`, float32 `[B, d]`, L2-normalised.
+      attribute_weights: `w`, float32 `[B, K]`; K = 0 without attribute weighting.
+      attribute_features: `a_k` of the reference, `[B, K, width]`.
+    """
+
+    embedding: Array
+    attribute_weights: Array
+    attribute_features: Array
+
+
+@flax.struct.dataclass
+class TrainOutput:
+    """What a model makes of a batch, in one pass over its images.
+
+    Attributes:
+      query: of the B queries.
+      reference: gallery embeddings of the references, `[R, M, d]`.
+      target: gallery embeddings of the targets, `[B, M, d]`.
+      target_attribute_features: `a_k` of the targets under the query's text, `[B, K, width]`.
+      tau: the temperature, float32 scalar.
+    """
+
+    query: QueryOutput
+    reference: Array
+    target: Array
+    target_attribute_features: Array
+    tau: Array

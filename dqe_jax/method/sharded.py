@@ -1,0 +1,253 @@
+"""Rows that are spread over devices, treated as if they lay on one: quantile, top-k, gather.
+
+Each function says in one line of NumPy what it gives. `candidate_axis` is the mapped axis over
+which the candidates are spread; None means that each device holds all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from dqe_jax.method.arrays import Array, Scalar
+
+SORTED = 2048  # candidates up to which sorting is the quicker way to quantiles
+SLOTS = 4  # of `routed_gather`: slots for each pair of devices, in means
+
+
+def total(x: Array, candidate_axis: str | None) -> Array:
+    """The sum over the devices that hold candidates."""
+    return x if candidate_axis is None else lax.psum(x, candidate_axis)
+
+
+# --------------------------------------------------------------------------------------- quantiles
+
+
+def distributed_quantile(
+    values: Float[Array, "B N"],
+    mask: Bool[Array, "B N"],
+    count: Int[Array, " B"],
+    quantiles: Sequence[Scalar],
+    candidate_axis: str | None,
+) -> list[Float[Array, " B"]]:
+    """`np.quantile(values[i, mask[i]], q)` of each row, exact, without moving the values.
+
+    Args:
+      values: float32 `[B, N of the device]`.
+      mask: bool `[B, N of the device]`, which values count.
+      count: int `[B]`, how many count over all devices; of a row without any the result is no
+        number of meaning.
+      quantiles: in [0, 1], numbers or scalars; linearly interpolated.
+      candidate_axis: see the module.
+
+    Returns:
+      float32 `[B]` for each quantile.
+    """
+    if candidate_axis is None and values.shape[1] <= SORTED:
+        ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=1)
+        return [_sorted_quantile(ordered, count, q) for q in quantiles]
+    return _counted_quantiles(values, mask, count, quantiles, candidate_axis)
+
+
+def _sorted_quantile(ordered: Array, count: Array, q: Scalar) -> Array:
+    """Quantile `q` of the first `count[i]` values of each ascending row."""
+    below, above, weight = _neighbours(count, q)
+    low, high = (jnp.take_along_axis(ordered, i[:, None], axis=1)[:, 0] for i in (below, above))
+    return low + (high - low) * weight
+
+
+def _neighbours(count: Array, q: Scalar) -> tuple[Array, Array, Array]:
+    """Ranks `[B]` on both sides of quantile `q` of `count` values, and the weight of the upper."""
+    last = jnp.maximum(count - 1, 0)
+    position = q * last.astype(jnp.float32)
+    below = jnp.floor(position).astype(jnp.int32)
+    return below, jnp.minimum(below + 1, last), position - below
+
+
+def _counted_quantiles(
+    values: Array,
+    mask: Array,
+    count: Array,
+    quantiles: Sequence[Scalar],
+    candidate_axis: str | None,
+) -> list[Array]:
+    """The bits of the value at a rank are found from the highest to the lowest.
+
+    For each bit all devices count the values below a guess: 32 passes over the values for all
+    quantiles at once.
+    """
+    keys = jnp.where(mask, _key_of(values), jnp.uint32(0xFFFFFFFF))
+    places = [_neighbours(count, q) for q in quantiles]
+    ranks = jnp.stack([below for below, _, _ in places], axis=1)  # [B, number of quantiles]
+
+    def number_below(guess: Array) -> Array:
+        counts = [(keys < guess[:, i : i + 1]).sum(1) for i in range(guess.shape[1])]
+        return total(jnp.stack(counts, axis=1), candidate_axis)
+
+    def step(bit: Array, found: Array) -> Array:
+        guess = found | (jnp.uint32(1 << 31) >> bit.astype(jnp.uint32))
+        return jnp.where(number_below(guess) <= ranks, guess, found)
+
+    found = lax.fori_loop(0, 32, step, jnp.zeros(ranks.shape, jnp.uint32))
+    up_to = number_below(found + 1)
+    larger = [
+        jnp.where(keys > found[:, i : i + 1], keys, jnp.uint32(0xFFFFFFFF)).min(1)
+        for i in range(len(quantiles))
+    ]
+    following = jnp.stack(larger, axis=1)
+    if candidate_axis is not None:
+        following = lax.pmin(following, candidate_axis)
+    results = []
+    for i, (_, above, weight) in enumerate(places):
+        upper = jnp.where(up_to[:, i] > above, found[:, i], following[:, i])
+        low, high = (_float_of(key) for key in (found[:, i], upper))
+        results.append(low + (high - low) * weight)
+    return results
+
+
+def _key_of(values: Array) -> Array:
+    """Ascending unsigned integers in the order of the floats; -0 is made equal to 0."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    top = jnp.uint32(1 << 31)
+    bits = jnp.where(values == 0, jnp.uint32(0), bits)
+    return jnp.where(bits >= top, ~bits, bits | top)
+
+
+def _float_of(key: Array) -> Array:
+    top = jnp.uint32(1 << 31)
+    bits = jnp.where(key >= top, key ^ top, ~key)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------- top-k
+
+
+def distributed_top_k(
+    values: Float[Array, "B N"],
+    num: int,
+    candidate_axis: str | None,
+    offset: Int[Array, ""] | int = 0,
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """`np.argsort(-values, axis=1, kind="stable")[:, :num]` over all devices, and the values there.
+
+    Args:
+      values: float32 `[B, N of the device]`.
+      num: how many, `k`; may exceed N.
+      candidate_axis: see the module.
+      offset: column of all candidates at which this device's begin.
+
+    Returns:
+      Values float32 and columns int32, both `[B, k]`. Equal values keep the order of their columns.
+      What a row lacks comes as -inf.
+    """
+    best, columns = local_top_k(values, min(num, values.shape[1]))
+    return merge_top_k(best, columns + offset, num, candidate_axis)
+
+
+def local_top_k(
+    values: Float[Array, "B N"], num: int
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """The `num` highest of this device's values, and their columns int32."""
+    best, columns = lax.top_k(values, num)
+    return best, columns.astype(jnp.int32)
+
+
+def merge_top_k(
+    values: Float[Array, "B k"],
+    columns: Int[Array, "B k"],
+    num: int,
+    candidate_axis: str | None,
+) -> tuple[Float[Array, "B num"], Int[Array, "B num"]]:
+    """The `num` best of all devices' best, `[B, num]`: only these are exchanged.
+
+    Where the queries can be shared out, each device decides for its share of them: what it receives
+    is then in proportion to B, not to B times the devices.
+    """
+    if candidate_axis is not None:
+        shared = len(values) % lax.axis_size(candidate_axis) == 0
+
+        def bring(x: Array) -> Array:
+            """`[B, k]` of each device to `[B or a share of it, devices * k]`, devices in order."""
+            if shared:
+                return lax.all_to_all(x, candidate_axis, split_axis=0, concat_axis=1, tiled=True)
+            return lax.all_gather(x, candidate_axis, axis=1, tiled=True)
+
+        values, columns = bring(values), bring(columns)
+        values, best = lax.top_k(values, min(num, values.shape[1]))
+        columns = jnp.take_along_axis(columns, best, axis=1)
+        if shared:
+            values, columns = (
+                lax.all_gather(x, candidate_axis, tiled=True) for x in (values, columns)
+            )
+    missing = ((0, 0), (0, num - values.shape[1]))
+    return jnp.pad(values, missing, constant_values=-jnp.inf), jnp.pad(columns, missing)
+
+
+# ------------------------------------------------------------------------------------------ gather
+
+
+def routed_gather(
+    rows: Int[Array, "B n"],
+    size: int,
+    fetch: Callable[[Array, Array], Array],
+    axis: str,
+) -> Float[Array, "b n d"]:
+    """`fetch(rows, query)` for this device's queries, of rows that other devices may hold.
+
+    All devices know what each asks for, so that only what is fetched is sent, from the device that
+    holds a row to the one that has the query: `SLOTS` times the mean number for a pair of devices
+    at a time, until all has been.
+
+    Args:
+      rows: int `[B, n]`, what each query asks for, the same on all `D` devices; device `i` has the
+        `i`-th run of `B / D` queries, and holds the rows from `i * size` on.
+      size: rows of a device.
+      fetch: of rows of this device int `[k]`, counted from its first, and of the query int `[k]`
+        that asks for each, to what is sent, `[k, d]`.
+      axis: the mapped axis.
+
+    Returns:
+      `[B / D, n, d]`.
+    """
+    devices, me = lax.axis_size(axis), lax.axis_index(axis)
+    queries, each = len(rows) // devices, rows.shape[1]
+    asked = rows.reshape(devices, -1)  # [devices, L], by the device that asks
+    if devices == 1:
+        return fetch(asked[0], jnp.repeat(jnp.arange(len(rows)), each)).reshape(queries, each, -1)
+
+    length = asked.shape[1]
+    slots = min(length, SLOTS * -(-length // devices))
+    # What this device holds, first of each line: places of `asked`.
+    places = jnp.argsort(~(asked // size == me), axis=1, stable=True)
+    places = jnp.pad(places, ((0, 0), (0, -length % slots)))
+    # Which device holds what this one asks for, and which of the things that it asks of it that is.
+    holder = asked[me] // size
+    of_each = holder[:, None] == jnp.arange(devices)
+    rank = jnp.take_along_axis(jnp.cumsum(of_each, axis=0), holder[:, None], axis=1)[:, 0] - 1
+
+    def send(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        turn, found = state
+        place = lax.dynamic_slice_in_dim(places, turn * slots, slots, axis=1)  # [devices, slots]
+        row = jnp.take_along_axis(asked, place, axis=1) - me * size
+        query = jnp.arange(devices)[:, None] * queries + place // each
+        # Slots that nothing fills have any row.
+        sent = fetch(jnp.clip(row, 0, size - 1).ravel(), query.ravel())
+        sent = sent.reshape(devices, slots, -1)
+        got = lax.all_to_all(sent, axis, split_axis=0, concat_axis=0, tiled=True)
+        slot = rank - turn * slots
+        here = (slot >= 0) & (slot < slots)
+        arrived = got[holder, jnp.clip(slot, 0, slots - 1)]
+        return turn + 1, jnp.where(here[:, None], arrived, found)
+
+    fetched = jax.eval_shape(fetch, asked[0], asked[0])
+    state = jnp.int32(0), jnp.zeros(fetched.shape, fetched.dtype)
+    if slots == length:
+        state = send(state)
+    else:
+        turns = lax.pmax(-(-(rank.max() + 1) // slots), axis)
+        state = lax.while_loop(lambda state: state[0] < turns, send, state)
+    return state[1].reshape(queries, each, -1)

@@ -1,0 +1,93 @@
+"""What can go wrong in a run: steps that are not finite, and what the machine does to it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+from collections.abc import Iterator
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from dqe_jax.checkpoints import store
+from dqe_jax.distributed.interrupts import Interrupted
+from dqe_jax.training.step import Control
+from dqe_jax.utils.errors import UserError, reason_of
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# What libraries say of a full disk, in errors of their own.
+FULL = ("No space left on device", "Disk quota exceeded")
+
+
+@contextlib.contextmanager
+def in_sentences(workdir: epath.Path, data_dir: epath.Path) -> Iterator[None]:
+    """Raises a `UserError` for what the machine does to a run, the end of saving included."""
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:
+        sentence = _in_a_sentence(error, workdir, data_dir)
+        if sentence is None:
+            raise
+        raise sentence from error
+
+
+def _in_a_sentence(error: Exception, workdir: epath.Path, data_dir: epath.Path) -> UserError | None:
+    """The `UserError` for what the machine did to a run; None for anything else."""
+    steps = store.steps_of(workdir)
+    kept = f"step {steps[-1]} is saved" if steps else "nothing is saved yet"
+    if not data_dir.is_dir():
+        sentence = f"the data in {data_dir} is gone: {kept}; put it back"
+    elif getattr(error, "errno", None) in CANNOT_WRITE or any(w in str(error) for w in FULL):
+        sentence = (
+            f"cannot write to {workdir} ({reason_of(error)}): {kept}; free space or make it "
+            "writable"
+        )
+    else:
+        return None
+    return UserError(f"{sentence}, and run the same command again: it goes on from there.")
+
+
+class Guard:
+    """Looks at steps shortly after they were taken, so that the device never waits for the host.
+
+    All processes see the same values at the same step, and so act alike.
+    """
+
+    BEHIND = 2
+
+    def __init__(self, max_bad_steps: int, manager: ocp.CheckpointManager):
+        self._most, self._manager = max_bad_steps, manager
+        self._waiting: collections.deque[tuple[int, Control]] = collections.deque()
+
+    def check(self, step: int, control: Control) -> int:
+        """Notes a step; the number of the signal that came by `BEHIND` steps before, or 0.
+
+        Raises:
+          UserError: too many steps in a row were not finite.
+        """
+        self._waiting.append((step, control))
+        return self._look() if len(self._waiting) > self.BEHIND else 0
+
+    def check_all(self) -> int:
+        """Looks at all that are left; returns and raises as `check`."""
+        return max([self._look() for _ in range(len(self._waiting))], default=0)
+
+    def _look(self) -> int:
+        step, control = self._waiting.popleft()
+        stop, bad = (int(x) for x in jax.device_get((control.stop, control.bad_in_a_row)))
+        if bad == 1:
+            logging.warning("Step %d: the loss or a gradient is not finite; it is skipped.", step)
+        if bad >= self._most:
+            newest = self._manager.latest_step()
+            kept = "no checkpoint is saved" if newest is None else f"step {newest} is saved"
+            raise UserError(
+                f"the loss or a gradient was not finite in {bad} steps in a row, up to step "
+                f"{step}: lower config.optimizer.learning_rate, or look at the data of these steps "
+                f"(config.max_bad_steps is {self._most}); {kept}."
+            )
+        return stop

@@ -1,0 +1,213 @@
+"""A run that is set up: what the loop needs and does not change, and how its state is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from tokenizers import Tokenizer
+
+from dqe_jax.checkpoints import store
+from dqe_jax.data import lexicon, pipeline, splits
+from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.splits import Split
+from dqe_jax.data.text import encode_wordings
+from dqe_jax.distributed import mesh
+from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.run import make_evaluator
+from dqe_jax.models import DQE, freeze, setup
+from dqe_jax.models.weights import sizes as size_files
+from dqe_jax.models.weights.initial import Pretrained
+from dqe_jax.training import state as states
+from dqe_jax.training.bank import BankKeeper, make_bank_keeper
+from dqe_jax.training.state import Optimizer, TrainState
+from dqe_jax.training.step import Step, make_step, uses_bank
+from dqe_jax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """All that the loop needs and that does not change.
+
+    Attributes:
+      config: of the run.
+      workdir: of the run.
+      data_dir: of the prepared data.
+      devices: of all processes.
+      pretrained: weights that the run starts from; None for the tiny backbone.
+      tokenizer: of the texts.
+      model: of the config.
+      params: shapes of the parameters.
+      optimizer: of the config.
+      step: the mapped step, with negatives of the batch.
+      bank_step: the mapped step, with negatives of the bank.
+      keeper: of the bank; None without one.
+      batches: an endless iterator over `Batch`, with `get_state` and `set_state`.
+      validation: the evaluator of the validation split.
+      last: the split of the last evaluation.
+    """
+
+    config: Any
+    workdir: epath.Path
+    data_dir: epath.Path
+    devices: list[jax.Device]
+    pretrained: Pretrained | None
+    tokenizer: Tokenizer
+    model: DQE
+    params: Any
+    optimizer: Optimizer
+    step: Step
+    bank_step: Step
+    keeper: BankKeeper | None
+    batches: Any
+    validation: RetrievalEvaluator
+    last: Split
+
+
+def open_session(
+    config: Any,
+    workdir: epath.Path,
+    builder: Any,
+    devices: list[jax.Device],
+    pretrained: Pretrained | None,
+    tokenizer: Tokenizer | None,
+) -> Session:
+    """Sets up a run; compiles nothing yet.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      builder: of the prepared data.
+      devices: of all processes.
+      pretrained: weights to start from.
+      tokenizer: of these weights; None makes one of the words of the training texts.
+
+    Raises:
+      UserError: the data lack something that the config asks for.
+    """
+    # What the end of the run needs must be there now.
+    last = splits.open_split(config, builder, config.eval.split)
+    split = splits.open_split(config, builder, "train")
+    if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
+        raise UserError(
+            f"config.negatives.oracle is {config.negatives.oracle!r}: {config.data.dataset} does "
+            "not say which images are in truth valid; take 'none'."
+        )
+    if tokenizer is None:
+        tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, config.data.max_length)
+    text = encode_wordings(tokenizer, split, config.data.captions)
+    batches = _open_batches(config, split, text)
+    held_out = splits.open_split(config, builder, "validation")
+    model = setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
+    params = setup.param_shapes(model, config)
+    optimizer = states.make_optimizer(config, params, len(devices))
+    keeper = None
+    if uses_bank(config.negatives):
+        keeper = make_bank_keeper(config, model, split, text[:, 0], devices)
+    validation = make_evaluator(config, model, tokenizer, held_out, devices)
+    _check_best(config, validation)
+    return Session(
+        config=config,
+        workdir=workdir,
+        data_dir=epath.Path(builder.data_dir),
+        devices=devices,
+        pretrained=pretrained,
+        tokenizer=tokenizer,
+        model=model,
+        params=params,
+        optimizer=optimizer,
+        step=make_step(config, model, optimizer, devices),
+        bank_step=make_step(config, model, optimizer, devices, bank=True),
+        keeper=keeper,
+        batches=batches,
+        validation=validation,
+        last=last,
+    )
+
+
+def _open_batches(config: Any, split: Split, text: Any) -> Any:
+    """The iterator over this process's part of the training batches."""
+    words = lexicon.load_lexicon(config.data.lexicon)
+    names = config.model.attributes.names
+    return pipeline.train_batches(
+        split,
+        text=text,
+        mentions=lexicon.mentions(split.queries.texts, names, words),
+        references=config.batch.references,
+        queries_per_reference=config.batch.queries_per_reference,
+        augment=config.data.augment,
+        seed=config.seed,
+        num_threads=config.data.num_threads,
+        process=jax.process_index(),
+        num_processes=jax.process_count(),
+    )
+
+
+def _check_best(config: Any, validation: RetrievalEvaluator) -> None:
+    """Raises a `UserError` if `keep_best` names a metric that validation does not measure."""
+    known = validation.metric_names()
+    if config.keep_best and config.keep_best not in known:
+        raise UserError(
+            f"config.keep_best is {config.keep_best!r}: validation measures "
+            f"{', '.join(known) or 'nothing, for want of labels'}."
+        )
+
+
+def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[TrainState, float]:
+    """The state of the newest checkpoint, or a fresh one; and the seconds trained before."""
+    config, keeper = session.config, session.keeper
+    split, newest = states.splitter(config.model), manager.latest_step()
+    if newest is None:
+        params = setup.init_params(session.model, config, config.seed, session.pretrained)
+        return states.init_state(config, session.optimizer, params, session.devices), 0.0
+    like = {"params": session.params, "opt_state": session.optimizer.saved}
+    meta = store.read_meta(manager, newest)
+    # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
+    rebuilt = keeper is not None and meta["bank_step"] is not None and not keeper.scheduled(newest)
+    if rebuilt:
+        like["bank_params"] = split(session.params)[0]
+    items = store.restore(manager, newest, **like)
+    session.batches.set_state(meta["data_state"])
+    if rebuilt:
+        whole = freeze.merge(items["bank_params"], split(items["params"])[1])
+        keeper.refresh(mesh.replicate(whole, session.devices), meta["bank_step"])
+    logging.info("Resumed from step %d of %s.", newest, manager.directory)
+    state = states.place_state(
+        session.optimizer, newest, items["params"], items["opt_state"], session.devices
+    )
+    return state, meta["train_seconds"]
+
+
+def save(
+    session: Session,
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    seconds: float,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Saves a checkpoint, with all that the run needs to go on exactly.
+
+    Args:
+      session: of the run.
+      manager: of its checkpoints.
+      state: to save.
+      seconds: of training so far.
+      metrics: of the validation split at this step, if there are any.
+    """
+    keeper, step = session.keeper, int(state.step)
+    banked = keeper is not None and keeper.bank is not None
+    meta = {
+        "config": session.config.to_dict(),
+        "tokenizer": session.tokenizer.to_str(),
+        "sizes": session.pretrained and size_files.to_json(session.pretrained.sizes),
+        "data_state": session.batches.get_state(),
+        "bank_step": keeper.refreshed_at if banked else None,
+        "train_seconds": seconds,
+    }
+    snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
+    moments = states.state_to_save(session.optimizer, state.opt_state, session.devices)
+    store.save(manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics)
