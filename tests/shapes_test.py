@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from dqe_jax.data import examples
-from dqe_jax.data.builders import shapes
+from dqe_jax.data.builders import shapes, shapes_scenes
+from dqe_jax.data.builders.shapes_variants import CONFIGS, ShapesConfig
 
 EXACT = ("smoke", "hard_smoke")  # the text allows few scenes; in the other, all of a content
 VARIANTS = (*EXACT, "coarse_smoke")
@@ -92,8 +93,8 @@ def coarse(prepared) -> Prepared:
     return prepared["coarse_smoke"]
 
 
-def config_of(name: str) -> shapes.ShapesConfig:
-    return next(config for config in shapes.CONFIGS if config.name == name)
+def config_of(name: str) -> ShapesConfig:
+    return next(config for config in CONFIGS if config.name == name)
 
 
 # ------------------------------------------------------------------------------ reading the texts
@@ -348,17 +349,17 @@ def test_near_misses(exact):
 @pytest.mark.parametrize("name", ["plain", "hard"])
 def test_full_size_test_split(name):
     config = config_of(name)
-    split = shapes.make_split(shapes.World(config), "test", set())
+    split = shapes.make_split(config, "test", set())
     assert len(split.scenes) >= 5000
     assert len(set(split.scenes)) == len(split.scenes)
     assert len(split.queries) == 4 * config.references[2] == 2000
-    scenes = [scene_of(shapes.describe_scene(scene)) for scene in split.scenes]
+    scenes = [scene_of(shapes_scenes.describe_scene(scene)) for scene in split.scenes]
     several = 0
     for reference, target, edit in split.queries:
         kind, allowed = apply(edit.text, scenes[reference], hard=config.hard)
         assert kind == edit.kind, edit
         assert scenes[target] in allowed, edit
-        assert {scene_of(shapes.describe_scene(s)) for s in edit.results} == allowed, edit
+        assert {scene_of(shapes_scenes.describe_scene(s)) for s in edit.results} == allowed, edit
         several += len(edit.results) > 1
     assert (several >= 20) == config.hard
 
@@ -367,7 +368,7 @@ def test_full_size_test_split(name):
 def test_the_test_split_does_not_change_with_the_size_of_the_training_split(name):
     config = config_of(name)
     larger = dataclasses.replace(config, references=(128, 16, 16), families=(8, 1, 1))
-    one, other = (shapes.make_split(shapes.World(c), "test", set()) for c in (config, larger))
+    one, other = (shapes.make_split(c, "test", set()) for c in (config, larger))
     assert one == other
 
 
@@ -468,10 +469,10 @@ def share_a_word(looks) -> bool:
 
 def test_full_size_coarse_splits():
     config = config_of("coarse")
-    world, used, before = shapes.World(config), set(), set()
+    used, before = set(), set()
     for split, queries in (("test", 2000), ("validation", 1000), ("train", 40_000)):
-        drawn = shapes.make_split(world, split, used)
-        scenes = [scene_of(shapes.describe_scene(scene)) for scene in drawn.scenes]
+        drawn = shapes.make_split(config, split, used)
+        scenes = [scene_of(shapes_scenes.describe_scene(scene)) for scene in drawn.scenes]
         assert len(scenes) == len(set(scenes)) > {"test": 5000, "validation": 2000}.get(split, 25e3)
         contents = Counter(map(content, scenes))
         assert not before & contents.keys()
@@ -583,7 +584,7 @@ def test_images_show_the_objects_and_nothing_else(data):
         assert image.shape == (72, 72, 3)
         there = {cell for cell, _ in scene_of(item["attributes"])}
         for cell, pixels in cells_of(image):
-            off = np.abs(pixels - shapes.BACKGROUND).max(-1) > 20
+            off = np.abs(pixels - shapes_scenes.BACKGROUND).max(-1) > 20
             assert (off.sum() >= 20) == (cell in there), (item["id"], cell)
             assert off.any() == (cell in there)
 
@@ -594,22 +595,21 @@ def test_plain_objects_have_their_color(data):
         for cell, thing in scene_of(item["attributes"]):
             if thing.fill == "plain":
                 center = pixels[cell][9, 9]
-                np.testing.assert_array_equal(center, shapes.HARD_COLORS[thing.color])
+                np.testing.assert_array_equal(center, shapes_scenes.HARD_COLORS[thing.color])
 
 
 def test_any_two_objects_look_different():
-    world = shapes.World(config_of("hard_smoke"))
     things = [
-        shapes.Thing(size, color, shape, fill)
-        for size in shapes.SIZES
-        for color in shapes.HARD_COLORS
-        for shape in shapes.HARD_SHAPES
-        for fill in shapes.FILLS
+        shapes_scenes.Thing(size, color, shape, fill)
+        for size in shapes_scenes.SIZES
+        for color in shapes_scenes.HARD_COLORS
+        for shape in shapes_scenes.HARD_SHAPES
+        for fill in shapes_scenes.FILLS
     ]
     drawn = []
     for thing in things:
-        alpha, color = world._sprite(thing, 24)
-        drawn.append(alpha * color + (1 - alpha) * np.array(shapes.BACKGROUND))
+        alpha, color = shapes_scenes.sprite_of(thing, 24)
+        drawn.append(alpha * color + (1 - alpha) * np.array(shapes_scenes.BACKGROUND))
     flat = np.stack(drawn).reshape(len(things), -1)
     for i, thing in enumerate(things):
         differing = (np.abs(flat - flat[i]) > 15).sum(1)
@@ -619,11 +619,10 @@ def test_any_two_objects_look_different():
 
 
 def test_large_is_larger_than_small():
-    world = shapes.World(config_of("hard_smoke"))
-    for shape in shapes.HARD_SHAPES:
+    for shape in shapes_scenes.HARD_SHAPES:
         area = {
-            size: world._sprite(shapes.Thing(size, "red", shape), 24)[0].sum()
-            for size in shapes.SIZES
+            size: shapes_scenes.sprite_of(shapes_scenes.Thing(size, "red", shape), 24)[0].sum()
+            for size in shapes_scenes.SIZES
         }
         assert area["large"] > 2 * area["small"]
 
