@@ -14,11 +14,15 @@ import zlib
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from dqe_jax.data import examples
 from dqe_jax.data.builders import fashion_products as fp
 from dqe_jax.data.builders import fashion_texts
+from dqe_jax.data.builders.fashion_queries import Product, asked_values, make_queries, neighbours
+from dqe_jax.data.builders.fashion_raw import Photos
+from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, KINDS, NA, TWO_CHANGES
 from dqe_jax.data.photos import decode_photo
 from dqe_jax.utils import errors
 
@@ -121,12 +125,12 @@ def everything(builder, *, images=False):
     return {split: records(builder, split, images=images) for split in builder.info.splits}
 
 
-def values_of(item, relevant=fp.ATTRIBUTES):
+def values_of(item, relevant=ATTRIBUTES):
     stated = dict(pair.split("=", 1) for pair in item["attributes"])
-    return tuple(stated[name] if name in relevant else None for name in fp.ATTRIBUTES)
+    return tuple(stated[name] if name in relevant else None for name in ATTRIBUTES)
 
 
-def check_properties(data, relevant=fp.ATTRIBUTES):
+def check_properties(data, relevant=ATTRIBUTES):
     """What holds for every copy; `valid` against all tuples of the gallery."""
     asked = {}
     for split in examples.SPLITS:
@@ -146,9 +150,9 @@ def check_properties(data, relevant=fp.ATTRIBUTES):
             old, new = tuples[reference], tuples[target]
             changed = fashion_texts.changes(old, new)
             assert 1 <= len(changed) <= 2
-            assert query["attributes"] == [f"{fp.ATTRIBUTES[i]}={new[i]}" for i in changed]
-            one = fp.KINDS[fp.ATTRIBUTES[changed[0]]]
-            assert query["kinds"] == [one if len(changed) == 1 else fp.TWO_CHANGES]
+            assert query["attributes"] == [f"{ATTRIBUTES[i]}={new[i]}" for i in changed]
+            one = KINDS[ATTRIBUTES[changed[0]]]
+            assert query["kinds"] == [one if len(changed) == 1 else TWO_CHANGES]
             assert query["valid"] == by_tuple[new]
             assert query["targets"][0] == target
             assert len(set(query["targets"])) == len(query["targets"])
@@ -206,7 +210,7 @@ def test_properties_of_made_copy(made):
 
 def test_images_are_the_photos(made):
     raw, builder = made
-    photos = fp.Photos(fp.epath.Path(raw))
+    photos = Photos(epath.Path(raw))
     item = builder.as_data_source("test_gallery")[3]
     expected, _ = decode_photo(photos.read(item["id"].decode()), SIZE, "pad", 512)
     np.testing.assert_array_equal(item["image"][0], expected)
@@ -314,7 +318,7 @@ def test_coarse_relevance_is_of_article_and_color_alone(two):
             words = query["texts"][0].replace(",", "").split()
             others = ("men", "women", "summer", "fall", "casual", "sports", "sporty")
             assert not {word.removesuffix("'s") for word in words}.intersection(others)
-            assert query["kinds"][0] in ("color", "article", fp.TWO_CHANGES)
+            assert query["kinds"][0] in ("color", "article", TWO_CHANGES)
     fine_valid = [len(query["valid"]) for query in records(fine, "train")]
     assert statistics.median(valid["train"]) > 4 * statistics.median(fine_valid)
     assert max(len(query["targets"]) for query in data["train"]) == 1
@@ -355,14 +359,14 @@ def test_identical_photos_share_split_and_photo(tmp_path):
 
 
 def product(i, *values, photo=None):
-    return fp.Product(str(i), values, i if photo is None else photo)
+    return Product(str(i), values, i if photo is None else photo)
 
 
 def test_targets_hold_copies_of_the_target():
     old = ("Red", "Tshirts", "Men", "Casual", "Fall")
     new = ("Blue", *old[1:])
     products = [product(0, *old), *(product(i, *new, photo=1) for i in (1, 2)), product(3, *new)]
-    queries, dropped = fp.make_queries(products, 2)
+    queries, dropped = make_queries(products, 2)
     (query,) = [query for query in queries if query.reference == 0]
     assert dropped == 0
     assert query.valid == [1, 2, 3]
@@ -378,7 +382,7 @@ def test_targets_hold_answers_to_the_same_question():
     # Forty products with one photo ask for the same in few words: some of them in the same.
     products = [product(i, *old, photo=0) for i in range(40)]
     products += [product(i, *new) for i in range(40, 60)]
-    queries, _ = fp.make_queries(products, 1)
+    queries, _ = make_queries(products, 1)
     answers = collections.defaultdict(set)
     for query in queries[:40]:
         answers[query.texts[0]].add(query.target)
@@ -394,8 +398,8 @@ def test_targets_hold_answers_to_the_same_question():
 def test_copy_of_the_reference_is_never_a_target():
     old = ("Red", "Tshirts", "Men", "Casual", "Fall")
     blue = ("Blue", *old[1:])
-    assert fp.make_queries([product(0, *old), product(1, *blue, photo=0)], 2) == ([], 0)
-    queries, _ = fp.make_queries(
+    assert make_queries([product(0, *old), product(1, *blue, photo=0)], 2) == ([], 0)
+    queries, _ = make_queries(
         [product(0, *old), product(1, *blue, photo=0), product(2, *blue), product(3, *old)], 2
     )
     assert {(query.reference, query.target) for query in queries} == {(2, 3), (3, 2)}
@@ -416,7 +420,7 @@ def random_products(count, seed=0):
 
 def test_neighbours_equal_brute_force():
     tuples = {p.values for p in random_products(120)}
-    found = fp.neighbours(tuples)
+    found = neighbours(tuples)
     assert found.keys() == tuples
     for values in tuples:
         expected = collections.defaultdict(list)
@@ -427,24 +431,24 @@ def test_neighbours_equal_brute_force():
 
 
 def test_kinds_are_balanced():
-    queries, _ = fp.make_queries(random_products(600), 8)
+    queries, _ = make_queries(random_products(600), 8)
     kinds = collections.Counter(query.kinds[0] for query in queries)
-    assert kinds.keys() == {*fp.KINDS.values(), fp.TWO_CHANGES}
-    assert 0.25 < kinds.pop(fp.TWO_CHANGES) / len(queries) < 0.36
+    assert kinds.keys() == {*KINDS.values(), TWO_CHANGES}
+    assert 0.25 < kinds.pop(TWO_CHANGES) / len(queries) < 0.36
     # Though five colors can be asked for, and only one other gender.
     assert kinds["color"] < 3 * kinds["gender"]
 
 
 def test_unknown_values_are_dropped():
     products = random_products(200)
-    queries, none = fp.make_queries(products, 2)
-    asked = fp.asked_values(queries)
+    queries, none = make_queries(products, 2)
+    asked = asked_values(queries)
     assert none == 0
     known = asked - {("baseColour", "a0")}
-    kept, dropped = fp.make_queries(products, 2, known)
+    kept, dropped = make_queries(products, 2, known)
     assert dropped > 0
     assert len(kept) == len(queries) - dropped
-    assert fp.asked_values(kept) == known
+    assert asked_values(kept) == known
     assert {q.texts[0] for q in kept} <= {q.texts[0] for q in queries}
 
 
@@ -486,7 +490,7 @@ def test_texts_vary_and_say_the_change():
         assert any(named)
         assert not all(named)
         # A value that is not stated is said so, and never named as the old one.
-        unstated = (*old[:position], fp.NA, *old[position + 1 :])
+        unstated = (*old[:position], NA, *old[position + 1 :])
         for text in [fashion_texts.modification(old, unstated, rng) for _ in range(20)]:
             assert any(word in text for word in ("stated", "any given"))
         for text in [fashion_texts.modification(unstated, new, rng) for _ in range(50)]:
@@ -587,7 +591,7 @@ def test_missing_table(tmp_path):
     check_error(tmp_path / "raw", tmp_path, "raw has no styles.csv")
 
 
-@pytest.mark.parametrize("column", ["id", *fp.ATTRIBUTES])
+@pytest.mark.parametrize("column", ["id", *ATTRIBUTES])
 def test_missing_column(tmp_path, column):
     columns = ["other" if name == column else name for name in COLUMNS]
     write(tmp_path / "raw", made_rows(3), {}, columns=columns)
@@ -664,7 +668,7 @@ def test_other_modes_become_rgb():
 def test_hidden_files_of_an_archive_are_no_photos(tmp_path):
     rows = made_rows(3)
     raw = write(tmp_path / "raw", rows, made_photos(rows) | {"._10000": b"fork"})
-    assert fp.Photos(fp.epath.Path(raw)).sizes.keys() == {row[0] for row in rows}
+    assert Photos(epath.Path(raw)).sizes.keys() == {row[0] for row in rows}
 
 
 # --- The real photos ------------------------------------------------------------------------------
@@ -685,9 +689,9 @@ def test_real_photos(tmp_path):
     # Reading all queries of train takes long: they are made again from the gallery, and a sample of
     # those stored is compared.
     products = [
-        fp.Product(item["id"], values_of(item), item["photo"]) for item in data["train_gallery"]
+        Product(item["id"], values_of(item), item["photo"]) for item in data["train_gallery"]
     ]
-    made_again, _ = fp.make_queries(products, fp.QUERIES_PER_REFERENCE["train"])
+    made_again, _ = make_queries(products, fp.QUERIES_PER_REFERENCE["train"])
     data["train"] = [
         {k: v for k, v in query.record().items() if k != "image"} for query in made_again
     ]
@@ -702,7 +706,7 @@ def test_real_photos(tmp_path):
         dataclasses.replace(product, values=values_of(item, relevant))
         for product, item in zip(products, data["train_gallery"])
     ]
-    coarse, _ = fp.make_queries(alike, fp.QUERIES_PER_REFERENCE["train"])
+    coarse, _ = make_queries(alike, fp.QUERIES_PER_REFERENCE["train"])
     valid = [len(query.valid) for query in coarse]
     assert (len(coarse), statistics.median(valid), max(valid)) == (46121, 28, 198)
     for split, products, queries in (
@@ -712,14 +716,14 @@ def test_real_photos(tmp_path):
     ):
         assert splits[split]["products"] == products
         assert splits[split]["queries"] == len(data[split]) == queries
-        two = splits[split]["kinds"][fp.TWO_CHANGES]
+        two = splits[split]["kinds"][TWO_CHANGES]
         assert two / queries < 0.35
-        assert splits[split]["kinds"].keys() == {*fp.KINDS.values(), fp.TWO_CHANGES}
+        assert splits[split]["kinds"].keys() == {*KINDS.values(), TWO_CHANGES}
     # No two values of an attribute have the same words, or texts would be ambiguous.
     values = collections.defaultdict(set)
     for split in examples.SPLITS:
         for item in data[examples.gallery_split(split)]:
-            for name, value in zip(fp.ATTRIBUTES, values_of(item)):
+            for name, value in zip(ATTRIBUTES, values_of(item)):
                 values[name].add(value)
     for name, those in values.items():
         words = {tuple(fashion_texts._words(name, value).values()) for value in those}

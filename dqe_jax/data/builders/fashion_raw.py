@@ -1,0 +1,208 @@
+"""The raw directory of `fashion_products`: its table, its photos, and these decoded."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+import numpy as np
+from etils import epath
+
+from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, NA
+from dqe_jax.data.photos import MAX_BYTES, decode_photo
+from dqe_jax.utils import errors
+
+# Photos are decoded at the smallest JPEG scale of at least this many pixels a side, whatever the
+# size asked for, so that which photos are identical does not depend on that size.
+DECODE_SIDE = 512
+_DECODE_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Styles:
+    """Rows of `styles.csv`, by column; and the ids of rows that were left out, by reason."""
+
+    rows: list[dict[str, str]]
+    duplicate_ids: list[str]
+    incomplete_ids: list[str]
+
+
+def read_styles(path: epath.Path) -> Styles:
+    """Reads the attribute table, with any line ends.
+
+    Returns:
+        The rows with a distinct id, in order, empty values as `NA`.
+
+    Raises:
+        errors.UserError: A column that is needed is missing.
+    """
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    # Not the csv module: a product name that opens with a quote would swallow the rows after it.
+    # Not splitlines: it also splits at characters that names may hold.
+    lines = [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+    header = [_clean(column) for column in lines[0].split(",")] if lines else []
+    for column in ("id", *ATTRIBUTES):
+        if column not in header:
+            raise errors.UserError(
+                f"{path} has no column {column!r}; it has {', '.join(header) or 'none'}, so give a "
+                "directory with the published styles.csv by --data_dir."
+            )
+    rows: dict[str, dict[str, str]] = {}
+    duplicates, incomplete = [], []
+    for line in lines[1:]:
+        fields = [_clean(field) for field in line.split(",", len(header) - 1)]
+        row = dict(zip(header, fields))
+        row_id = row.get("id", "")
+        if len(fields) < len(header) or not row_id:
+            incomplete.append(row_id)
+        elif row_id in rows:
+            duplicates.append(row_id)
+        else:
+            rows[row_id] = {column: value or NA for column, value in row.items()}
+    return Styles(list(rows.values()), duplicates, incomplete)
+
+
+def _clean(field: str) -> str:
+    field = field.strip()
+    if len(field) >= 2 and field[0] == field[-1] == '"':
+        field = field[1:-1]
+    return " ".join(field.split())
+
+
+class Photos:
+    """The photos of a raw directory, by id, from `images.tar` or the folder `images/`."""
+
+    def __init__(self, raw_dir: epath.Path):
+        """Lists the photos.
+
+        Raises:
+            errors.UserError: Neither form is there, or the archive is damaged.
+        """
+        self._tar = raw_dir / "images.tar"
+        self._folder = raw_dir / "images"
+        self._offsets: dict[str, int] | None = None
+        self._file: IO[bytes] | None = None
+        self.sizes: dict[str, int] = {}
+        if self._tar.exists():
+            self._offsets = {}
+            try:
+                # "r:" refuses compression, which has no random access.
+                with self._tar.open("rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
+                    for member in tar:
+                        photo_id = _photo_id(member.name)
+                        if member.isreg() and photo_id is not None:
+                            self._offsets[photo_id] = member.offset_data
+                            self.sizes[photo_id] = member.size
+            except (tarfile.TarError, EOFError, OSError) as e:
+                raise errors.UserError(
+                    f"{self._tar} is not a complete uncompressed tar archive ({e}); copy it "
+                    f"again, or unpack the photos to {self._folder}/ and remove it."
+                ) from e
+        elif self._folder.is_dir():
+            for path in self._folder.iterdir():
+                photo_id = _photo_id(path.name)
+                if photo_id is not None:
+                    self.sizes[photo_id] = path.stat().length
+        else:
+            raise errors.UserError(
+                f"{raw_dir} has neither images.tar nor a folder images/; put the photos there as "
+                "images/<id>.jpg, or give another directory by --data_dir."
+            )
+
+    def read(self, photo_id: str) -> bytes:
+        """Bytes of a photo. Not thread-safe.
+
+        Raises:
+            ValueError: There is no such photo, or it is too large to be one.
+        """
+        if photo_id not in self.sizes:
+            raise ValueError("is missing")
+        if self.sizes[photo_id] > MAX_BYTES:
+            raise ValueError(f"has {self.sizes[photo_id]} bytes")
+        if self._offsets is None:
+            return (self._folder / f"{photo_id}.jpg").read_bytes()
+        if self._file is None:
+            self._file = self._tar.open("rb")
+        self._file.seek(self._offsets[photo_id])
+        return self._file.read(self.sizes[photo_id])
+
+    def close(self) -> None:
+        """Closes the archive; a later read opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _photo_id(name: str) -> str | None:
+    base = name.rsplit("/", 1)[-1]
+    # Hidden files are the resource forks that some systems add to archives.
+    if base.startswith(".") or not base.endswith(".jpg"):
+        return None
+    return base.removesuffix(".jpg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A decoded photo, or the reason why there is none."""
+
+    image: np.ndarray | None = None
+    pixels: str = ""  # Digest of the pixels: equal for identical photos.
+    content: str = ""  # Digest of the bytes: the same with any version of the decoder.
+    reason: str = ""
+
+
+def _decode(data: bytes, image_size: int, preprocess: str) -> Decoded:
+    try:
+        image, pixels = decode_photo(data, image_size, preprocess, DECODE_SIDE)
+    except Exception as e:  # Decoders of damaged files raise nearly anything.
+        return Decoded(reason=f"does not decode ({' '.join(str(e).split())[:80]})")
+    return Decoded(image, pixels, hashlib.sha256(data).hexdigest())
+
+
+def decode_all(
+    photos: Photos, ids: Iterable[str], image_size: int, preprocess: str
+) -> Iterator[Decoded]:
+    """Decodes photos in order, in threads (decoders release the interpreter lock)."""
+    pending: collections.deque[concurrent.futures.Future[Decoded]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        for photo_id in ids:
+            try:
+                pending.append(pool.submit(_decode, photos.read(photo_id), image_size, preprocess))
+            except (ValueError, OSError) as e:
+                failed: concurrent.futures.Future[Decoded] = concurrent.futures.Future()
+                failed.set_result(Decoded(reason=str(e)))
+                pending.append(failed)
+            # A bounded number in flight: the encoded photos of a large set do not fit in memory.
+            if len(pending) >= 8 * _DECODE_THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    photos.close()
+
+
+class ImageFile:
+    """Images of one shape in a temporary file: those of a large set do not fit in memory."""
+
+    def __init__(self, image_size: int):
+        """Makes the file, for images uint8 `[image_size, image_size, 3]`."""
+        self._shape = (image_size, image_size, 3)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (as long-lived as the object)
+        self._count = 0
+
+    def append(self, image: np.ndarray) -> int:
+        """Adds an image, and returns its index."""
+        self._file.seek(self._count * int(np.prod(self._shape)))
+        self._file.write(image.tobytes())
+        self._count += 1
+        return self._count - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        size = int(np.prod(self._shape))
+        self._file.seek(index * size)
+        return np.frombuffer(self._file.read(size), np.uint8).reshape(self._shape)
