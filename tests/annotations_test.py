@@ -14,17 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from dqe_jax.data.annotations import (
-    BENCHMARKS,
-    circo,
-    cirr,
-    fashioniq,
-    hp_fashioniq,
-    read_labels,
-    split_of,
-    triplets,
-)
+from dqe_jax.data.annotations import circo, cirr, fashioniq, hp_fashioniq, triplets
 from dqe_jax.data.annotations.schema import MALFORMED, UNKNOWN_IMAGE
+from dqe_jax.data.datasets import DATASETS, split_of
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
 
@@ -36,7 +28,8 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published annotat
 
 @functools.cache
 def real(dataset, split):
-    return read_labels(dataset, RawFiles(REAL / dataset), split)
+    files = RawFiles(REAL / dataset)
+    return DATASETS[dataset].raw.read_labels(files, split_of(dataset, split))
 
 
 def published(name):
@@ -401,7 +394,8 @@ BAD = [
 def test_a_malformed_record_is_dropped_alone(tmp_path, dataset, record):
     make, sound, split, file = MADE[dataset]
     files = make(tmp_path, [record, sound])
-    for read in (BENCHMARKS[dataset].read(files, split), read_labels(dataset, files, split)):
+    raw = DATASETS[dataset].raw
+    for read in (raw.read(files, split), raw.read_labels(files, split)):
         assert read.dropped == {MALFORMED: [f"{file}:0"]}
         assert len(read.queries) == 1
         assert read.official_queries == 2
@@ -421,7 +415,7 @@ def test_a_malformed_record_is_dropped_alone(tmp_path, dataset, record):
 )
 def test_a_record_with_an_unknown_image_is_dropped(tmp_path, dataset, change):
     make, sound, split, file = MADE[dataset]
-    read = BENCHMARKS[dataset].read(make(tmp_path, [sound, sound | change]), split)
+    read = DATASETS[dataset].raw.read(make(tmp_path, [sound, sound | change]), split)
     assert read.dropped == {UNKNOWN_IMAGE: [f"{file}:1"]}
     assert len(read.queries) == 1
 
@@ -429,7 +423,7 @@ def test_a_record_with_an_unknown_image_is_dropped(tmp_path, dataset, change):
 @pytest.mark.parametrize("dataset", ["cirr", "circo"])
 def test_a_repeated_query_id_is_malformed(tmp_path, dataset):
     make, sound, split, file = MADE[dataset]
-    read = BENCHMARKS[dataset].read(make(tmp_path, [sound, sound]), split)
+    read = DATASETS[dataset].raw.read(make(tmp_path, [sound, sound]), split)
     assert read.dropped == {MALFORMED: [f"{file}:1"]}
     assert len(read.queries) == 1
 
@@ -482,7 +476,7 @@ def test_a_bad_file_is_an_error(tmp_path, dataset, file, content, sentence):
     make(tmp_path, [sound])
     path = write(tmp_path / file, content)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}:? {sentence}"):
-        BENCHMARKS[dataset].read(RawFiles(tmp_path), split)
+        DATASETS[dataset].raw.read(RawFiles(tmp_path), split)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +496,7 @@ def test_a_missing_file_is_named(tmp_path, dataset, file):
     (tmp_path / file).unlink()
     name = re.escape(Path(file).name)
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} lacks the file {name}; put"):
-        BENCHMARKS[dataset].read(RawFiles(tmp_path), split)
+        DATASETS[dataset].raw.read(RawFiles(tmp_path), split)
 
 
 # ----------------------------------------------------------------------------------------- names
@@ -535,7 +529,7 @@ def test_split_names(dataset, name, ours):
         ("triplets", "", r"triplets has no split ''; it has train, validation, test\."),
         (
             *("coco", "val"),
-            r"There is no data set 'coco'; known are fashioniq, cirr, circo, triplets\.",
+            r"There is no data set 'coco'; known are shapes, fashion_products, fashioniq, .*\.",
         ),
     ],
 )
@@ -545,10 +539,11 @@ def test_unknown_names(dataset, name, sentence):
 
 
 def test_stems_and_galleries():
-    assert BENCHMARKS["circo"].stem("8") == "000000000008"
+    assert DATASETS["circo"].raw.stem("8") == "000000000008"
     for name in ("fashioniq", "cirr", "triplets"):
-        assert BENCHMARKS[name].stem("0123") == "0123"
-    assert {name: b.shared_gallery for name, b in BENCHMARKS.items()} == {
+        assert DATASETS[name].raw.stem("0123") == "0123"
+    found = {name: info.raw.shared_gallery for name, info in DATASETS.items() if info.raw}
+    assert found == {
         "fashioniq": False,
         "cirr": False,
         "circo": True,

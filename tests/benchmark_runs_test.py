@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 from small_runs import compiled_once, import_binary
 
 from configs import circo, cirr, common, fiq, triplets
-from dqe_jax.data import annotations, preparation
+from dqe_jax.data import datasets, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.evaluation import predictions
 from dqe_jax.training import loop
@@ -55,7 +55,7 @@ def base(tmp_path_factory):
             image_size=SIZE,
             preprocess={"fashioniq": "target_pad", "triplets": "pad"}.get(dataset, "squash"),
             raw_dir=str(base / "raw" / dataset),
-            splits=tuple(annotations.BENCHMARKS[dataset].splits),
+            splits=tuple(datasets.DATASETS[dataset].splits),
             num_workers=1,
         )
         preparation.prepare(builder)
@@ -256,7 +256,7 @@ def test_rankings_do_not_depend_on_devices(base, cirr_run, call):
 
 
 def test_captions_in_both_orders(base):
-    from dqe_jax.data import datasets, splits
+    from dqe_jax.data import splits
     from dqe_jax.data.text import encode_texts, encode_wordings
     from dqe_jax.data.tokenizer import train_word_tokenizer
 

@@ -14,7 +14,6 @@ from PIL import Image
 
 from configs import circo, cirr, common, fiq, fiq_clip, triplets
 from dqe_jax.data import datasets, preparation, preprocess, splits
-from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.data.builders import benchmarks
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.photos import load_photo, load_photos
@@ -455,9 +454,10 @@ def test_a_damaged_report_is_named(tmp_path):
 def test_the_defaults_are_those_of_the_configs():
     for module in (fiq, fiq_clip, cirr, circo, triplets):
         data = module.get_config().data
-        assert BENCHMARKS[data.dataset].preprocess == data.preprocess
+        assert datasets.DATASETS[data.dataset].raw.preprocess == data.preprocess
         assert data.image_size == 224
-    assert set(BENCHMARKS) <= set(datasets.DATASETS)
-    assert {b.preprocess for b in BENCHMARKS.values()} <= set(preprocess.PREPROCESS)
+    prepared_first = {name: info.raw for name, info in datasets.DATASETS.items() if info.raw}
+    assert set(prepared_first) == set(benchmarks.BUILDERS)
+    assert {raw.preprocess for raw in prepared_first.values()} <= set(preprocess.PREPROCESS)
     assert common.get_config().data.prepared_dir == "~/.cache/dqe_jax"
     assert os.path.expanduser("~") not in common.get_config().data.prepared_dir

@@ -9,11 +9,14 @@ import dataclasses
 import json
 import pathlib
 import random
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 
+from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
 from dqe_jax.evaluation import metrics, predictions, protocols, submissions
 from dqe_jax.utils.errors import UserError
@@ -337,9 +340,24 @@ def test_unlabelled_queries_are_not_measured():
     assert (got["queries"], got["queries_without_target"], got["R@1"]) == (1, 1, 1)
 
 
+def test_scoring_predictions_imports_neither_jax_nor_tfds():
+    code = (
+        "import sys, dqe_jax.evaluation.predictions\n"
+        "print({'jax', 'tensorflow_datasets', 'grain'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
 def test_protocols():
-    for (dataset, variant), protocol in protocols.PROTOCOLS.items():
-        assert protocols.protocol_of(dataset, variant) is protocol
+    used = {
+        protocols.protocol_of(dataset, variant).name
+        for dataset, info in DATASETS.items()
+        for variant in info.protocols
+    }
+    assert used == set(protocols.PROTOCOLS)
+    for name, protocol in protocols.PROTOCOLS.items():
+        assert name == protocol.name
         assert protocol.note
         assert "\n" not in protocol.note
     names = {protocol.name for protocol in protocols.PROTOCOLS.values()}

@@ -1,5 +1,6 @@
 """Training from end to end: what a run writes, resuming, and that it learns."""
 
+import dataclasses
 import json
 
 import jax
@@ -141,7 +142,8 @@ def test_it_learns(base, monkeypatch):
             config=variant, data_dir=prepared_dir, file_format="array_record"
         )
 
-    monkeypatch.setitem(datasets.DATASETS, "shapes", builder)
+    info = dataclasses.replace(datasets.DATASETS["shapes"], open=builder)
+    monkeypatch.setitem(datasets.DATASETS, "shapes", info)
     config = config_of(base, total_steps=160, log_every=1, eval_every=160, checkpoint_every=160)
     config.num_devices = 1
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 10

@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from dqe_jax.config import check_batch, check_config
+    from dqe_jax.data.datasets import DATASETS
     from dqe_jax.performance.planning import compiler, programs, table
 
     config = _CONFIG.value
@@ -81,7 +82,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--compiler_option: give NAME=VALUE.")
     options = dict(compiler.QUICK) if _QUICK.value else {}
     options |= {k: _number(v) for k, _, v in (option.partition("=") for option in _OPTIONS.value)}
-    gallery = _GALLERY.value or programs.GALLERY.get(config.data.dataset, programs.OTHER_GALLERY)
+    known = DATASETS[config.data.dataset].train_gallery
+    gallery = _GALLERY.value or known or programs.OTHER_GALLERY
     output = pathlib.Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output={_OUTPUT.value}: there is no directory {output.parent}.")

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from dqe_jax.data.annotations import BENCHMARKS, split_of
+from dqe_jax.data.datasets import DATASETS, split_of
 from dqe_jax.data.preprocess import PREPROCESS
 from dqe_jax.utils.errors import UserError
 
-_DATASET = flags.DEFINE_enum("dataset", None, sorted(BENCHMARKS), "Data set.")
+_NAMES = sorted(name for name in DATASETS if DATASETS[name].must_be_prepared)
+_DATASET = flags.DEFINE_enum("dataset", None, _NAMES, "Data set.")
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory of the raw files, in any folders below.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/dqe_jax", "Where the prepared data go.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Pixels a side of the stored images.", 8)
@@ -42,14 +43,15 @@ def main(argv: Sequence[str]) -> None:
     from dqe_jax.data.raw_files import RawFiles
 
     dataset = _DATASET.value
-    names = _SPLITS.value or BENCHMARKS[dataset].splits
+    info = DATASETS[dataset]
+    names = _SPLITS.value or info.splits
     splits = tuple(dict.fromkeys(split_of(dataset, name) for name in names))
     make = functools.partial(
         benchmarks.make_builder,
         dataset,
         _DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
-        preprocess=_PREPROCESS.value or BENCHMARKS[dataset].preprocess,
+        preprocess=_PREPROCESS.value or info.raw.preprocess,
         raw_dir=_RAW_DIR.value,
         splits=splits,
         num_workers=_NUM_WORKERS.value,

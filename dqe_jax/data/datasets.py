@@ -1,22 +1,30 @@
-"""Data sets by name: opens the TFDS builder that a config names.
+"""The data sets: what is known of each, and how the TFDS builder that a config names is opened.
 
-`shapes` and `fashion_products` are prepared on first use; the benchmarks and a user's own triplets
-by `python -m dqe_jax.prepare`, since that can take long and ends in a report to be read.
+`DATASETS` is the one place that lists them. `shapes` and `fashion_products` are prepared on first
+use; the benchmarks and a user's own triplets by `python -m dqe_jax.prepare`, since that can take
+long and ends in a report to be read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from dqe_jax.data import annotations, preparation
+from dqe_jax.data import preparation
+from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
+from dqe_jax.data.annotations.schema import RawFormat
 from dqe_jax.data.examples import SPLITS
 from dqe_jax.utils.errors import UserError
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds  # slow to import, and not needed to score predictions
 
-def _shapes(data: Any, prepared_dir: str) -> Any:
+
+def _shapes(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
     from dqe_jax.data.builders import shapes
 
     builder = shapes.make_builder(variant=data.variant, prepared_dir=prepared_dir)
@@ -29,7 +37,7 @@ def _shapes(data: Any, prepared_dir: str) -> Any:
     return builder
 
 
-def _fashion_products(data: Any, prepared_dir: str) -> Any:
+def _fashion_products(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
     from dqe_jax.data.builders import fashion_products
 
     if not data.data_dir:
@@ -52,7 +60,7 @@ def _fashion_products(data: Any, prepared_dir: str) -> Any:
     )
 
 
-def _benchmark(data: Any, prepared_dir: str) -> Any:
+def _benchmark(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
     """A benchmark, which must be prepared: in `data.data_dir` if that is given."""
     from dqe_jax.data.builders import benchmarks
 
@@ -81,31 +89,120 @@ def _benchmark(data: Any, prepared_dir: str) -> Any:
     return builder
 
 
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a data set.
+
+    Attributes:
+      name: by which `config.data.dataset` calls it.
+      open: its TFDS builder, of `config.data` and the directory of prepared data.
+      splits: our names of its splits, each with the official one.
+      protocols: names of the protocols of `evaluation/protocols.py` by which it is measured, by
+        `config.eval.protocol`; "original" is what is usual.
+      has_truth: whether all images that are in truth valid for a training query are known.
+      train_gallery: images of its training gallery, published or generated at the most; None where
+        it has none, or each user another.
+      server: where ranked lists are scored if labels are not public; None if they all are.
+      raw: how `dqe_jax.prepare` reads its raw files; None for what is prepared on first use.
+    """
+
+    name: str
+    open: Callable[[Any, str], tfds.core.DatasetBuilder]
+    splits: Mapping[str, str]
+    protocols: Mapping[str, str]
+    has_truth: bool = False
+    train_gallery: int | None = None
+    server: str | None = None
+    raw: RawFormat | None = None
+
+    @property
+    def must_be_prepared(self) -> bool:
+        """Whether `dqe_jax.prepare` has to run before the data set is used."""
+        return self.raw is not None
+
+
 DATASETS = {
-    "shapes": _shapes,
-    "fashion_products": _fashion_products,
-    "fashioniq": _benchmark,
-    "cirr": _benchmark,
-    "circo": _benchmark,
-    "triplets": _benchmark,
+    info.name: info
+    for info in (
+        DatasetInfo(
+            name="shapes",
+            open=_shapes,
+            splits={split: split for split in SPLITS},
+            protocols={"original": "plain"},
+            has_truth=True,
+            train_gallery=45_000,
+        ),
+        DatasetInfo(
+            name="fashion_products",
+            open=_fashion_products,
+            splits={split: split for split in SPLITS},
+            protocols={"original": "plain"},
+            has_truth=True,
+            train_gallery=44_000,
+        ),
+        DatasetInfo(
+            name="fashioniq",
+            open=_benchmark,
+            splits=fashioniq.SPLITS,
+            protocols={"original": "fashioniq-original", "val": "fashioniq-val"},
+            train_gallery=45_429,
+            raw=fashioniq.RAW,
+        ),
+        DatasetInfo(
+            name="cirr",
+            open=_benchmark,
+            splits=cirr.SPLITS,
+            protocols={"original": "cirr"},
+            train_gallery=16_939,
+            server="http://cirr.cecs.anu.edu.au",
+            raw=cirr.RAW,
+        ),
+        DatasetInfo(
+            name="circo",
+            open=_benchmark,
+            splits=circo.SPLITS,
+            protocols={"original": "circo"},
+            server="https://circo.micc.unifi.it",
+            raw=circo.RAW,
+        ),
+        DatasetInfo(
+            name="triplets",
+            open=_benchmark,
+            splits=triplets.SPLITS,
+            protocols={"original": "plain"},
+            raw=triplets.RAW,
+        ),
+    )
 }
 
 
 def split_of(dataset: str, name: str) -> str:
-    """Our name of a split that a user names, such as `validation` for `val`.
+    """Our name of a split.
+
+    Args:
+      dataset: a key of `DATASETS`.
+      name: ours (`validation`), the official one (`test1`), or `val`.
 
     Raises:
-      UserError: the data set has no such split.
+      UserError: there is no such data set, or it has no such split.
     """
-    if dataset in annotations.BENCHMARKS:
-        return annotations.split_of(dataset, name)
-    ours = {"val": "validation"}.get(name, name)
-    if ours not in SPLITS:
-        raise UserError(f"{dataset} has no split {name!r}; it has {', '.join(SPLITS)}.")
-    return ours
+    if dataset not in DATASETS:
+        raise UserError(f"There is no data set {dataset!r}; known are {', '.join(DATASETS)}.")
+    splits = DATASETS[dataset].splits
+    names = {official: ours for ours, official in splits.items()}
+    if "validation" in splits:
+        names["val"] = "validation"
+    names |= {ours: ours for ours in splits}
+    if name not in names:
+        known = ", ".join(
+            ours if ours == official else f"{ours} ({official})"
+            for ours, official in splits.items()
+        )
+        raise UserError(f"{dataset} has no split {name!r}; it has {known}.")
+    return names[name]
 
 
-def find_dataset(data: Any) -> Any:
+def find_dataset(data: Any) -> tfds.core.DatasetBuilder:
     """The TFDS builder of `config.data`, checked, and perhaps not prepared yet: takes no time.
 
     Raises:
@@ -120,10 +217,10 @@ def find_dataset(data: Any) -> Any:
             f"config.data.prepared_dir: cannot make {prepared_dir} ({error.strerror}); name a "
             "directory that is writable."
         ) from error
-    return DATASETS[data.dataset](data, os.fspath(prepared_dir))
+    return DATASETS[data.dataset].open(data, os.fspath(prepared_dir))
 
 
-def open_dataset(data: Any) -> Any:
+def open_dataset(data: Any) -> tfds.core.DatasetBuilder:
     """The prepared TFDS builder of `config.data`; raises as `find_dataset`."""
     builder = find_dataset(data)
     preparation.prepare(builder)

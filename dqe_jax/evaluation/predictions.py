@@ -28,8 +28,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dqe_jax.data.annotations import BENCHMARKS, read_labels
 from dqe_jax.data.annotations.schema import Annotations
+from dqe_jax.data.datasets import DATASETS, split_of
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.raw_files import RawFiles, read_json
 from dqe_jax.evaluation import protocols, submissions
@@ -46,7 +46,7 @@ def score(
     """Metrics of a file of predictions.
 
     Args:
-      dataset: a key of `dqe_jax.data.annotations.BENCHMARKS`.
+      dataset: one that is read from raw files.
       split: any name of it, such as `validation` or `val`.
       path: of the file, see the module.
       raw_dir: the directory with the annotation files.
@@ -60,11 +60,12 @@ def score(
       UserError: the file breaks a rule of the module, the split has no labels, or an annotation
         file cannot be used.
     """
-    if dataset not in BENCHMARKS:
-        known = ", ".join(BENCHMARKS)
+    raw = DATASETS[dataset].raw if dataset in DATASETS else None
+    if raw is None:
+        known = ", ".join(name for name, info in DATASETS.items() if info.raw)
         raise UserError(f"{dataset} is not scored from files of predictions; {known} are.")
     protocol = protocols.protocol_of(dataset, variant)
-    labels = read_labels(dataset, RawFiles(raw_dir), split)
+    labels = raw.read_labels(RawFiles(raw_dir), split_of(dataset, split))
     path = epath.Path(path).expanduser()
     content = read_json(path, dict)
     left_out = labels.official_queries - len(labels.queries)
@@ -123,7 +124,8 @@ def _refuse_unlabelled(
     labels: Annotations,
 ) -> NoReturn:
     """Raises an error: of a server's rule that the file breaks, else where to send the file."""
-    if dataset not in submissions.SERVERS:
+    server = DATASETS[dataset].server
+    if server is None:
         raise UserError(f"{dataset} {split} has no labels; score predictions of validation.")
     gallery_ids = None if dataset == "circo" else labels.images
     submissions.check_submission(
@@ -131,7 +133,7 @@ def _refuse_unlabelled(
     )
     raise UserError(
         f"The labels of {dataset} {split} are not public; {path} keeps the rules for submissions, "
-        f"so send it to {submissions.SERVERS[dataset]}."
+        f"so send it to {server}."
     )
 
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
 from dqe_jax.evaluation import metrics
 from dqe_jax.utils.errors import UserError
@@ -72,18 +73,18 @@ def protocol_of(dataset: str, variant: str = "original") -> Protocol:
     Raises:
       UserError: the data set is not known, is not ranked, or has no such variant.
     """
-    known = dict.fromkeys(name for name, _ in PROTOCOLS)
     if dataset == "hp_fashioniq":
         raise UserError(
             "hp_fashioniq holds preferences between two sets of images, not queries that are "
-            f"ranked; choose one of {', '.join(known)}."
+            f"ranked; choose one of {', '.join(DATASETS)}."
         )
-    if dataset not in known:
-        raise UserError(f"There is no data set {dataset!r}; choose one of {', '.join(known)}.")
-    if (dataset, variant) not in PROTOCOLS:
-        variants = ", ".join(repr(v) for name, v in PROTOCOLS if name == dataset)
+    if dataset not in DATASETS:
+        raise UserError(f"There is no data set {dataset!r}; choose one of {', '.join(DATASETS)}.")
+    names = DATASETS[dataset].protocols
+    if variant not in names:
+        variants = ", ".join(map(repr, names))
         raise UserError(f"{dataset} has no protocol {variant!r}; choose {variants}.")
-    return PROTOCOLS[dataset, variant]
+    return PROTOCOLS[names[variant]]
 
 
 def pool_rows(
@@ -371,13 +372,7 @@ _CIRCO = Protocol(
     headline=("mAP@5", "mAP@10", "mAP@25", "mAP@50", "R@5", "R@10", "R@25", "R@50"),
     note="CIRCO protocol: mAP@k over all ground truths, R@k of the single target",
 )
-# By data set and variant.
+# By name; which one is a data set's, `data/datasets.py` says.
 PROTOCOLS = {
-    ("shapes", "original"): _PLAIN,
-    ("fashion_products", "original"): _PLAIN,
-    ("triplets", "original"): _PLAIN,
-    ("fashioniq", "original"): _FASHIONIQ,
-    ("fashioniq", "val"): _FASHIONIQ_VAL,
-    ("cirr", "original"): _CIRR,
-    ("circo", "original"): _CIRCO,
+    protocol.name: protocol for protocol in (_PLAIN, _FASHIONIQ, _FASHIONIQ_VAL, _CIRR, _CIRCO)
 }

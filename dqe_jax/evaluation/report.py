@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import contact_sheet, protocols, submissions
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.utils.errors import UserError
@@ -115,7 +116,7 @@ def _write_submissions(
         )
         path = directory / f"{name}.{file}"
         write_json(path, content, indent=None)
-        logging.info("For %s: %s", submissions.SERVERS[dataset], path)
+        logging.info("For %s: %s", DATASETS[dataset].server, path)
 
 
 def table(result: Result, protocol: protocols.Protocol) -> str:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
 from dqe_jax.evaluation.protocols import SUBSET_KS, TOP_K, without_reference
 from dqe_jax.utils.errors import UserError
 
-# Where the labels are not public: the servers that score files.
-SERVERS = {"cirr": "http://cirr.cecs.anu.edu.au", "circo": "https://circo.micc.unifi.it"}
 CIRR_VERSION = "rc2"
 # CIRR's two metrics, with the length of their lists.
 CIRR_LENGTHS = {"recall": TOP_K, "recall_subset": max(SUBSET_KS)}
@@ -79,7 +78,7 @@ def check_submission(
     all of the gallery, which must hold that many. We never submit a query's own reference to CIRR.
 
     Args:
-      dataset: a key of `SERVERS`.
+      dataset: one that has a server.
       content: the object that is to be written.
       queries: of the split; their rows index `gallery_ids`.
       gallery_ids: ids of all images. None for CIRCO where the gallery is not known.
@@ -89,7 +88,7 @@ def check_submission(
       UserError: a rule is broken; it names the first and how many queries break it.
       ValueError: the data set has no server.
     """
-    if dataset not in SERVERS:
+    if DATASETS[dataset].server is None:
         raise ValueError(f"{dataset} has no submissions")
     lists, length, metric = dict(content), TOP_K, ""
     if dataset == "cirr":

@@ -48,6 +48,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dqe_jax.config import check_config, differences
+from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import protocols
 from dqe_jax.evaluation.report import write_json
 from dqe_jax.training import loop
@@ -69,7 +70,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trns-oracle": {"negatives.rule": "trns", "negatives.oracle": "mined"},
     "hardest-oracle": {"negatives.rule": "hardest", "negatives.oracle": "mined"},
 }
-TRUTH_KNOWN = ("shapes", "fashion_products")
 EQUAL = ("steps", "time")
 # Columns of the tables, and metrics of the plot, of those that the data set has.
 METRICS = ("R@1", "R@10", "mAP@10")
@@ -166,7 +166,7 @@ def choose_variants(names: Sequence[str], dataset: str = "shapes") -> tuple[str,
                 f"--variants: there is no variant {name!r}; choose of {', '.join(VARIANTS)}."
             )
     if not names:
-        tells = dataset in TRUTH_KNOWN
+        tells = DATASETS[dataset].has_truth
         names = [v for v, changes in VARIANTS.items() if tells or "negatives.oracle" not in changes]
     return tuple(v for v in VARIANTS if v in names or v == BASE)
 

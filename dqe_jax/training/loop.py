@@ -18,7 +18,6 @@ from dqe_jax import models
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_batch, check_config
 from dqe_jax.data import datasets
-from dqe_jax.data.annotations import BENCHMARKS
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
@@ -57,7 +56,7 @@ def train_and_evaluate(
     freeze.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
     devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices), jax.process_count())
-    if config.data.dataset in BENCHMARKS:
+    if datasets.DATASETS[config.data.dataset].must_be_prepared:
         datasets.find_dataset(config.data)  # before weights are downloaded for nothing
     path, lock = processes.leader_first(
         "workdir", lambda: claim_workdir(workdir, config, alone=processes.leads())

@@ -35,6 +35,7 @@ from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
     Annotations,
     Collector,
+    RawFormat,
     field,
     strings,
 )
@@ -116,3 +117,12 @@ def _targets(record: Any) -> tuple[str, ...]:
     if not all(type(truth) is int for truth in truths):
         raise ValueError("gt_img_ids must be a list of integers")
     return tuple(str(i) for i in dict.fromkeys((field(record, "target_img_id", int), *truths)))
+
+
+RAW = RawFormat(
+    read=read,
+    read_labels=functools.partial(read, gallery=False),
+    shared_gallery=True,
+    stem=stem,
+    preprocess="squash",
+)

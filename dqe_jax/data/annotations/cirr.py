@@ -33,6 +33,7 @@ from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
     Annotations,
     Collector,
+    RawFormat,
     field,
     filled,
     gallery,
@@ -88,3 +89,6 @@ def _targets(record: Any, reference: str, known: Container[str]) -> tuple[str, .
         if weight > 0 and image in known and image != reference
     ]
     return tuple(dict.fromkeys((filled(record, "target_hard"), *soft)))
+
+
+RAW = RawFormat(read=read, read_labels=read, shared_gallery=False, stem=str, preprocess="squash")

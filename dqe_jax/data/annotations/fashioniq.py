@@ -29,6 +29,7 @@ from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
     Annotations,
     Collector,
+    RawFormat,
     filled,
     gallery,
     strings,
@@ -77,3 +78,8 @@ def _query(index: int, record: Any, *, category: str, official: str) -> Annotate
         pool=category,
         kinds=(category,),
     )
+
+
+RAW = RawFormat(
+    read=read, read_labels=read, shared_gallery=False, stem=str, preprocess="target_pad"
+)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
 
 # Why a record is left out. Each is counted, named, and limited by --max_missing.
@@ -77,6 +78,26 @@ class Annotations:
     def official_queries(self) -> int:
         """Queries of the published file, sound or not."""
         return len(self.queries) + sum(len(names) for names in self.dropped.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class RawFormat:
+    """How the raw files of a data set are read.
+
+    Attributes:
+      read: gives the annotations of a split, by our name of it.
+      read_labels: the same to score files of predictions: images need not be listed where the
+        annotations do without, and then the pools are the images that the queries name.
+      shared_gallery: whether all splits rank one gallery.
+      stem: of an image id, what `RawFiles.image` is asked for.
+      preprocess: how photos become square by default, a name of `preprocess.PREPROCESS`.
+    """
+
+    read: Callable[[RawFiles, str], Annotations]
+    read_labels: Callable[[RawFiles, str], Annotations]
+    shared_gallery: bool
+    stem: Callable[[str], str]
+    preprocess: str
 
 
 class Collector:

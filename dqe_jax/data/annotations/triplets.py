@@ -64,6 +64,7 @@ from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
     Annotations,
     Collector,
+    RawFormat,
     field,
     filled,
     strings,
@@ -316,3 +317,6 @@ def _attributes(record: Any) -> tuple[str, ...]:
     if not all(name and part for name, _, part in (pair.partition("=") for pair in pairs)):
         raise ValueError("attributes must be name=value")
     return pairs
+
+
+RAW = RawFormat(read=read, read_labels=read, shared_gallery=True, stem=str, preprocess="pad")

@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 from etils import epath
 
 from dqe_jax.data import examples
-from dqe_jax.data.annotations import BENCHMARKS
-from dqe_jax.data.annotations.schema import AnnotatedQuery, Annotations
+from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
+from dqe_jax.data.annotations.schema import AnnotatedQuery, Annotations, RawFormat
 from dqe_jax.data.photos import Photo, load_photo, load_photos
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
@@ -46,8 +46,13 @@ class BenchmarkConfig(tfds.core.BuilderConfig):
 
 
 class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders share: one for each key of `annotations.BENCHMARKS`."""
+    """What the builders share.
 
+    Attributes:
+      raw: how the raw files are read.
+    """
+
+    raw: ClassVar[RawFormat]
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -61,29 +66,28 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing to download
-        benchmark, config = BENCHMARKS[self.name], self.builder_config
+        config = self.builder_config
         files = RawFiles(config.raw_dir)
         read = read_splits(self.name, files, config.splits)
         self.info.metadata.update(official={s: _facts(a) for s, a in read.items()})
         generators = {}
-        for name, parts in _galleries(read, benchmark.shared_gallery).items():
+        for name, parts in _galleries(read, self.raw.shared_gallery).items():
             generators[name] = self._gallery(files, parts)
         for split, part in read.items():
-            parts = read if benchmark.shared_gallery else {split: part}
+            parts = read if self.raw.shared_gallery else {split: part}
             generators[split] = self._generate_examples(_queries(part, _images(parts)))
         return generators
 
     def _gallery(self, files: RawFiles, parts: Mapping[str, Annotations]) -> Any:
         """Records of a gallery, as a generator or a Beam transform."""
         config, images = self.builder_config, _images(parts)
-        stem = BENCHMARKS[self.name].stem
         pools: dict[str, list[str]] = {}
         for part in parts.values():
             for pool, members in part.pools.items():
                 if pool:
                     for image in members:
                         pools.setdefault(image, []).append(pool)
-        paths = [files.image(stem(image)) for image in images]
+        paths = [files.image(self.raw.stem(image)) for image in images]
         how = (str(files.root), config.image_size, config.preprocess)
         if config.beam:
             import apache_beam as beam
@@ -100,12 +104,12 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def read_splits(dataset: str, files: RawFiles, splits: Sequence[str]) -> dict[str, Annotations]:
-    """The annotations of splits.
+    """The annotations of splits of a data set of `BUILDERS`.
 
     Raises:
       UserError: a file is missing or damaged, or a split has no sound record.
     """
-    read = {split: BENCHMARKS[dataset].read(files, split) for split in splits}
+    read = {split: BUILDERS[dataset].raw.read(files, split) for split in splits}
     for split, part in read.items():
         if not part.queries:
             why = [f"{len(v)} have {reason}: {v[0]}" for reason, v in part.dropped.items()]
@@ -182,24 +186,28 @@ class FashionIQ(Benchmark):
     """FashionIQ (Wu et al., CVPR 2021)."""
 
     name = "fashioniq"
+    raw = fashioniq.RAW
 
 
 class CIRR(Benchmark):
     """CIRR (Liu et al., ICCV 2021)."""
 
     name = "cirr"
+    raw = cirr.RAW
 
 
 class CIRCO(Benchmark):
     """CIRCO (Baldrati et al., ICCV 2023)."""
 
     name = "circo"
+    raw = circo.RAW
 
 
 class Triplets(Benchmark):
     """A user's own triplets."""
 
     name = "triplets"
+    raw = triplets.RAW
 
 
 BUILDERS = {cls.name: cls for cls in (FashionIQ, CIRR, CIRCO, Triplets)}

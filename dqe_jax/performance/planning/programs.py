@@ -22,13 +22,7 @@ from dqe_jax.training import bank_programs
 from dqe_jax.training.state import TrainState, make_optimizer
 from dqe_jax.training.step import make_step, uses_bank
 
-# Images of the training gallery: published ones, or as the data set is generated at the most.
-GALLERY = {
-    "fashioniq": 45_429,
-    "cirr": 16_939,
-    "shapes": 45_000,
-    "fashion_products": 44_000,
-}
+# Images of a training gallery of unknown size.
 OTHER_GALLERY = 20_000
 # Queries mined by one call at a refresh.
 MINED_AT_ONCE = 1024
