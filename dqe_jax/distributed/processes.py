@@ -45,25 +45,7 @@ def join(
     Raises:
       UserError: the arguments do not fit together, or the others did not come.
     """
-    given = {
-        "--coordinator": coordinator,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    explicit = len(missing) < len(given)
-    if explicit and missing:
-        raise UserError(
-            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id "
-            "belong together."
-        )
-    if explicit and not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process_id is {process_id}: with --num_processes={num_processes} it must be from "
-            f"0 to {num_processes - 1}."
-        )
-    if explicit and mode == "off":
-        raise UserError("--distributed=off and --coordinator contradict each other: drop one.")
+    explicit = _is_explicit(mode, coordinator, num_processes, process_id)
     # A batch script of Slurm has the count too, but only a task that srun started has a step.
     slurm = "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
     if mode == "off" or not (explicit or slurm or mode == "on"):
@@ -82,6 +64,37 @@ def join(
         ) from error
     if not leads():
         logging.set_verbosity(logging.WARNING)
+
+
+def _is_explicit(
+    mode: str, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> bool:
+    """Whether arguments say how the processes find each other.
+
+    Raises:
+      UserError: they do not fit together.
+    """
+    given = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if num_processes is None or process_id is None or missing:
+        if len(missing) == len(given):
+            return False
+        raise UserError(
+            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id "
+            "belong together."
+        )
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id is {process_id}: with --num_processes={num_processes} it must be from "
+            f"0 to {num_processes - 1}."
+        )
+    if mode == "off":
+        raise UserError("--distributed=off and --coordinator contradict each other: drop one.")
+    return True
 
 
 def leads() -> bool:

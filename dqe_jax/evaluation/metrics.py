@@ -12,17 +12,36 @@ each. All results are float64.
 
 `R@k` is recall for one target and the "hit rate" for several, as FashionIQ and CIRR report it; AP@k
 is that of CIRCO (Baldrati et al., 2023, arXiv:2303.15247, section 5).
+
+The keys of `summarize`:
+
+| key | mean of |
+| --- | --- |
+| `R@k` | the single target being among the first k |
+| `R_valid@k` | any valid target being among the first k |
+| `P@k`, `P@k_ceiling` | precision over valid targets, and its best value |
+| `mAP@k` | AP@k over valid targets |
+| `top1_is_reference` | the first result being the query's own reference image |
+| `queries` | (the number of queries) |
+| `queries_with_valid` | (the number of queries whose valid targets are known) |
+
+and the same for each kind of query under keys such as `R@1/color`, and for each attribute that the
+texts change under keys such as `P@10/attribute:color`, both in sorted order. A query counts once in
+each of its kinds and attributes; one without any counts in the total only. Metrics over valid
+targets are means over the queries whose valid targets are known, and are left out where there are
+none. Queries without a target are left out everywhere, and their number is
+`queries_without_target`, if there are any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 
 import numpy as np
 
 from dqe_jax.utils.errors import UserError
 
-Ragged = Sequence[Sequence[int]] | np.ndarray
+Ragged = Sequence[Sequence[int] | np.ndarray] | np.ndarray
 
 
 def pad_lists(rows: np.ndarray, k: int) -> np.ndarray:
@@ -39,7 +58,8 @@ def recall_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
         UserError: if `k` is larger than `K`.
         ValueError: if shapes do not fit together or a list repeats a row.
     """
-    return _hits(rows, targets, k)[0].any(axis=1).astype(np.float64)
+    hits, _ = _hits(rows, targets, k)
+    return np.asarray(hits.any(axis=1), np.float64)
 
 
 def precision_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
@@ -92,24 +112,7 @@ def summarize(
     ks: Sequence[int] = (1, 5, 10, 50),
     precision_ks: Sequence[int] = (10,),
 ) -> dict[str, float]:
-    """All metrics of a ranking as one flat dict: means over queries.
-
-    | key | mean of |
-    | --- | --- |
-    | `R@k` for each of `ks` | the single target being among the first k |
-    | `R_valid@k` for each of `ks` | any valid target being among the first k |
-    | `P@k`, `P@k_ceiling` for `precision_ks` | precision over valid targets, and its best value |
-    | `mAP@k` for `precision_ks` | AP@k over valid targets |
-    | `top1_is_reference` | the first result being the query's own reference image |
-    | `queries` | (the number of queries) |
-    | `queries_with_valid` | (the number of queries whose valid targets are known) |
-
-    and the same for each kind of query under keys such as `R@1/color`, and for each attribute that
-    the texts change under keys such as `P@10/attribute:color`, both in sorted order. A query counts
-    once in each of its kinds and attributes; one without any counts in the total only. Metrics over
-    valid targets are means over the queries whose valid targets are known, and are left out where
-    there are none. Queries without a target are left out everywhere, and their number is
-    `queries_without_target`, if there are any.
+    """All metrics of a ranking as one flat dict, see the module: means over queries.
 
     Args:
         rows: int `[Q, K]`, see the module.
@@ -126,54 +129,86 @@ def summarize(
         ValueError: if lengths do not fit together or no query has a target: a split without labels
             has no metrics.
     """
-    rows = np.asarray(rows)
-    columns = {"target": target, "valid": valid, "reference": reference}
-    columns |= {"kinds": kinds, "attributes": attributes}
-    nothing = [()] * len(rows)
-    columns = {name: nothing if values is None else values for name, values in columns.items()}
-    for name, values in columns.items():
-        if len(values) != len(rows):
-            raise ValueError(f"{name} has {len(values)} entries for {len(rows)} ranked lists")
-    if any(isinstance(entry, str) for entry in (*columns["kinds"], *columns["attributes"])):
+    rows, target, reference = np.asarray(rows), np.asarray(target), np.asarray(reference)
+    valid = [()] * len(rows) if valid is None else valid
+    attributes = [()] * len(rows) if attributes is None else attributes
+    _check_lengths(len(rows), target=target, valid=valid, reference=reference)
+    _check_lengths(len(rows), kinds=kinds, attributes=attributes)
+    if any(isinstance(entry, str) for entry in (*kinds, *attributes)):
         raise ValueError("kinds and attributes hold a sequence of strings for each query")
-    target, reference = np.asarray(target), np.asarray(reference)
     labelled = target >= 0
     if not labelled.any():
         raise ValueError("there are no queries with a target to summarize")
-
     values = {f"R@{k}": recall_at_k(rows, target, k) for k in ks}
     values["top1_is_reference"] = (rows[:, 0] >= 0) & (rows[:, 0] == reference)
     # Looking up valid rows is what takes time: once, for all metrics.
-    hits, num_valid = _hits(rows, columns["valid"], rows.shape[1])
-    over_valid = {}
-    if num_valid.any():
-        for k in precision_ks:
-            _check_cutoff(k, rows)
-            over_valid[f"P@{k}"] = hits[:, :k].sum(axis=1) / k
-            over_valid[f"P@{k}_ceiling"] = precision_ceiling(num_valid, k)
-            over_valid[f"mAP@{k}"] = _average_precision(hits[:, :k], num_valid)
-        over_valid |= {f"R_valid@{k}": hits[:, :k].any(axis=1) for k in ks}
-
-    names = [[pair.split("=")[0] for pair in pairs] for pairs in columns["attributes"]]
-    groups = {"": labelled}
-    groups |= {f"/{kind}": members for kind, members in group_members(kinds).items()}
-    groups |= {f"/attribute:{name}": members for name, members in group_members(names).items()}
-    summary = {}
-    for suffix, members in groups.items():
+    hits, num_valid = _hits(rows, valid, rows.shape[1])
+    over_valid = _over_valid(hits, num_valid, ks, precision_ks)
+    summary: dict[str, float] = {}
+    for suffix, members in _groups(kinds, attributes).items():
         members = members & labelled
-        known = members & (num_valid > 0)
-        if not members.any():
-            continue
-        for name, value in values.items():
-            summary[name + suffix] = float(value[members].mean())
-        if known.any():
-            for name, value in over_valid.items():
-                summary[name + suffix] = float(value[known].mean())
-            summary["queries_with_valid" + suffix] = int(known.sum())
-        summary["queries" + suffix] = int(members.sum())
+        means = _means(values, over_valid, members, members & (num_valid > 0))
+        summary |= {name + suffix: mean for name, mean in means.items()}
     if not labelled.all():
         summary["queries_without_target"] = int((~labelled).sum())
     return summary
+
+
+def _check_lengths(count: int, **columns: Sized) -> None:
+    for name, values in columns.items():
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} entries for {count} ranked lists")
+
+
+def _over_valid(
+    hits: np.ndarray, num_valid: np.ndarray, ks: Sequence[int], precision_ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Metrics over valid rows of every query, `[Q]`, from hits `[Q, K]`; none without any."""
+    if not num_valid.any():
+        return {}
+    values = {}
+    for k in precision_ks:
+        _check_cutoff(k, hits)
+        values[f"P@{k}"] = hits[:, :k].sum(axis=1) / k
+        values[f"P@{k}_ceiling"] = precision_ceiling(num_valid, k)
+        values[f"mAP@{k}"] = _average_precision(hits[:, :k], num_valid)
+    return values | {f"R_valid@{k}": hits[:, :k].any(axis=1) for k in ks}
+
+
+def _groups(
+    kinds: Sequence[Sequence[str]], attributes: Sequence[Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """The queries of each group, bool `[Q]`, by the end of its keys; "" for all queries."""
+    names = [[pair.split("=")[0] for pair in pairs] for pairs in attributes]
+    return {
+        "": np.ones(len(kinds), bool),
+        **{f"/{kind}": members for kind, members in group_members(kinds).items()},
+        **{f"/attribute:{name}": members for name, members in group_members(names).items()},
+    }
+
+
+def _means(
+    values: Mapping[str, np.ndarray],
+    over_valid: Mapping[str, np.ndarray],
+    members: np.ndarray,
+    known: np.ndarray,
+) -> dict[str, float]:
+    """Means and numbers of a group's queries; none if it has none.
+
+    Args:
+        values: metrics of every query, `[Q]`.
+        over_valid: the same, over valid rows.
+        members: bool `[Q]`, the group's queries that have a target.
+        known: bool `[Q]`, those of them whose valid rows are known.
+    """
+    if not members.any():
+        return {}
+    means: dict[str, float] = {name: float(value[members].mean()) for name, value in values.items()}
+    if known.any():
+        means |= {name: float(value[known].mean()) for name, value in over_valid.items()}
+        means["queries_with_valid"] = int(known.sum())
+    means["queries"] = int(members.sum())
+    return means
 
 
 def group_members(names: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
 from etils import epath
 
 from dqe_jax.checkpoints import store
-from dqe_jax.checkpoints.trained import open_trained
+from dqe_jax.checkpoints.trained import Trained, open_trained
 from dqe_jax.data import datasets, splits
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
 from dqe_jax.utils.errors import UserError
@@ -51,21 +52,10 @@ def watch(
     """
     opened = splits.open_split(config, datasets.open_dataset(config.data), split)
     log = MetricLog(workdir / f"watch-{split}", resume_step=None, again="")
-    seen, found, evaluator, since = set(log.steps()), {}, None, time.time()
+    seen, found, evaluator = set(log.steps()), {}, None
     logging.info("Following %s: %d checkpoints were evaluated before.", workdir, len(seen))
     try:
-        while not (seen and max(seen) >= _total_steps(workdir)):
-            waiting = [step for step in store.steps_of(workdir) if step not in seen]
-            if not waiting:
-                if patience_s and time.time() - since > patience_s:
-                    raise UserError(
-                        f"no new checkpoint in {workdir} for {patience_s:.0f} s: see what became "
-                        "of training, or raise --patience_s."
-                    )
-                time.sleep(poll_s)
-                continue
-            step, since = waiting[0], time.time()
-            seen.add(step)
+        for step in _new_steps(workdir, seen, poll_s, patience_s):
             read = _read(config, workdir, step, poll_s)
             if read is None:
                 logging.warning(
@@ -90,7 +80,33 @@ def watch(
     return found
 
 
-def _read(config: Any, workdir: epath.Path, step: int, poll_s: float) -> tuple[Any, Any] | None:
+def _new_steps(
+    workdir: epath.Path, seen: set[int], poll_s: float, patience_s: float
+) -> Iterator[int]:
+    """The steps that are not in `seen`, as their checkpoints appear, until training is done.
+
+    Each is added to `seen` before it is given.
+
+    Raises:
+      UserError: there is no new one for `patience_s`, unless that is 0.
+    """
+    since = time.time()
+    while not (seen and max(seen) >= _total_steps(workdir)):
+        waiting = [step for step in store.steps_of(workdir) if step not in seen]
+        if waiting:
+            since = time.time()
+            seen.add(waiting[0])
+            yield waiting[0]
+        elif patience_s and time.time() - since > patience_s:
+            raise UserError(
+                f"no new checkpoint in {workdir} for {patience_s:.0f} s: see what became "
+                "of training, or raise --patience_s."
+            )
+        else:
+            time.sleep(poll_s)
+
+
+def _read(config: Any, workdir: epath.Path, step: int, poll_s: float) -> tuple[Trained, Any] | None:
     """A checkpoint and its parameters; None if the trainer has removed it meanwhile.
 
     It removes one file by file: an error of a checkpoint that is still there is an error only when
