@@ -18,7 +18,7 @@ JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 WITHOUT_JAX = (
     "data",
     *(f"evaluation.{name}" for name in ("metrics", "protocols", "submissions", "predictions")),
-    "evaluation.contact_sheet",
+    *("evaluation.contact_sheet", "evaluation.drawing"),
     *(f"experiments.audit.{name}" for name in ("candidates", "statistics", "figure")),
 )
 ONLY_JAX = ("method",)  # of all third-party packages, and what describes its arrays

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from dqe_jax.evaluation import contact_sheet as sheet
+from dqe_jax.evaluation.drawing import clean, fit_image, wrap
 
 
 def image(value=128, height=64, width=64):
@@ -89,19 +90,19 @@ def test_any_text_weights_and_sizes(tmp_path):
 
 
 def test_characters_that_the_font_lacks_are_replaced():
-    assert sheet._clean("a  b\n\tc\x00") == "a b c"
-    assert sheet._clean("naïve") in ("naïve", "naive")
-    assert sheet._clean("日\ud800") == "??"
-    assert sheet._clean("≠") in ("≠", "?")  # and never "="
+    assert clean("a  b\n\tc\x00") == "a b c"
+    assert clean("naïve") in ("naïve", "naive")
+    assert clean("日\ud800") == "??"
+    assert clean("≠") in ("≠", "?")  # and never "="
 
 
 @pytest.mark.parametrize("text", ["a few plain words", "a " + "w" * 90 + " b", "字" * 60, " ", "x"])
 def test_wrap_by_pixels(text):
     font = ImageFont.load_default(size=17)
-    lines = sheet.wrap(text, font, 100, max_lines=50)
+    lines = wrap(text, font, 100, max_lines=50)
     assert all(font.getlength(line) <= 100 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    cut = sheet.wrap(text, font, 100, max_lines=2)
+    cut = wrap(text, font, 100, max_lines=2)
     assert len(cut) <= 2
     assert all(font.getlength(line) <= 100 for line in cut)
     assert cut == lines if len(lines) <= 2 else cut[-1].endswith("…")
@@ -109,15 +110,15 @@ def test_wrap_by_pixels(text):
 
 def test_fit_image():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    fitted = np.asarray(sheet.fit_image(pixels, 96))
+    fitted = np.asarray(fit_image(pixels, 96))
     np.testing.assert_array_equal(fitted, pixels.repeat(3, axis=0).repeat(3, axis=1))
-    tall = np.asarray(sheet.fit_image(image(0, 200, 100), 96))
+    tall = np.asarray(fit_image(image(0, 200, 100), 96))
     assert (tall[:, 24:72] == 0).all()
     assert (tall[:, :24] != 0).all()
     assert (tall[:, 72:] != 0).all()
     for bad in (image().astype(np.float32), image()[..., 0], image(0, 0, 4)):
         with pytest.raises(ValueError, match="expected uint8"):
-            sheet.fit_image(bad, 96)
+            fit_image(bad, 96)
 
 
 def test_no_rows():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import os
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from dqe_jax.evaluation.drawing import GREY, clean, fit_image, font_of, rounded_mask, wrap
 
 TARGET, VALID, REFERENCE, OTHER = "target", "valid", "reference", ""
 
@@ -18,13 +18,10 @@ _BACKGROUND = "#ffffff"
 _STRIPE = "#f6f8fa"
 _TEXT = "#1f2328"
 _MUTED = "#656d76"
-_TRACK = "#dfe3e8"
 _MISSED = "#d1242f"
 _FRAMES = {TARGET: "#1a9c3e", VALID: "#56cfc0", REFERENCE: "#8c959f"}
 # Bars take these colours in turn, by the place of the attribute.
 _BARS = ("#4c78c8", "#d9822b", "#8a63c7", "#c2518a", "#7a8b2e", "#3b97a8")
-_SUBSTITUTES = {"–": "-", "—": "-", "−": "-", "×": "x"}  # for what the font may lack
-_SMOOTH = 4  # shapes are drawn this much larger and reduced: Pillow does not anti-alias them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +79,14 @@ def sheet_row(
         shown: how many results are drawn.
     """
     ranked = [int(row) for row in ranked if row >= 0]
-    valid = {int(row) for row in valid}
+    also_valid = {int(row) for row in valid}
 
     def mark(row: int) -> str:
         if row == target:
             return TARGET
         if row == reference:
             return REFERENCE
-        return VALID if row in valid else OTHER
+        return VALID if row in also_valid else OTHER
 
     return SheetRow(
         reference=image(reference),
@@ -146,9 +143,9 @@ class _Sheet:
         self.margin, self.gap, self.gutter = (round(x * unit) for x in (24, 14, 28))
         self.frame, self.radius = max(2, round(4 * unit)), round(7 * unit)
         self.text_width = round(244 * unit)
-        self.font = _font(18.5 * unit)
-        self.small = _font(15 * unit)
-        self.heading = _font(22 * unit)
+        self.font = font_of(18.5 * unit)
+        self.small = font_of(15 * unit)
+        self.heading = font_of(22 * unit)
 
         self.x_text = self.margin + cell + self.gutter - self.gap
         self.x_results = self.x_text + self.text_width + self.gutter
@@ -157,7 +154,7 @@ class _Sheet:
         right = self.x_missed + cell if missed else self.x_missed - self.gutter
         width = right + self.margin
 
-        title = _clean(title)
+        title = clean(title)
         y_legend = self.margin + (round(36 * unit) if title else 0)
         y_labels = y_legend + round(38 * unit)
         y_rows = y_labels + round(24 * unit)
@@ -187,7 +184,7 @@ class _Sheet:
 
     def _block(self, row: SheetRow) -> tuple[list[str], int]:
         """The wrapped text of a row, and the height of text and bars together."""
-        lines = wrap(_clean(row.text), self.font, self.text_width, max_lines=4)
+        lines = wrap(clean(row.text), self.font, self.text_width, max_lines=4)
         height = len(lines) * self._line
         if row.weights:
             height += round(6 * self.unit) + len(row.weights) * self._bar_step
@@ -248,14 +245,14 @@ class _Sheet:
         self._bars(row.weights, text_y + round(6 * self.unit))
         for i, result in enumerate(row.results[: self.columns]):
             self._image(result.image, self._x(i), top, result.mark)
-        if self._missed(row):
+        if row.target is not None and self._missed(row):
             self._image(row.target, self.x_missed, top, rank=_rank_label(row))
 
     def _bars(self, weights: Mapping[str, float], y: int) -> None:
         if not weights:
             return
         unit = self.unit
-        names = {name: wrap(_clean(name), self.small, round(96 * unit), 1)[0] for name in weights}
+        names = {name: wrap(clean(name), self.small, round(96 * unit), 1)[0] for name in weights}
         name_width = max(self.small.getlength(label) for label in names.values())
         left = self.x_text + round(name_width + 10 * unit)
         right = self.x_text + self.text_width - round(42 * unit)
@@ -265,7 +262,7 @@ class _Sheet:
             self.draw.text((self.x_text, middle), names[name], _MUTED, self.small, anchor="lm")
             top = middle - thickness // 2
             bar = (left, top, right, top + thickness)
-            self._paste_rounded(bar, _TRACK, thickness // 2)
+            self._paste_rounded(bar, GREY, thickness // 2)
             share = min(max(float(weight), 0.0), 1.0)
             # A NaN compares false and so draws no bar; its number says what it is.
             length = round(share * (right - left)) if share > 0 else 0
@@ -280,7 +277,7 @@ class _Sheet:
     ) -> None:
         cell, frame = self.cell, self.frame
         picture = fit_image(image, cell)
-        self.picture.paste(picture, (x, y), _rounded_mask((cell, cell), self.radius))
+        self.picture.paste(picture, (x, y), rounded_mask((cell, cell), self.radius))
         if rank is not None:
             self._dashes((x - frame, y - frame, x + cell + frame - 1, y + cell + frame - 1))
             self._tag(x, y, rank, _MISSED)
@@ -300,7 +297,7 @@ class _Sheet:
 
     def _paste_rounded(self, box: tuple[int, int, int, int], color: str, radius: int) -> None:
         size = (box[2] - box[0], box[3] - box[1])
-        self.picture.paste(color, box, _rounded_mask(size, radius))
+        self.picture.paste(color, box, rounded_mask(size, radius))
 
     def _ring(
         self,
@@ -318,7 +315,7 @@ class _Sheet:
         if inside is None:
             self._paste_rounded(inner, _BACKGROUND, radius)
         else:
-            mask = _rounded_mask(inside.size, radius)
+            mask = rounded_mask(inside.size, radius)
             self.picture.paste(inside, inner[:2], mask)
 
     def _dashes(self, box: tuple[int, int, int, int], dash: int | None = None) -> None:
@@ -337,105 +334,7 @@ class _Sheet:
                     self.draw.rectangle(line, fill=_MISSED)
 
 
-def fit_image(image: np.ndarray, cell: int) -> Image.Image:
-    """`image`, uint8 `[H, W, 3]`, as large as fits a square of `cell` pixels, centred on grey.
-
-    Whole multiples are enlarged pixel by pixel, to keep tiny images crisp; all else is resampled.
-
-    Raises:
-        ValueError: if `image` is not uint8 `[H, W, 3]` with at least one pixel.
-    """
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-    height, width = image.shape[:2]
-    scale = cell / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    method = Image.Resampling.NEAREST if scale.is_integer() else Image.Resampling.LANCZOS
-    fitted = Image.new("RGB", (cell, cell), _TRACK)
-    corner = ((cell - size[0]) // 2, (cell - size[1]) // 2)
-    fitted.paste(Image.fromarray(np.ascontiguousarray(image)).resize(size, method), corner)
-    return fitted
-
-
-def wrap(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int
-) -> list[str]:
-    """Breaks `text` into lines of at most `width` pixels, between words where possible.
-
-    Words wider than a line are broken within. What does not fit `max_lines` ends in an ellipsis.
-    """
-
-    def fits(line: str) -> bool:
-        return font.getlength(line) <= width
-
-    lines, line = [], ""
-    for word in text.split():
-        joined = f"{line} {word}" if line else word
-        if fits(joined):
-            line = joined
-            continue
-        if line:
-            lines.append(line)
-        line = ""
-        for character in word:
-            # A single character wider than the line still has to go somewhere.
-            if line and not fits(line + character):
-                lines.append(line)
-                line = ""
-            line += character
-        if len(lines) > max_lines:
-            break
-    if line or not lines:
-        lines.append(line)
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and not fits(f"{last.rstrip()}…"):
-            last = last[:-1]
-        lines = [*lines[: max_lines - 1], f"{last.rstrip()}…"]
-    return lines
-
-
-def _clean(text: str) -> str:
-    """`text` on one line, in characters that the font can draw."""
-    # Lone surrogates cannot be encoded, and so not drawn either.
-    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
-    return "".join(_drawable(c) for c in text if c.isprintable())
-
-
-@functools.lru_cache(maxsize=4096)
-def _drawable(character: str) -> str:
-    """`character`; if the font lacks it, its base letter or "?"."""
-
-    def drawn(text: str) -> bytes:
-        return bytes(_font(32).getmask(text))
-
-    missing = drawn("\uffff")
-    if drawn(character) != missing:
-        return character
-    if character in _SUBSTITUTES:
-        return _SUBSTITUTES[character]
-    decomposed = unicodedata.normalize("NFKD", character)
-    base = "".join(c for c in decomposed if not unicodedata.combining(c))
-    # Letters only: to drop the stroke of "≠" would turn it into its opposite.
-    return base if base.isascii() and base.isalpha() else "?"
-
-
 def _rank_label(row: SheetRow) -> str:
     if row.target_rank is not None:
         return f"rank {row.target_rank}"
     return "not found" if row.depth is None else f"rank > {row.depth}"
-
-
-@functools.lru_cache(maxsize=16)
-def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
-
-
-@functools.lru_cache(maxsize=256)
-def _rounded_mask(size: tuple[int, int], radius: int) -> Image.Image:
-    large = (max(1, size[0]) * _SMOOTH, max(1, size[1]) * _SMOOTH)
-    mask = Image.new("L", large, 0)
-    box = (0, 0, large[0] - 1, large[1] - 1)
-    ImageDraw.Draw(mask).rounded_rectangle(box, radius * _SMOOTH, fill=255)
-    return mask.resize((large[0] // _SMOOTH, large[1] // _SMOOTH), Image.Resampling.BOX)
