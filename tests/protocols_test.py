@@ -19,6 +19,7 @@ import pytest
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
 from dqe_jax.evaluation import metrics, predictions, protocols, submissions
+from dqe_jax.evaluation.preferences import preference_metrics
 from dqe_jax.utils.errors import UserError
 
 REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "annotations"
@@ -383,7 +384,7 @@ def test_preference(levels):
     # Few levels: many ties.
     first, second = rng.integers(0, levels, (2, 300, 5)) / 16
     preferred = rng.integers(1, 3, 300)
-    got = protocols.preference_metrics(first, second, preferred)
+    got = preference_metrics(first, second, preferred)
     assert got["preference_ratio"] == official_preference(first, second, preferred)
     better = np.sign([sum(a) - sum(b) for a, b in zip(first, second)])
     answer = np.where(preferred == 1, 1, -1)
@@ -394,22 +395,22 @@ def test_preference(levels):
     assert got["always_first"] == np.mean(preferred == 1)
     assert got["judgements"] == 300
     # Answers the other way round, sets too: the same agreement.
-    other = protocols.preference_metrics(second, first, 3 - preferred)
+    other = preference_metrics(second, first, 3 - preferred)
     assert other["agreement"] == pytest.approx(got["agreement"], abs=1e-12)
     assert other["always_first"] == pytest.approx(1 - got["always_first"], abs=1e-12)
 
 
 def test_preference_at_the_edges():
     low, high = np.zeros((4, 5)), np.ones((4, 5))
-    never = protocols.preference_metrics(low, high, [1, 2, 2, 2])
+    never = preference_metrics(low, high, [1, 2, 2, 2])
     assert (never["preference_ratio"], never["first_higher"], never["agreement"]) == (0.0, 0, 0.75)
-    tied = protocols.preference_metrics(low, low, [1, 2, 2, 2])
+    tied = preference_metrics(low, low, [1, 2, 2, 2])
     assert (tied["preference_ratio"], tied["agreement"], tied["ties"]) == (0.0, 0.5, 4)
     # The same images in another order tie exactly, whatever their sum rounds to.
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(500, 5))
     shuffled = rng.permuted(scores, axis=1)
-    assert protocols.preference_metrics(scores, shuffled, [1] * 500)["ties"] == 500
+    assert preference_metrics(scores, shuffled, [1] * 500)["ties"] == 500
 
 
 def test_preference_misuse():
@@ -422,7 +423,7 @@ def test_preference_misuse():
         (ones, ones * np.nan, [1, 1, 2], "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            protocols.preference_metrics(first, second, preferred)
+            preference_metrics(first, second, preferred)
 
 
 # --- Files for servers ----------------------------------------------------------------------------
@@ -1009,7 +1010,7 @@ def test_real_preferences():
                 first.append(scores[0])
                 second.append(scores[1])
                 preferred.append(int(answer))
-    got = protocols.preference_metrics(first, second, preferred)
+    got = preference_metrics(first, second, preferred)
     assert got["judgements"] == 3050
     assert got["always_first"] == 1641 / 3050
     assert got["ties"] == 11

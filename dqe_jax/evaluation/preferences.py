@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.splits import Split
-from dqe_jax.evaluation import protocols, report
+from dqe_jax.evaluation import report
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.utils.errors import UserError
 
@@ -62,9 +63,63 @@ def measure_preferences(
     scores = evaluator.score_rows(params, reference, ids, candidates)
     first, second = np.split(scores, 2, axis=1)
     preferred = np.array([j.preferred for j in judgements])
-    found = protocols.preference_metrics(first, second, preferred) | {"official": official}
+    found = preference_metrics(first, second, preferred) | {"official": official}
     report.write_json(path, found)
     logging.info(
         "HP-FashionIQ, %d of %d judgements:\n%s", len(judgements), official, json.dumps(found)
     )
     return found
+
+
+def preference_metrics(
+    first: np.ndarray, second: np.ndarray, preferred: Sequence[int] | np.ndarray
+) -> dict[str, float]:
+    """How well a model agrees with the judgements of HP-FashionIQ.
+
+    The score of a set of five images is the mean of the model's scores for them.
+
+    | key | |
+    | --- | --- |
+    | `preference_ratio` | of the judgements with set 1 scoring higher, the share preferring set 1 |
+    | `first_higher` | the number of those judgements |
+    | `agreement` | share whose higher-scoring set is the preferred one; a tie counts half |
+    | `ties` | the number of judgements whose two sets score the same |
+    | `always_first` | share that prefers set 1: the baseline |
+    | `judgements` | their number |
+
+    `preference_ratio` is that of the authors' script (github.com/jackwaky/QuRe,
+    HP_FashionIQ/evaluate.py), which looks at one order of the two sets only, and is 0.0 if set 1
+    never scores higher. `agreement`, which is ours, looks at both orders. Sets with
+    the same images in another order, of which there are ten, tie; in the script rounding decides.
+
+    Args:
+      first: float `[J, 5]`, the model's scores of set 1.
+      second: float `[J, 5]`, of set 2.
+      preferred: int `[J]`, 1 or 2.
+
+    Raises:
+      ValueError: shapes do not fit, there is no judgement, or a value cannot be.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    preferred = np.asarray(preferred)
+    if first.ndim != 2 or first.shape != second.shape or preferred.shape != first.shape[:1]:
+        raise ValueError(
+            f"expected scores [J, 5], [J, 5] and judgements [J], got {list(first.shape)}, "
+            f"{list(second.shape)} and {list(preferred.shape)}"
+        )
+    if not len(first) or not np.isin(preferred, (1, 2)).all():
+        raise ValueError("there are no judgements, or one is neither 1 nor 2")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("the scores hold values that are not finite")
+    # Sorted, so that the order of the images cannot change how the mean is rounded.
+    difference = np.sort(first).mean(axis=1) - np.sort(second).mean(axis=1)
+    higher, ties, prefers_first = difference > 0, difference == 0, preferred == 1
+    agrees = np.where(ties, 0.5, higher == prefers_first)
+    return {
+        "preference_ratio": float(prefers_first[higher].mean()) if higher.any() else 0.0,
+        "agreement": float(agrees.mean()),
+        "always_first": float(prefers_first.mean()),
+        "first_higher": int(higher.sum()),
+        "ties": int(ties.sum()),
+        "judgements": len(preferred),
+    }
