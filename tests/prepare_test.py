@@ -349,7 +349,7 @@ def test_an_interrupted_run_leaves_nothing_that_counts(tmp_path, monkeypatch):
             preparation.prepare(make())  # records are there, the index is not
     preparation.prepare(make())
     builder = make()
-    assert preparation.report(builder)["splits"]["train"]["queries"] == 6
+    assert preparation.report(builder).splits["train"].queries == 6
     assert len(splits.load_split(builder, "train", SIZE).gallery) == 9
 
 

@@ -26,10 +26,13 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 SPLITS = ("train", "validation", "test")
 
@@ -155,7 +158,7 @@ class Queries:
         return Queries(**{k: of(v) if len(v) else v for k, v in columns.items()})
 
 
-def features(image_size: int) -> Any:
+def features(image_size: int) -> tfds.features.FeaturesDict:
     """TFDS features of the schema, with images of `image_size` x `image_size` pixels."""
     import tensorflow_datasets as tfds  # only builders need it; reading the schema does not
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
 from dqe_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 _FIELDS = ("id", "photo", "texts", "pools")
 _CHUNK = 1024
@@ -74,12 +77,12 @@ def make_index(records: list[dict[str, Any]]) -> GalleryIndex:
     )
 
 
-def path_of(builder: Any, split: str) -> epath.Path:
+def path_of(builder: tfds.core.DatasetBuilder, split: str) -> epath.Path:
     """Where the index of a gallery split lies."""
     return epath.Path(builder.data_path) / "index" / f"{split}.json"
 
 
-def write_index(builder: Any, split: str) -> GalleryIndex:
+def write_index(builder: tfds.core.DatasetBuilder, split: str) -> GalleryIndex:
     """Reads the records of a prepared gallery and writes its index; images are not decoded."""
     import tensorflow_datasets as tfds  # slow to import
 
@@ -87,7 +90,7 @@ def write_index(builder: Any, split: str) -> GalleryIndex:
     source = builder.as_data_source(
         split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    records = []
+    records: list[dict[str, Any]] = []
     for start in range(0, len(source), _CHUNK):
         rows = list(range(start, min(start + _CHUNK, len(source))))
         records.extend(map(fields.deserialize_example_np, source.__getitems__(rows)))
@@ -100,7 +103,7 @@ def write_index(builder: Any, split: str) -> GalleryIndex:
     return index
 
 
-def read_index(builder: Any, split: str) -> GalleryIndex:
+def read_index(builder: tfds.core.DatasetBuilder, split: str) -> GalleryIndex:
     """The index of a gallery split of a prepared builder.
 
     Raises:

@@ -38,14 +38,16 @@ def load_lexicon(path: str = "") -> dict[str, frozenset[str]]:
     if not source.is_file():
         raise UserError(f"config.data.lexicon: there is no file {source}.")
     lexicon: dict[str, set[str]] = {}
-    section = None
+    section: set[str] | None = None
     for number, line in enumerate(source.read_text().splitlines(), 1):
         line = line.split("#")[0].strip()
         if line.startswith("[") and line.endswith("]"):
             section = lexicon.setdefault(line[1:-1].strip(), set())
-        elif line and section is None:
-            raise UserError(f"{source}, line {number}: put an [attribute] line before {line!r}.")
         elif line:
+            if section is None:
+                raise UserError(
+                    f"{source}, line {number}: put an [attribute] line before {line!r}."
+                )
             section.update(" ".join(_words(entry)) for entry in line.split(",") if entry.strip())
     return {name: frozenset(entries) for name, entries in lexicon.items()}
 

@@ -103,8 +103,10 @@ def _number(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) >> 1
 
 
-def _load_some(paths: Sequence[str | None], *how: object) -> list[Photo]:
-    return [load_photo(path, *how) for path in paths]
+def _load_some(
+    paths: Sequence[str | None], root: str, image_size: int, preprocess: str
+) -> list[Photo]:
+    return [load_photo(path, root, image_size, preprocess) for path in paths]
 
 
 def load_photos(

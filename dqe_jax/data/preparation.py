@@ -14,8 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from etils import epath
@@ -31,6 +31,9 @@ from dqe_jax.data.annotations.schema import (
 from dqe_jax.data.examples import GALLERY, gallery_split
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.text_table import text_table
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 REPORT = "preparation.json"
 # Shares of a split that may be missing unless --max_missing says otherwise.
@@ -70,7 +73,22 @@ class SplitReport:
         return max(queries, self.missing / max(self.official_gallery, 1))
 
 
-COLUMNS: dict[str, Any] = {
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What of a prepared benchmark is at hand.
+
+    Attributes:
+      splits: counts of each split.
+      dropped: names of the records that are left out, by split and reason.
+      missing: why images have no readable photo, by gallery and image.
+    """
+
+    splits: Mapping[str, SplitReport]
+    dropped: Mapping[str, Mapping[str, Sequence[str]]]
+    missing: Mapping[str, Mapping[str, str]]
+
+
+COLUMNS: dict[str, Callable[[SplitReport], int]] = {
     "queries": lambda r: r.official_queries,
     "kept": lambda r: r.queries,
     "no reference": lambda r: r.dropped.get(NO_REFERENCE, 0),
@@ -86,7 +104,7 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-def prepare(builder: Any, **download: Any) -> None:
+def prepare(builder: tfds.core.DatasetBuilder, **download: object) -> None:
     """Runs a builder, unless it has run, and indexes its galleries.
 
     An interrupted run leaves nothing that counts as prepared: the same call starts again. Of two
@@ -124,7 +142,7 @@ def prepare(builder: Any, **download: Any) -> None:
             index.write_index(builder, split)
 
 
-def is_prepared(builder: Any) -> bool:
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
     """Whether a builder's records are there, complete."""
     return (builder.data_path / "dataset_info.json").exists()
 
@@ -134,13 +152,8 @@ def is_gallery(split: str) -> bool:
     return split == GALLERY or split.endswith("_gallery")
 
 
-def report(builder: Any) -> dict[str, Any]:
-    """What of a prepared benchmark is at hand, as `preparation.json` says it.
-
-    Returns:
-      `{"splits": {split: fields of SplitReport}, "dropped": {split: {reason: names}},
-      "missing": {gallery: {image: reason}}}`.
-    """
+def report(builder: tfds.core.DatasetBuilder) -> Report:
+    """What of a prepared benchmark is at hand."""
     splits, dropped, missing = {}, {}, {}
     for split, facts in builder.info.metadata["official"].items():
         gallery = gallery_split(split, builder.info.splits)
@@ -148,21 +161,17 @@ def report(builder: Any) -> dict[str, Any]:
         source = builder.as_data_source(split=split)
         splits[split], dropped[split] = _split_report(facts, list(source), known)
         missing[gallery] = {known.ids[row]: reason for row, reason in known.missing.items()}
-    return {
-        "splits": {name: dataclasses.asdict(value) for name, value in splits.items()},
-        "dropped": dropped,
-        "missing": missing,
-    }
+    return Report(splits, dropped, missing)
 
 
 def _split_report(
     facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]], known: index.GalleryIndex
 ) -> tuple[SplitReport, dict[str, list[str]]]:
     dropped = {reason: list(names) for reason, names in facts["dropped"].items()}
-    seen: collections.Counter[Any] = collections.Counter()
+    seen: set[tuple[int, tuple[bytes, ...], tuple[bytes, ...]]] = set()
     empty = kept = 0
     for record in records:
-        seen[record["reference"], tuple(record["texts"]), tuple(record["pools"])] += 1
+        seen.add((record["reference"], tuple(record["texts"]), tuple(record["pools"])))
         empty += not record["texts"] or any(not text.strip() for text in record["texts"])
         lacking = [
             reason
@@ -187,16 +196,17 @@ def _split_report(
     return counts, dropped
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(found: Report) -> str:
     """A report as text: a line for each split."""
     lines = [("split", *COLUMNS)]
-    for split, fields in found["splits"].items():
-        counts = SplitReport(**fields)
+    for split, counts in found.splits.items():
         lines.append((split, *(f"{value(counts):,}" for value in COLUMNS.values())))
     return text_table(lines)
 
 
-def write_report(builder: Any, found: dict[str, Any], max_missing: float | None) -> list[str]:
+def write_report(
+    builder: tfds.core.DatasetBuilder, found: Report, max_missing: float | None
+) -> list[str]:
     """Writes `preparation.json` beside the records.
 
     Args:
@@ -207,10 +217,10 @@ def write_report(builder: Any, found: dict[str, Any], max_missing: float | None)
     Returns:
       A sentence for each split that lacks more than it may; none if the data set can be used.
     """
-    allowed = {s: MAX_MISSING[s] if max_missing is None else max_missing for s in found["splits"]}
+    allowed = {s: MAX_MISSING[s] if max_missing is None else max_missing for s in found.splits}
     complaints = []
-    for split, fields in found["splits"].items():
-        share, limit = SplitReport(**fields).share_missing, allowed[split]
+    for split, counts in found.splits.items():
+        share, limit = counts.share_missing, allowed[split]
         if share > limit:
             complaints.append(
                 f"{split} lacks {share:.2%} of its queries or images, {limit:.2%} are allowed"
@@ -222,7 +232,7 @@ def write_report(builder: Any, found: dict[str, Any], max_missing: float | None)
         "preprocess": config.preprocess,
         "max_missing": allowed,
         "complaints": complaints,
-        **found,
+        **dataclasses.asdict(found),
     }
     path = builder.data_path / REPORT
     partial = path.parent / f"{REPORT}.partial"
@@ -238,13 +248,13 @@ def write_report(builder: Any, found: dict[str, Any], max_missing: float | None)
     return complaints
 
 
-def examples_of(found: Mapping[str, Any]) -> list[str]:
+def examples_of(found: Report) -> list[str]:
     """A line for each kind of what is missing, with a few names."""
     lines = []
-    for split, reasons in found["dropped"].items():
+    for split, reasons in found.dropped.items():
         for reason, names in reasons.items():
             lines.append(f"{split}, {reason}: {_some(names)}")
-    for gallery, images in found["missing"].items():
+    for gallery, images in found.missing.items():
         by_reason: dict[str, list[str]] = collections.defaultdict(list)
         for image, reason in images.items():
             by_reason[reason].append(image)
@@ -258,7 +268,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def read_complaints(builder: Any) -> list[str] | None:
+def read_complaints(builder: tfds.core.DatasetBuilder) -> list[str] | None:
     """What `write_report` returned last; None if it has not run."""
     path = builder.data_path / REPORT
     if not path.exists():
@@ -271,7 +281,7 @@ def read_complaints(builder: Any) -> list[str] | None:
         ) from error
 
 
-def leftovers(builder: Any) -> list[str]:
+def leftovers(builder: tfds.core.DatasetBuilder) -> list[str]:
     """Directories that interrupted runs left beside the builder's."""
     path = epath.Path(builder.data_path)
     if not path.parent.is_dir():

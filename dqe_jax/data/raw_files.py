@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeVar
 
 from etils import epath
 
 from dqe_jax.utils.errors import UserError, reason_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+Json = TypeVar("Json", list, dict)
 
 
 class RawFiles:
@@ -139,7 +140,7 @@ def read_text(path: epath.Path) -> str:
         ) from error
 
 
-def read_json(path: epath.Path, kind: type) -> Any:
+def read_json(path: epath.Path, kind: type[Json]) -> Json:
     """The content of a JSON file, a `list` or a `dict` as `kind` says.
 
     Raises:
@@ -156,6 +157,6 @@ def read_json(path: epath.Path, kind: type) -> Any:
     except (ValueError, RecursionError) as error:  # numbers too long, nested too deeply
         raise UserError(f"{path} is not JSON ({reason_of(error)}); get the file again.") from error
     if not isinstance(content, kind):
-        words = {list: "a list of records", dict: "an object"}[kind]
+        words = "a list of records" if kind is list else "an object"
         raise UserError(f"{path} must hold {words}; get the file again.")
     return content

@@ -89,11 +89,13 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.n
 
     A text without any word gets one unknown word, so that no row is all padding.
     """
+    assert tokenizer.truncation is not None, "set_length has set it"
+    length = tokenizer.truncation["max_length"]
     encodings = tokenizer.encode_batch(list(texts))
-    ids = np.array([e.ids for e in encodings], np.int32).reshape(
-        len(texts), tokenizer.truncation["max_length"]
-    )
+    ids = np.array([e.ids for e in encodings], np.int32).reshape(len(texts), length)
     empty = ~ids.any(axis=1)
     if empty.any():
-        ids[empty, 0] = tokenizer.token_to_id(UNKNOWN)
+        unknown = tokenizer.token_to_id(UNKNOWN)
+        assert unknown is not None, "only a tokenizer that has it leaves a text without ids"
+        ids[empty, 0] = unknown
     return ids, np.array([bool(e.overflowing) for e in encodings], bool)

@@ -17,6 +17,7 @@ from dqe_jax.data.splits import Split
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.evaluation import metrics, protocols, ranking
 from dqe_jax.evaluation.protocols import Protocol
+from dqe_jax.models.dqe import QueryOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class RetrievalEvaluator:
         *,
         split: Split,
         text: np.ndarray,
-        encode_query: Callable[..., Any],
+        encode_query: Callable[..., QueryOutput],
         encode_gallery: Callable[..., jax.Array],
         batch_size: int,
         top_k: int,
@@ -174,7 +175,8 @@ class RetrievalEvaluator:
             parts.append((np.where(rows < 0, -1, pool[rows]).astype(np.int32), scores))
             members.append(mine)
         order = np.argsort(np.concatenate(members), kind="stable")
-        return tuple(np.concatenate(columns)[order] for columns in zip(*parts))
+        rows, scores = (np.concatenate(columns)[order] for columns in zip(*parts))
+        return rows, scores
 
     def _rank_subsets(self, query: np.ndarray, gallery: _Embedded) -> np.ndarray | None:
         """The queries' subsets without the reference, best first: int32 `[Q, S]`."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from absl import logging
@@ -119,7 +119,7 @@ def _refuse_unlabelled(
     dataset: str,
     split: str,
     path: epath.Path,
-    content: Mapping[str, Any],
+    content: Mapping[str, object],
     queries: Queries,
     labels: Annotations,
 ) -> NoReturn:
@@ -140,7 +140,7 @@ def _refuse_unlabelled(
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def _take_metric(content: dict[str, Any], path: epath.Path) -> str:
+def _take_metric(content: dict[str, object], path: epath.Path) -> str:
     """Removes CIRR's special entries, where there are any; the metric."""
     version = content.pop("version", submissions.CIRR_VERSION)
     metric = content.pop("metric", "recall")
@@ -148,14 +148,14 @@ def _take_metric(content: dict[str, Any], path: epath.Path) -> str:
         raise UserError(
             f"{path}: 'version' is {version!r}; only {submissions.CIRR_VERSION!r} can be scored."
         )
-    if metric not in tuple(submissions.CIRR_LENGTHS):
+    if not isinstance(metric, str) or metric not in submissions.CIRR_LENGTHS:
         known = " or ".join(map(repr, submissions.CIRR_LENGTHS))
         raise UserError(f"{path}: 'metric' is {metric!r}; it must be {known}.")
     return metric
 
 
 def _read_lists(
-    content: Mapping[str, Any], query_ids: Sequence[str], path: epath.Path, *, numbers: bool
+    content: Mapping[str, object], query_ids: Sequence[str], path: epath.Path, *, numbers: bool
 ) -> dict[str, list[str]]:
     """Image ids as strings, by query; without leading zeros if they are `numbers`."""
     missing = [query for query in query_ids if query not in content]
@@ -169,14 +169,15 @@ def _read_lists(
     lists = {
         query: [str(int(v)) if numbers else str(v) for v in values]
         for query, values in content.items()
+        if isinstance(values, list)
     }
     repeated = [query for query, images in lists.items() if len(set(images)) < len(images)]
     _reject(path, repeated, "queries whose list holds an image twice", "remove the repetitions")
     return lists
 
 
-def _are_ids(values: Any, numbers: bool) -> bool:
-    def is_id(value: Any) -> bool:
+def _are_ids(values: object, numbers: bool) -> bool:
+    def is_id(value: object) -> bool:
         if type(value) is int or not isinstance(value, str):
             return type(value) is int
         return not numbers or (value.isdecimal() and len(value) <= LONGEST)

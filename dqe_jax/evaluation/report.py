@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -83,7 +82,7 @@ def write_report(
         _write_submissions(evaluator, result, directory, name, dataset)
 
 
-def write_json(path: epath.Path, content: Any, indent: int | None = 2) -> None:
+def write_json(path: epath.Path, content: object, indent: int | None = 2) -> None:
     """Writes a JSON file and makes its directory.
 
     Raises:

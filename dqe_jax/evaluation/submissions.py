@@ -35,7 +35,7 @@ def make_submissions(
     gallery_ids: Sequence[str],
     rows: np.ndarray,
     subset_rows: np.ndarray | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Mapping[str, object]]:
     """What the data set's server takes: file names to contents, none if there is no server.
 
     Run `check_submission` on each before it is written, as `json.dumps`.
@@ -63,7 +63,7 @@ def make_submissions(
 
 def check_submission(
     dataset: str,
-    content: Mapping[str, Any],
+    content: Mapping[str, object],
     queries: Queries,
     gallery_ids: Sequence[str] | None,
     *,
@@ -86,7 +86,7 @@ def check_submission(
 
     Raises:
       UserError: a rule is broken; it names the first and how many queries break it.
-      ValueError: the data set has no server.
+      ValueError: the data set has no server, or CIRR's gallery is not given.
     """
     if DATASETS[dataset].server is None:
         raise ValueError(f"{dataset} has no submissions")
@@ -95,9 +95,11 @@ def check_submission(
         metric = _take_cirr_entries(lists)
         length = CIRR_LENGTHS[metric]
     _check_answers(dataset, lists, queries.ids, num_queries or len(queries))
-    _check_lists(dataset, lists, length, gallery_ids)
+    ranked = _check_lists(dataset, lists, length, gallery_ids)
     if dataset == "cirr":
-        _check_cirr_members(lists, queries, gallery_ids, within_subset=metric == "recall_subset")
+        if gallery_ids is None:
+            raise ValueError("CIRR's rules need the ids of its gallery")
+        _check_cirr_members(ranked, queries, gallery_ids, within_subset=metric == "recall_subset")
     size = len(json.dumps(content)) + 1  # a line end
     if size > MAX_BYTES:
         raise UserError(
@@ -105,19 +107,19 @@ def check_submission(
         )
 
 
-def _take_cirr_entries(lists: dict[str, Any]) -> str:
+def _take_cirr_entries(lists: dict[str, object]) -> str:
     """Removes CIRR's two special entries from the content; the metric."""
     version, metric = lists.pop("version", None), lists.pop("metric", None)
     if version != CIRR_VERSION:
         raise UserError(f"cirr submission: 'version' is {version!r}; it must be {CIRR_VERSION!r}.")
-    if metric not in tuple(CIRR_LENGTHS):
+    if not isinstance(metric, str) or metric not in CIRR_LENGTHS:
         known = " or ".join(map(repr, CIRR_LENGTHS))
         raise UserError(f"cirr submission: 'metric' is {metric!r}; it must be {known}.")
     return metric
 
 
 def _check_answers(
-    dataset: str, lists: Mapping[str, Any], query_ids: Sequence[str], num_queries: int
+    dataset: str, lists: Mapping[str, object], query_ids: Sequence[str], num_queries: int
 ) -> None:
     """Every query of the published split is answered, and nothing else."""
     ids = [str(i) for i in range(num_queries)] if dataset == "circo" else list(query_ids)
@@ -134,25 +136,26 @@ def _check_answers(
 
 
 def _check_lists(
-    dataset: str, lists: Mapping[str, Any], length: int, gallery_ids: Sequence[str] | None
-) -> None:
-    """Each list for itself."""
-    of_length = [q for q, v in lists.items() if not isinstance(v, list) or len(v) != length]
-    short = gallery_ids is not None and len(gallery_ids) < length + (dataset == "cirr")
-    why = (
-        f", for the gallery has only {len(gallery_ids)} images, which are too few" if short else ""
-    )
+    dataset: str, lists: Mapping[str, object], length: int, gallery_ids: Sequence[str] | None
+) -> dict[str, list[Any]]:
+    """Checks each list for itself, and gives them: of integers for CIRCO, else of strings."""
+    ranked = {q: v for q, v in lists.items() if isinstance(v, list) and len(v) == length}
+    why = ""
+    if gallery_ids is not None and len(gallery_ids) < length + (dataset == "cirr"):
+        why = f", for the gallery has only {len(gallery_ids)} images, which are too few"
+    of_length = [query for query in lists if query not in ranked]
     _keep(dataset, f"each query needs a list of exactly {length} images", of_length, why)
 
     kind, words = (int, "integers") if dataset == "circo" else (str, "strings")
-    typed = [q for q, v in lists.items() if not all(type(image) is kind for image in v)]
+    typed = [q for q, v in ranked.items() if not all(type(image) is kind for image in v)]
     _keep(dataset, f"image ids must be {words}", typed)
-    repeated = [q for q, v in lists.items() if len(set(v)) < len(v)]
+    repeated = [q for q, v in ranked.items() if len(set(v)) < len(v)]
     _keep(dataset, "a list must not hold an image twice", repeated)
     if gallery_ids is not None:
         known = frozenset(map(kind, gallery_ids))
-        foreign = [q for q, v in lists.items() if not known.issuperset(v)]
+        foreign = [q for q, v in ranked.items() if not known.issuperset(v)]
         _keep(dataset, "all images must be of the split's gallery", foreign)
+    return ranked
 
 
 def _check_cirr_members(

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
@@ -85,7 +84,7 @@ def _gallery(files: RawFiles) -> list[str]:
 
 
 def _named(
-    records: Iterable[tuple[int, Any]], query_of: Callable[[int, Any], AnnotatedQuery]
+    records: Iterable[tuple[int, object]], query_of: Callable[[int, object], AnnotatedQuery]
 ) -> list[str]:
     """The images that sound records name, in order of first mention."""
     named: dict[str, None] = {}
@@ -98,7 +97,7 @@ def _named(
     return list(named)
 
 
-def _query(index: int, record: Any, *, labelled: bool) -> AnnotatedQuery:
+def _query(index: int, record: object, *, labelled: bool) -> AnnotatedQuery:
     del index  # `id` names the record
     targets = _targets(record) if labelled else ()
     return AnnotatedQuery(
@@ -112,7 +111,7 @@ def _query(index: int, record: Any, *, labelled: bool) -> AnnotatedQuery:
     )
 
 
-def _targets(record: Any) -> tuple[str, ...]:
+def _targets(record: object) -> tuple[str, ...]:
     truths = field(record, "gt_img_ids", list)
     if not all(type(truth) is int for truth in truths):
         raise ValueError("gt_img_ids must be a list of integers")

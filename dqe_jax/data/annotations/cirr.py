@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Container
-from typing import Any
 
 from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
@@ -64,7 +63,7 @@ def read(files: RawFiles, split: str) -> Annotations:
     return collector.finish()
 
 
-def _query(index: int, record: Any, *, known: Container[str], labelled: bool) -> AnnotatedQuery:
+def _query(index: int, record: object, *, known: Container[str], labelled: bool) -> AnnotatedQuery:
     del index  # `pairid` names the record
     reference = filled(record, "reference")
     targets = _targets(record, reference, known) if labelled else ()
@@ -78,7 +77,7 @@ def _query(index: int, record: Any, *, known: Container[str], labelled: bool) ->
     )
 
 
-def _targets(record: Any, reference: str, known: Container[str]) -> tuple[str, ...]:
+def _targets(record: object, reference: str, known: Container[str]) -> tuple[str, ...]:
     """`target_hard`, then the other images that are targets too."""
     weights = field(record, "target_soft", dict)
     if not all(type(weight) in (int, float) for weight in weights.values()):

@@ -23,7 +23,6 @@ The rules:
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
@@ -64,7 +63,7 @@ def read(files: RawFiles, split: str) -> Annotations:
     return collector.finish()
 
 
-def _query(index: int, record: Any, *, category: str, official: str) -> AnnotatedQuery:
+def _query(index: int, record: object, *, category: str, official: str) -> AnnotatedQuery:
     texts = strings(record, "captions")
     if len(texts) != 2:
         raise ValueError("captions must be two")

@@ -24,7 +24,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from etils import epath
 
@@ -106,7 +105,7 @@ def restored(sentence: str) -> str:
     return " ".join(sentence.split())
 
 
-def _question_sets(path: epath.Path) -> Iterator[tuple[str, str, Any]]:
+def _question_sets(path: epath.Path) -> Iterator[tuple[str, str, object]]:
     for user, question_sets in read_json(path, dict).items():
         if not isinstance(question_sets, dict):
             raise UserError(f"{path}, {user}: must be an object; get the file again.")
@@ -114,7 +113,7 @@ def _question_sets(path: epath.Path) -> Iterator[tuple[str, str, Any]]:
             yield user, name, lists
 
 
-def _columns(lists: Any) -> list[list[Any]]:
+def _columns(lists: object) -> list[list[object]]:
     columns = [field(lists, name, list) for name in LISTS]
     if len({len(column) for column in columns}) > 1:
         lengths = ", ".join(f"{name} {len(column)}" for name, column in zip(LISTS, columns))
@@ -122,7 +121,7 @@ def _columns(lists: Any) -> list[list[Any]]:
     return columns
 
 
-def _judgement(user: str, question_set: str, index: int, row: dict[str, Any]) -> Judgement:
+def _judgement(user: str, question_set: str, index: int, row: dict[str, object]) -> Judgement:
     if row["preferred set"] not in ("1", "2"):
         raise ValueError(f"preferred set must be '1' or '2', not {row['preferred set']!r}")
     sets = [strings(row[name], "img_path") for name in ("retrieved_set1", "retrieved_set2")]
@@ -158,7 +157,7 @@ def _image(path: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _score(row: dict[str, Any], name: str) -> int:
+def _score(row: dict[str, object], name: str) -> int:
     score = field(row[name], "user_score", str)
     if score not in ("1", "2", "3", "4", "5"):
         raise ValueError(f"user_score of {name} must be '1' to '5', not {score!r}")

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
@@ -22,6 +22,8 @@ UNKNOWN_IMAGE = "unknown image id"  # an image that the gallery's list does not 
 NO_REFERENCE = "reference missing"  # no file, or it cannot be read
 NO_TARGET = "target missing"
 REASONS = (MALFORMED, UNKNOWN_IMAGE, NO_REFERENCE, NO_TARGET)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,9 @@ class RawFormat:
     preprocess: str
 
 
+_Question = tuple[str, str, tuple[str, ...]]  # pool, reference and texts
+
+
 class Collector:
     """Collects the sound records of a split, and why others are not."""
 
@@ -141,8 +146,8 @@ class Collector:
     def add_records(
         self,
         file: str,
-        records: Iterable[tuple[int, Any]],
-        query_of: Callable[[int, Any], AnnotatedQuery],
+        records: Iterable[tuple[int, object]],
+        query_of: Callable[[int, object], AnnotatedQuery],
     ) -> None:
         """Adds the queries of records.
 
@@ -166,7 +171,7 @@ class Collector:
 
         Such queries are one question to a model: a target of one is never a negative of another.
         """
-        shared: dict[Any, dict[str, None]] = collections.defaultdict(dict)
+        shared: dict[_Question, dict[str, None]] = collections.defaultdict(dict)
         for query in self.queries:
             shared[_question(query)].update(dict.fromkeys(query.targets))
         queries = [
@@ -178,24 +183,25 @@ class Collector:
         return Annotations(queries, self.pools, self.dropped, self.repeated)
 
 
-def _question(query: AnnotatedQuery) -> tuple[str, str, tuple[str, ...]]:
+def _question(query: AnnotatedQuery) -> _Question:
     return query.pool, query.reference, query.texts
 
 
-def field(record: Any, name: str, kind: type) -> Any:
+def field(record: object, name: str, kind: type[T]) -> T:
     """A field of a record.
 
     Raises:
       ValueError: the record is not an object, lacks the field, or it is of another type.
     """
-    if not isinstance(record, dict) or type(record.get(name)) is not kind:
+    value = record.get(name) if isinstance(record, dict) else None
+    if type(value) is not kind:
         raise ValueError(f"{name} must be a {kind.__name__}")
-    if kind is str:
-        _check_text(record[name])
-    return record[name]
+    if isinstance(value, str):
+        _check_text(value)
+    return value
 
 
-def filled(record: Any, name: str) -> str:
+def filled(record: object, name: str) -> str:
     """A field that is a string, not the empty one.
 
     Raises:
@@ -207,7 +213,7 @@ def filled(record: Any, name: str) -> str:
     return value
 
 
-def strings(record: Any, name: str) -> tuple[str, ...]:
+def strings(record: object, name: str) -> tuple[str, ...]:
     """A field that is a list of strings.
 
     Raises:
@@ -220,18 +226,19 @@ def strings(record: Any, name: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def gallery(path: os.PathLike[str], ids: Iterable[Any]) -> list[str]:
+def gallery(path: os.PathLike[str], ids: Iterable[object]) -> list[str]:
     """The image ids of a gallery's list, checked.
 
     Raises:
       UserError: one is not a string, or is empty.
     """
-    checked = list(ids)
-    for index, image in enumerate(checked):
+    checked = []
+    for index, image in enumerate(ids):
         if not isinstance(image, str) or not image or not _is_text(image):
             raise UserError(
                 f"{path}: item {index} must be an image id, not {image!r}; get the file again."
             )
+        checked.append(image)
     return checked
 
 

@@ -55,8 +55,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -82,7 +81,7 @@ _STATED_SPLITS = {"val": "validation", **SPLITS}
 _MORE_TEXTS = re.compile(r"text_([2-9]|[1-9][0-9]+)")
 
 # Each with its first line; the object of a line of JSONL, or anything else if it is malformed.
-_Records = Iterator[tuple[int, Any]]
+_Records = Iterator[tuple[int, object]]
 
 
 def read(files: RawFiles, split: str) -> Annotations:
@@ -178,11 +177,11 @@ def _csv(data: bytes, path: epath.Path) -> _Records:
     while start < len(lines):
         number = start + 1
         row, end = _row(lines, start)
-        sound = row is not None and len(row) == len(header)
         # A stray quote reaches to the next one: only the line that holds it is lost.
-        start = end if sound else start + 1
+        sound = row if row is not None and len(row) == len(header) else None
+        start = start + 1 if sound is None else end
         if row is None or "".join(row).strip():
-            yield number, _object(header, row) if sound else None
+            yield number, None if sound is None else _object(header, sound)
 
 
 def _row(lines: Sequence[str], start: int) -> tuple[list[str] | None, int]:
@@ -218,7 +217,7 @@ def _header(row: Sequence[str] | None, path: epath.Path) -> list[str]:
     return header
 
 
-def _object(header: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
+def _object(header: Sequence[str], row: Sequence[str]) -> dict[str, object]:
     """A row as the object that a line of JSONL would hold."""
     cells = dict(zip(header, row))
     more = sorted((int(m[1]), m[0]) for m in map(_MORE_TEXTS.fullmatch, header) if m)
@@ -238,7 +237,7 @@ def _listed(cell: str) -> list[str]:
 # --- Records --------------------------------------------------------------------------------------
 
 
-def _split(record: Any, images: _Images, stated: bool) -> str:
+def _split(record: object, images: _Images, stated: bool) -> str:
     """The split of a record, train if it cannot be told."""
     name = _stated_split(record)
     if name or stated:
@@ -250,7 +249,7 @@ def _split(record: Any, images: _Images, stated: bool) -> str:
     return _hashed_split(reference) if reference in images.paths else "train"
 
 
-def _stated_split(record: Any) -> str:
+def _stated_split(record: object) -> str:
     """The split as the record states it, sound or not; "" if it states none."""
     value = record.get("split") if isinstance(record, dict) else None
     return "" if value is None else str(value)
@@ -262,8 +261,11 @@ def _hashed_split(reference: str) -> str:
     return next(split for split, end in _SPLIT_ENDS if place < end)
 
 
-def _query(line: int, record: Any, *, images: _Images, split: str, stated: bool) -> AnnotatedQuery:
+def _query(
+    line: int, record: object, *, images: _Images, split: str, stated: bool
+) -> AnnotatedQuery:
     reference = images.path(filled(record, "reference"))
+    assert isinstance(record, dict), "it has a field"
     name = _stated_split(record)
     if (name or stated) and name not in _STATED_SPLITS:
         raise ValueError(f"split must be one of {', '.join(_STATED_SPLITS)}")
@@ -287,12 +289,12 @@ def _query(line: int, record: Any, *, images: _Images, split: str, stated: bool)
     )
 
 
-def _optional(record: Any, name: str) -> str:
+def _optional(record: Mapping[str, object], name: str) -> str:
     """A field that is a string; "" if it is left out."""
     return "" if record.get(name) is None else field(record, name, str)
 
 
-def _one_or_more(record: Any, name: str) -> tuple[str, ...]:
+def _one_or_more(record: Mapping[str, object], name: str) -> tuple[str, ...]:
     """The string of a field, or those of the field that is named in the plural."""
     several = f"{name}s"
     if record.get(several) is None:
@@ -302,12 +304,12 @@ def _one_or_more(record: Any, name: str) -> tuple[str, ...]:
     return strings(record, several)
 
 
-def _id(record: Any) -> str:
+def _id(record: Mapping[str, object]) -> str:
     value = record.get("id")
     return str(value) if type(value) is int else _optional(record, "id")
 
 
-def _attributes(record: Any) -> tuple[str, ...]:
+def _attributes(record: Mapping[str, object]) -> tuple[str, ...]:
     value = record.get("attributes")
     if isinstance(value, dict):
         if not all(type(part) in (str, int, float) for part in value.values()):

@@ -45,7 +45,7 @@ class BenchmarkConfig(tfds.core.BuilderConfig):
     beam: bool = False
 
 
-class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """What the builders share.
 
     Attributes:
@@ -64,7 +64,7 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # nothing to download
         config = self.builder_config
         files = RawFiles(config.raw_dir)
@@ -92,14 +92,17 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if config.beam:
             import apache_beam as beam
 
-            rows = zip(range(len(images)), images, paths, map(pools.get, images))
+            # Plain tuples: Beam knows how to hand them to its workers.
+            rows = zip(range(len(images)), images, paths, (pools.get(i, []) for i in images))
             return beam.Create(list(rows)) | beam.Map(_beam_record, how)
         photos = load_photos(paths, *how, num_workers=config.num_workers)
         return self._generate_examples(
-            _item(image, photo, pools.get(image)) for image, photo in zip(images, photos)
+            _item(image, photo, pools.get(image, ())) for image, photo in zip(images, photos)
         )
 
-    def _generate_examples(self, records: Iterable[dict]) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(
+        self, records: Iterable[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield from enumerate(records)
 
 
@@ -169,14 +172,14 @@ def _query(query: AnnotatedQuery, row_of: Mapping[str, int]) -> examples.Query:
     )
 
 
-def _item(image: str, photo: Photo, pools: Iterable[str] | None) -> dict[str, Any]:
+def _item(image: str, photo: Photo, pools: Sequence[str]) -> dict[str, Any]:
     return examples.GalleryItem(
-        image, photo.png, photo.number, pools=list(pools or ()), reason=photo.reason
+        image, photo.png, photo.number, pools=pools, reason=photo.reason
     ).record()
 
 
 def _beam_record(
-    item: tuple[int, str, str | None, Any], how: tuple[str, int, str]
+    item: tuple[int, str, str | None, Sequence[str]], how: tuple[str, int, str]
 ) -> tuple[int, dict[str, Any]]:
     row, image, path, pools = item
     return row, _item(image, load_photo(path, *how), pools)
