@@ -43,15 +43,14 @@ def main(argv: Sequence[str]) -> None:
     from dqe_jax.data.raw_files import RawFiles
 
     dataset = _DATASET.value
-    info = DATASETS[dataset]
-    names = _SPLITS.value or info.splits
+    names = _SPLITS.value or DATASETS[dataset].splits
     splits = tuple(dict.fromkeys(split_of(dataset, name) for name in names))
     make = functools.partial(
         benchmarks.make_builder,
         dataset,
         _DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
-        preprocess=_PREPROCESS.value or info.raw.preprocess,
+        preprocess=_PREPROCESS.value or benchmarks.BUILDERS[dataset].raw.preprocess,
         raw_dir=_RAW_DIR.value,
         splits=splits,
         num_workers=_NUM_WORKERS.value,
