@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_text
 
 _WORD = re.compile(r"[a-z]+")
 _LONGEST = 3  # words of an entry
@@ -32,14 +33,14 @@ def load_lexicon(path: str = "") -> dict[str, frozenset[str]]:
       path: a file as `dqe_jax/data/lexicon.txt`, which is the default.
 
     Raises:
-      UserError: the file is missing, or has an entry before the first `[attribute]`.
+      UserError: the file is missing, is no text, or has an entry before the first `[attribute]`.
     """
     source = epath.Path(path) if path else epath.Path(__file__).parent / "lexicon.txt"
     if not source.is_file():
         raise UserError(f"config.data.lexicon: there is no file {source}.")
     lexicon: dict[str, set[str]] = {}
     section: set[str] | None = None
-    for number, line in enumerate(source.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(source).splitlines(), 1):
         line = line.split("#")[0].strip()
         if line.startswith("[") and line.endswith("]"):
             section = lexicon.setdefault(line[1:-1].strip(), set())

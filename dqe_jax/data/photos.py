@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from dqe_jax.data.examples import encode_png
 from dqe_jax.data.preprocess import PREPROCESS
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import is_regular
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 10_000  # padding to a square must not make a bomb of a thin strip
@@ -86,6 +87,8 @@ def load_photo(path: str | None, root: str, image_size: int, preprocess: str) ->
         if path is None:
             raise FileNotFoundError(_MISSING)
         file = epath.Path(root) / path
+        if not is_regular(file):  # a pipe or a device would be read for ever
+            return Photo(None, _number(f"{root}/{path}"), "is no regular file")
         if (size := file.stat().length) > MAX_BYTES:
             raise ValueError(f"has {size} bytes")
         image, digest = decode_photo(file.read_bytes(), image_size, preprocess)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
-from typing import TypeVar
 
 from etils import epath
 
-from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-Json = TypeVar("Json", list, dict)
 
 
 class RawFiles:
@@ -112,51 +109,3 @@ def _children(folder: epath.Path) -> list[epath.Path]:
 
 def _shallow_first(path: str) -> tuple[int, str]:
     return path.count("/"), path
-
-
-def read_bytes(path: epath.Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
-
-
-def read_text(path: epath.Path) -> str:
-    """The text of a file.
-
-    Raises:
-      UserError: it cannot be read, or is not UTF-8; the sentence names the byte.
-    """
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start}); get the file again or save it as UTF-8."
-        ) from error
-
-
-def read_json(path: epath.Path, kind: type[Json]) -> Json:
-    """The content of a JSON file, a `list` or a `dict` as `kind` says.
-
-    Raises:
-      UserError: it cannot be read, is not JSON, or holds something else.
-    """
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); get the "
-            "file again."
-        ) from error
-    except (ValueError, RecursionError) as error:  # numbers too long, nested too deeply
-        raise UserError(f"{path} is not JSON ({reason_of(error)}); get the file again.") from error
-    if not isinstance(content, kind):
-        words = "a list of records" if kind is list else "an object"
-        raise UserError(f"{path} must hold {words}; get the file again.")
-    return content

@@ -62,7 +62,8 @@ def pretrained_tokenizer(origin: str | os.PathLike[str], max_length: int) -> Tok
     from transformers import AutoTokenizer  # slow to import, and only pretrained backbones need it
 
     try:
-        loaded = AutoTokenizer.from_pretrained(os.fspath(origin))
+        # A directory may name code of its own: it is never run, nor is anybody asked.
+        loaded = AutoTokenizer.from_pretrained(os.fspath(origin), trust_remote_code=False)
         tokenizer = loaded.backend_tokenizer
     except Exception as error:
         raise UserError(

@@ -31,9 +31,10 @@ from etils import epath
 from dqe_jax.data.annotations.schema import Annotations
 from dqe_jax.data.datasets import DATASETS, split_of
 from dqe_jax.data.examples import Queries
-from dqe_jax.data.raw_files import RawFiles, read_json
+from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.evaluation import protocols, submissions
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_json
 
 PathLike = str | os.PathLike[str]
 
@@ -178,9 +179,12 @@ def _read_lists(
 
 def _are_ids(values: object, numbers: bool) -> bool:
     def is_id(value: object) -> bool:
-        if type(value) is int or not isinstance(value, str):
-            return type(value) is int
-        return not numbers or (value.isdecimal() and len(value) <= LONGEST)
+        if type(value) is int:
+            return not numbers or 0 <= value < 10**LONGEST
+        if not isinstance(value, str):
+            return False
+        # Other scripts have decimal digits too, which `int` would read.
+        return not numbers or (value.isascii() and value.isdecimal() and len(value) <= LONGEST)
 
     return isinstance(values, list) and all(map(is_id, values))
 

@@ -38,8 +38,9 @@ from dqe_jax.data.annotations.schema import (
     field,
     strings,
 )
-from dqe_jax.data.raw_files import RawFiles, read_json
+from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_json
 
 SPLITS = {"validation": "val", "test": "test"}
 IMAGE_INFO = "image_info_unlabeled2017.json"

@@ -38,7 +38,8 @@ from dqe_jax.data.annotations.schema import (
     gallery,
     strings,
 )
-from dqe_jax.data.raw_files import RawFiles, read_json
+from dqe_jax.data.raw_files import RawFiles
+from dqe_jax.utils.files import read_json
 
 SPLITS = {"train": "train", "validation": "val", "test": "test1"}
 

@@ -28,8 +28,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from dqe_jax.data.annotations.schema import field, strings
-from dqe_jax.data.raw_files import read_json
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_json
 
 LISTS = (
     *("ref_img_paths", "targ_img_paths", "sentences"),

@@ -68,8 +68,9 @@ from dqe_jax.data.annotations.schema import (
     filled,
     strings,
 )
-from dqe_jax.data.raw_files import IMAGE_SUFFIXES, RawFiles, read_bytes
+from dqe_jax.data.raw_files import IMAGE_SUFFIXES, RawFiles
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_bytes
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 JSONL, CSV = FILES = ("triplets.jsonl", "triplets.csv")

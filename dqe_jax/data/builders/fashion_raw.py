@@ -17,6 +17,7 @@ from etils import epath
 from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, NA
 from dqe_jax.data.photos import MAX_BYTES, decode_photo
 from dqe_jax.utils import errors
+from dqe_jax.utils.files import is_regular
 
 # Photos are decoded at the smallest JPEG scale of at least this many pixels a side, whatever the
 # size asked for, so that which photos are identical does not depend on that size.
@@ -107,7 +108,7 @@ class Photos:
         elif self._folder.is_dir():
             for path in self._folder.iterdir():
                 photo_id = _photo_id(path.name)
-                if photo_id is not None:
+                if photo_id is not None and path.exists():  # a link may lead nowhere
                     self.sizes[photo_id] = path.stat().length
         else:
             raise errors.UserError(
@@ -126,7 +127,10 @@ class Photos:
         if self.sizes[photo_id] > MAX_BYTES:
             raise ValueError(f"has {self.sizes[photo_id]} bytes")
         if self._offsets is None:
-            return (self._folder / f"{photo_id}.jpg").read_bytes()
+            path = self._folder / f"{photo_id}.jpg"
+            if not is_regular(path):  # a pipe or a device would be read for ever
+                raise ValueError("is no regular file")
+            return path.read_bytes()
         if self._file is None:
             self._file = self._tar.open("rb")
         self._file.seek(self._offsets[photo_id])

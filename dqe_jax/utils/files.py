@@ -1,0 +1,79 @@
+"""Reads files that a user names: what is wrong with one ends in a sentence that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import TypeVar
+
+from etils import epath
+
+from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.paths import is_remote
+
+Json = TypeVar("Json", list, dict)
+
+
+def is_regular(path: str | os.PathLike[str]) -> bool:
+    """Whether a file ends: no pipe, no device, no directory, nor a link to one.
+
+    Raises:
+      OSError: there is no such file.
+    """
+    return is_remote(path) or stat.S_ISREG(os.stat(path).st_mode)
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        if not is_regular(path):
+            raise UserError(f"{path} cannot be read: it is no regular file.")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def read_text(path: epath.Path) -> str:
+    """The text of a file.
+
+    Raises:
+      UserError: it cannot be read, or is not UTF-8; the sentence names the byte.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}); get the file again or save it as UTF-8."
+        ) from error
+
+
+def read_json(path: epath.Path, kind: type[Json], advice: str = "get the file again") -> Json:
+    """The content of a JSON file, a `list` or a `dict` as `kind` says.
+
+    Args:
+      path: of the file.
+      kind: what it must hold.
+      advice: the end of the sentence of an error: what to do.
+
+    Raises:
+      UserError: it cannot be read, is not JSON, or holds something else.
+    """
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
+            f"{advice}."
+        ) from error
+    except (ValueError, RecursionError) as error:  # numbers too long, nested too deeply
+        raise UserError(f"{path} is not JSON ({reason_of(error)}); {advice}.") from error
+    if not isinstance(content, kind):
+        words = "a list of records" if kind is list else "an object"
+        raise UserError(f"{path} must hold {words}; {advice}.")
+    return content
