@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 from etils import epath
 
-from dqe_jax.data import index
+from dqe_jax.data import digest, index
 from dqe_jax.data.annotations.schema import (
     MALFORMED,
     NO_REFERENCE,
@@ -136,6 +136,8 @@ def prepare(builder: tfds.core.DatasetBuilder, **download: object) -> None:
                 ) from error
             logging.info("Another process has prepared it too; its records are used.")
             builder.info.read_from_directory(builder.data_path)
+        for split in builder.info.splits:
+            digest.write_digest(builder, split)
         logging.info("Prepared in %.0f s.", time.time() - start)
     for split in builder.info.splits:
         if is_gallery(split) and not index.path_of(builder, split).exists():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dqe_jax.data.digest import digest_of
 from dqe_jax.data.examples import SPLITS, Queries, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
 from dqe_jax.data.transforms import join_captions
@@ -103,7 +104,8 @@ class Split:
 
     A query whose reference or target is not at hand is not among the queries. Of its other
     annotated targets those that are not at hand are left out; of its valid rows they are counted,
-    as rows beyond the gallery: no ranking finds them.
+    as rows beyond the gallery: no ranking finds them. `digest` is that of `data/digest.py`, "" if
+    it is not known.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Split:
     gallery: Gallery
     pools: dict[str, np.ndarray]
     coverage: Coverage
+    digest: str = ""
 
 
 def load_split(
@@ -152,7 +155,7 @@ def load_split(
     )
     if not len(split.queries):
         raise UserError(f"split {name!r} of {builder.name} in {builder.data_dir} has no query.")
-    return split
+    return dataclasses.replace(split, digest=digest_of(builder, name))
 
 
 def make_split(
