@@ -6,17 +6,19 @@ import itertools
 import json
 import logging
 import math
+import os
+import re
 import statistics as plain
-import types
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
-from small_runs import compiled_once, import_binary, small_config
+from small_runs import compiled_once, small_config
 
 from configs import common
 from dqe_jax.data import splits
@@ -25,6 +27,7 @@ from dqe_jax.data.splits import Split, known_positives
 from dqe_jax.distributed import mesh
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES
+from dqe_jax.experiments.audit.run import audit_checkpoint
 from dqe_jax.method import mining
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -36,6 +39,7 @@ def _compiled(tmp_path_factory):
         yield
 
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARES = ("false", "easy", "beats", "delta", "drawn")
 
 
@@ -376,29 +380,13 @@ def run(tmp_path_factory):
     return base, base / "run"
 
 
-@pytest.fixture
-def call(monkeypatch):
-    """The binary's `main` in this process: `call(config, flag=value)`."""
-    audit = import_binary("audit")
-
-    def run_main(config, **values):
-        monkeypatch.setattr(audit, "_CONFIG", types.SimpleNamespace(value=config))
-        with flagsaver.flagsaver():
-            flags.FLAGS.mark_as_parsed()
-            for name, value in values.items():
-                setattr(flags.FLAGS, name, value)
-            audit.main(["audit"])
-
-    return run_main
-
-
-def test_a_run_is_audited(run, call, tmp_path, caplog):
+def test_a_run_is_audited(run, tmp_path, caplog):
     base, workdir = run
     # The plain scenes of training have no valid image but the target; open edits have several.
     config = small_config(base / "prepared", **{"data.variant": "hard_smoke"})
     with caplog.at_level(logging.INFO):
-        call(config, workdir=str(workdir), split="test", output=str(tmp_path), queries=50)
-    facts = json.loads((tmp_path / "audit-test-4.json").read_text())
+        facts = audit_checkpoint(config, workdir, split="test", output=tmp_path, queries=50)
+    assert facts == json.loads((tmp_path / "audit-test-4.json").read_text())
     assert (facts["dataset"], facts["split"], facts["step"]) == ("shapes", "test", 4)
     assert facts["queries"] == 50
     assert list(facts["rules"]) == list(draws.RULES)
@@ -422,16 +410,15 @@ def test_a_run_is_audited(run, call, tmp_path, caplog):
     assert not any("beside the known positives" in r.getMessage() for r in caplog.records)
 
 
-def test_devices_do_not_matter_and_data_without_others_are_told(run, call, tmp_path, caplog):
+def test_devices_do_not_matter_and_data_without_others_are_told(run, tmp_path, caplog):
     base, workdir = run
     found = []
     for devices in (1, 2):
         output = tmp_path / str(devices)
         config = small_config(base / "prepared", num_devices=devices)
-        values = {"checkpoint": str(workdir / "checkpoints"), "step": 2, "rules": ["qure"]}
+        values = {"step": 2, "rules": ["qure"], "lowers": [0.05, 0], "queries": 40}
         with caplog.at_level(logging.INFO):
-            call(config, output=str(output), sweep=["0.05", "0"], queries=40, **values)
-        found.append(json.loads((output / "audit-train-2.json").read_text()))
+            found.append(audit_checkpoint(config, workdir / "checkpoints", output=output, **values))
     one, other = found
     assert list(one["rules"]) == ["qure"]
     assert [(row["quantile"], row["floor"]) for row in one["sweep"]] == [
@@ -447,45 +434,80 @@ def test_devices_do_not_matter_and_data_without_others_are_told(run, call, tmp_p
 @pytest.mark.parametrize(
     ("values", "changes", "sentence"),
     [
-        ({}, {}, r"name what to audit: --workdir=DIR or --checkpoint=DIR"),
-        ({"workdir": "{base}/none"}, {}, r"there is no directory .*none"),
-        ({"checkpoint": "{base}/prepared"}, {}, r"there is no checkpoint in .*prepared"),
-        ({"workdir": "{run}", "step": 3}, {}, r"--step=3: .* steps 2, 4"),
-        ({"workdir": "{run}"}, {"model.tiny.width": 64}, r"another model.*tiny\.width: 64"),
-        ({"workdir": "{run}"}, {"negatives.lower": 2.0}, r"config\.negatives\.lower is 2"),
-        ({"workdir": "{run}", "split": "dev"}, {}, r"shapes has no split 'dev'"),
+        ({"directory": "{base}/none"}, {}, r"there is no directory .*none"),
+        ({"directory": "{base}/prepared"}, {}, r"there is no checkpoint in .*prepared"),
+        ({"step": 3}, {}, r"--step=3: .* steps 2, 4"),
+        ({}, {"model.tiny.width": 64}, r"another model.*tiny\.width: 64"),
+        ({}, {"negatives.lower": 2.0}, r"config\.negatives\.lower is 2"),
+        ({"split": "dev"}, {}, r"shapes has no split 'dev'"),
         (
-            {"workdir": "{run}", "rules": ["random", "in_batch"]},
+            {"rules": ["random", "in_batch"]},
             {},
             r"--rules: 'in_batch' is not one of random, hardest, qure, trns",
         ),
-        ({"workdir": "{run}", "sweep": ["0", "x"]}, {}, r"--sweep=0,x: name numbers"),
         (
-            {"workdir": "{run}", "sweep": ["0.01", "0.7"]},
+            {"lowers": [0.01, 0.7]},
             {},
             r"--sweep=0\.01,0\.7: .* below the upper one, 0\.6",
         ),
-        ({"workdir": "{run}"}, {"num_devices": 99}, r"num_devices is 99"),
-        (
-            {"workdir": "{run}", "output": "{run}/config.json/x"},
-            {},
-            r"cannot write to .*config\.json",
-        ),
+        ({}, {"num_devices": 99}, r"num_devices is 99"),
+        ({"output": "{run}/config.json/x"}, {}, r"cannot write to .*config\.json"),
     ],
 )
-def test_errors(run, call, values, changes, sentence):
+def test_errors(run, values, changes, sentence):
     base, workdir = run
     filled = {
         name: value.format(base=base, run=workdir) if isinstance(value, str) else value
-        for name, value in values.items()
+        for name, value in {"directory": "{run}", **values}.items()
     }
     with pytest.raises(UserError, match=sentence):
-        call(small_config(base / "prepared", **changes), **filled)
+        audit_checkpoint(small_config(base / "prepared", **changes), **filled)
 
 
-def test_data_of_unknown_truth_cannot_be_audited(run, call, monkeypatch):
+def test_data_of_unknown_truth_cannot_be_audited(run, monkeypatch):
     base, workdir = run
     unknown = made_split(COPIES, [0, 1], [2, 3], [[2], [3]], [[], []])
     monkeypatch.setattr(splits, "open_split", lambda *arguments: unknown)
     with pytest.raises(UserError, match=r"no query of train says which images are in truth valid"):
-        call(small_config(base / "prepared"), workdir=str(workdir))
+        audit_checkpoint(small_config(base / "prepared"), workdir)
+
+
+def binary(*arguments):
+    """The binary in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "dqe_jax.audit", "--config=configs/shapes.py:smoke", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_binary(run, tmp_path):
+    base, workdir = run
+    done = binary(
+        *(f"--workdir={workdir}", f"--output={tmp_path}", "--step=2", "--split=val"),
+        *("--rules=qure,random", "--sweep=0.05,0", "--queries=40"),
+        *(f"--config.data.prepared_dir={base / 'prepared'}", "--config.num_devices=1"),
+        *("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trns by its lower bound:" in done.stderr
+    facts = json.loads((tmp_path / "audit-validation-2.json").read_text())
+    assert (facts["step"], facts["split"], facts["queries"]) == (2, "validation", 40)
+    assert list(facts["rules"]) == ["qure", "random"]
+    assert [row["quantile"] for row in facts["sweep"]] == [0, 0.05, 0, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), r"name what to audit: --workdir=DIR or --checkpoint=DIR\."),
+        (("--workdir=x", "--sweep=0,x"), r"--sweep=0,x: name numbers, such as 0,0\.01,0\.1\."),
+    ],
+)
+def test_flags_that_are_of_no_use(arguments, sentence):
+    done = binary(*arguments)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {sentence}\n", done.stderr)

@@ -1,22 +1,24 @@
 """Made copies of each benchmark, from raw files through training to metrics and submissions."""
 
 import json
-import types
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import standins
-from absl import flags
-from absl.testing import flagsaver
-from small_runs import compiled_once, import_binary
+from small_runs import compiled_once
 
 from configs import circo, cirr, common, fiq, triplets
 from dqe_jax.data import datasets, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.evaluation import predictions
+from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16
 MAKERS = {
     "fashioniq": standins.small_fashioniq,
@@ -64,22 +66,6 @@ def base(tmp_path_factory):
         yield base
 
 
-@pytest.fixture
-def call(monkeypatch):
-    """The evaluation binary's `main` in this process."""
-    evaluate = import_binary("evaluate")
-
-    def run_main(config, **values):
-        monkeypatch.setattr(evaluate, "_CONFIG", types.SimpleNamespace(value=config))
-        with flagsaver.flagsaver():
-            flags.FLAGS.mark_as_parsed()
-            for name, value in values.items():
-                setattr(flags.FLAGS, name, str(value))
-            evaluate.main(["evaluate"])
-
-    return run_main
-
-
 def read(path):
     return json.loads(path.read_text())
 
@@ -90,7 +76,7 @@ def fashioniq_run(base):
     return config, base / "fiq", loop.train_and_evaluate(config, base / "fiq")
 
 
-def test_fashioniq(base, fashioniq_run, call):
+def test_fashioniq(base, fashioniq_run):
     config, workdir, metrics = fashioniq_run
     report = read(workdir / "eval" / "validation-2.json")
     assert report["protocol"] == "fashioniq-original"
@@ -108,7 +94,7 @@ def test_fashioniq(base, fashioniq_run, call):
     assert any("validation/R@10/dress" in line for line in lines)
 
     config = tiny(fiq.get_config(), base / "data", **{"eval.protocol": "val"})
-    call(config, workdir=workdir, split="val")
+    evaluate_checkpoint(config, workdir, split="val")
     assert read(workdir / "eval" / "validation-2.json") == report  # not overwritten
     report = read(workdir / "eval-val" / "validation-2.json")
     assert report["protocol"] == "fashioniq-val"
@@ -125,16 +111,16 @@ def read_captions(base):
     return [q for file in sorted(folder.glob("cap.*.val.json")) for q in read(file)]
 
 
-def test_fashioniq_without_labels(base, fashioniq_run, call):
+def test_fashioniq_without_labels(base, fashioniq_run):
     config, workdir, _ = fashioniq_run
-    call(config, workdir=workdir, split="test", output=base / "test")
+    evaluate_checkpoint(config, workdir, split="test", output=base / "test")
     report = read(base / "test" / "test-2.json")
     assert report["metrics"] == {}
     assert len(read(base / "test" / "test-2.ranked.json")) == 36
     assert not list((base / "test").glob("*.cirr*"))
 
 
-def test_hp_fashioniq(base, fashioniq_run, call, caplog):
+def test_hp_fashioniq(base, fashioniq_run):
     config, workdir, _ = fashioniq_run
     path = "/-/image_data/{}/{}.jpg"
     sets = [[path.format("shirt", f"SVAL{i + j:04d}") for j in range(5)] for i in (3, 20, 3)]
@@ -148,13 +134,15 @@ def test_hp_fashioniq(base, fashioniq_run, call, caplog):
     }
     half["retrieved_set1"][1] = {"img_path": [sets[0][0][:-8] + "9999.jpg"] * 5, "user_score": "1"}
     standins.write_json(base / "hpfiq.json", {"user_1": {"question_set_1": half}})
-    call(config, workdir=workdir, split="val", output=base / "hp", hp_fashioniq=base / "hpfiq.json")
+    evaluate_checkpoint(
+        config, workdir, split="val", output=base / "hp", hp_fashioniq=base / "hpfiq.json"
+    )
     found = read(base / "hp" / "hp_fashioniq-2.json")
     assert (found["judgements"], found["official"]) == (2, 3)  # one names an image not at hand
     assert found["ties"] == 1  # the same five images
     assert found["always_first"] == 1.0
     with pytest.raises(UserError, match=r"FashionIQ's val split, not test"):
-        call(config, workdir=workdir, split="test", hp_fashioniq=base / "hpfiq.json")
+        evaluate_checkpoint(config, workdir, split="test", hp_fashioniq=base / "hpfiq.json")
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +165,9 @@ def test_cirr(base, cirr_run):
         assert scored[f"R@{k}"] == pytest.approx(metrics[f"R@{k}"], abs=1e-9)
 
 
-def test_cirr_submissions(base, cirr_run, call):
+def test_cirr_submissions(base, cirr_run):
     config, workdir, _ = cirr_run
-    call(config, checkpoint=workdir, split="test1", output=base / "test1")
+    evaluate_checkpoint(config, workdir, split="test1", output=base / "test1")
     recall = read(base / "test1" / "test-2.cirr_recall.json")
     subset = read(base / "test1" / "test-2.cirr_recall_subset.json")
     queries = {str(q["pairid"]): q for q in read_json_list(base, "cirr", "cap.rc2.test1.json")}
@@ -196,17 +184,17 @@ def test_cirr_submissions(base, cirr_run, call):
         assert order == subset[pair][: len(order)]
     file = base / "test1" / "test-2.cirr_recall.json"
     with pytest.raises(UserError, match=r"keeps the rules .* send it to http"):
-        call(config, predictions=file, raw_dir=base / "raw" / "cirr", split="test1")
+        predictions.score_predictions("cirr", "test1", file, base / "raw" / "cirr")
 
 
 def read_json_list(base, dataset, name):
     return read(base / "raw" / dataset / "captions" / name)
 
 
-def test_circo_by_the_model_of_cirr(base, cirr_run, call):
+def test_circo_by_the_model_of_cirr(base, cirr_run):
     _, workdir, _ = cirr_run
     config = tiny(circo.get_config(), base / "data")
-    call(config, checkpoint=workdir, split="val", output=base / "circo")
+    evaluate_checkpoint(config, workdir, split="val", output=base / "circo")
     report = read(base / "circo" / "validation-2.json")
     assert report["protocol"] == "circo"
     assert {"mAP@5", "mAP@10/addition", "mAP@10/negation", "R@50"} <= report["metrics"].keys()
@@ -214,7 +202,7 @@ def test_circo_by_the_model_of_cirr(base, cirr_run, call):
     scored = predictions.score("circo", "val", ranked, base / "raw" / "circo")
     for name, value in report["metrics"].items():
         assert scored[name] == pytest.approx(value, abs=1e-9)
-    call(config, checkpoint=workdir, split="test", output=base / "circo")
+    evaluate_checkpoint(config, workdir, split="test", output=base / "circo")
     made = read(base / "circo" / "test-2.circo.json")
     assert made.keys() == {"0", "1", "2", "3"}
     assert all(len(set(v)) == 50 and {type(i) for i in v} == {int} for v in made.values())
@@ -222,13 +210,18 @@ def test_circo_by_the_model_of_cirr(base, cirr_run, call):
         loop.train_and_evaluate(config, base / "no")
 
 
-def test_predictions_are_scored_by_the_binary(base, cirr_run, call):
-    config = tiny(circo.get_config(), base / "data")
+def test_predictions_are_scored_by_the_binary(base):
     queries = read(base / "raw" / "circo" / "annotations" / "val.json")
     perfect = {str(q["id"]): q["gt_img_ids"] for q in queries}
     standins.write_json(base / "perfect.json", perfect)
-    arguments = {"predictions": base / "perfect.json", "raw_dir": base / "raw" / "circo"}
-    call(config, split="val", output=base / "scored", **arguments)
+    command = [
+        *(sys.executable, "-m", "dqe_jax.evaluate", "--config=configs/circo.py", "--split=val"),
+        *(f"--predictions={base / 'perfect.json'}", f"--raw_dir={base / 'raw' / 'circo'}"),
+        f"--output={base / 'scored'}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert '"protocol": "circo"' in done.stderr
     found = read(base / "scored" / "predictions-validation.json")
     assert found["protocol"] == "circo"
     assert found["metrics"]["mAP@50"] == found["metrics"]["mAP@10/addition"] == 1.0
@@ -245,11 +238,11 @@ def test_triplets(base):
     assert all(image.startswith("images/") for ids in ranked.values() for image in ids)
 
 
-def test_rankings_do_not_depend_on_devices(base, cirr_run, call):
+def test_rankings_do_not_depend_on_devices(base, cirr_run):
     _, workdir, _ = cirr_run
     for devices in (1, 8):
         config = tiny(cirr.get_config(), base / "data", num_devices=devices)
-        call(config, checkpoint=workdir, split="test1", output=base / f"on{devices}")
+        evaluate_checkpoint(config, workdir, split="test1", output=base / f"on{devices}")
     for name in ("cirr_recall", "cirr_recall_subset", "ranked"):
         one, other = (read(base / f"on{devices}" / f"test-2.{name}.json") for devices in (1, 8))
         assert one == other

@@ -2,18 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
-from small_runs import compiled_once, import_binary, small_config
+from small_runs import compiled_once, small_config
 
 from dqe_jax.data import datasets
 from dqe_jax.data.examples import gallery_split
+from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -36,7 +35,8 @@ def run(tmp_path_factory):
         yield base, base / "run", metrics
 
 
-def evaluate(base, *arguments):
+def run_binary(base, *arguments):
+    """The binary in a process of its own."""
     command = [sys.executable, "-m", "dqe_jax.evaluate", *FLAGS, *arguments]
     command.append(f"--config.data.prepared_dir={base / 'prepared'}")
     cache = {
@@ -44,9 +44,13 @@ def evaluate(base, *arguments):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    done = subprocess.run(
+    return subprocess.run(
         command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, timeout=300
     )
+
+
+def evaluate(base, *arguments):
+    done = run_binary(base, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -94,55 +98,41 @@ def test_an_earlier_step_on_validation_from_a_directory_of_checkpoints(run):
     assert {"step": 2, **expected} == pytest.approx(logged, abs=1e-6)
 
 
-@pytest.fixture
-def call(monkeypatch):
-    """The binary's `main` in this process: `call(config, flag=value)`."""
-    binary = import_binary("evaluate")
-
-    def run_main(config, **values):
-        monkeypatch.setattr(binary, "_CONFIG", types.SimpleNamespace(value=config))
-        with flagsaver.flagsaver():
-            flags.FLAGS.mark_as_parsed()
-            for name, value in values.items():
-                setattr(flags.FLAGS, name, value)
-            binary.main(["evaluate"])
-
-    return run_main
-
-
 @pytest.mark.parametrize(
     ("values", "changes", "sentence"),
     [
-        ({}, {}, r"--workdir=DIR or --checkpoint=DIR"),
-        ({"workdir": "{base}/none"}, {}, r"there is no directory .*none"),
-        ({"checkpoint": "{base}/prepared"}, {}, r"there is no checkpoint in .*prepared"),
-        ({"workdir": "{run}", "step": 3}, {}, r"--step=3: .* steps 2, 4"),
-        (
-            {"workdir": "{run}"},
-            {"model.tiny.width": 64},
-            r"another model.*model\.tiny\.width: 64 \(not 32\)",
-        ),
-        ({"workdir": "{run}"}, {"data.max_length": 9}, r"data\.max_length: 9 \(not \d+\)"),
-        ({"workdir": "{run}", "split": "dev"}, {}, r"shapes has no split 'dev'; it has train"),
-        (
-            {"workdir": "{run}", "hp_fashioniq": "x"},
-            {},
-            r"FashionIQ's val split, not test of shapes",
-        ),
-        ({"predictions": "x"}, {}, r"--predictions needs --raw_dir"),
-        ({"workdir": "{run}"}, {"num_devices": 99}, r"num_devices is 99"),
-        (
-            {"workdir": "{run}", "output": "{run}/config.json/x"},
-            {},
-            r"cannot write to .*config\.json",
-        ),
+        ({"directory": "{base}/none"}, {}, r"there is no directory .*none"),
+        ({"directory": "{base}/prepared"}, {}, r"there is no checkpoint in .*prepared"),
+        ({"step": 3}, {}, r"--step=3: .* steps 2, 4"),
+        ({}, {"model.tiny.width": 64}, r"another model.*model\.tiny\.width: 64 \(not 32\)"),
+        ({}, {"data.max_length": 9}, r"data\.max_length: 9 \(not \d+\)"),
+        ({"split": "dev"}, {}, r"shapes has no split 'dev'; it has train"),
+        ({"hp_fashioniq": "x"}, {}, r"FashionIQ's val split, not test of shapes"),
+        ({}, {"num_devices": 99}, r"num_devices is 99"),
+        ({}, {"eval.top_k": 1}, r"config\.eval\.top_k is 1"),
+        ({"output": "{run}/config.json/x"}, {}, r"cannot write to .*config\.json"),
     ],
 )
-def test_errors(run, call, values, changes, sentence):
+def test_errors(run, values, changes, sentence):
     base, workdir, _ = run
     filled = {
         name: value.format(base=base, run=workdir) if isinstance(value, str) else value
-        for name, value in values.items()
+        for name, value in {"directory": "{run}", **values}.items()
     }
     with pytest.raises(UserError, match=sentence):
-        call(small_config(base / "prepared", **changes), **filled)
+        evaluate_checkpoint(small_config(base / "prepared", **changes), **filled)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), r"name what to evaluate: --workdir=DIR or --checkpoint=DIR\."),
+        (("--predictions=x",), r"--predictions needs --raw_dir=DIR, .*"),
+        (("--watch", "--checkpoint=x"), r"--watch follows --workdir=DIR, without --checkpoint .*"),
+        (("--watch", "--workdir=x", "--step=2"), r"--watch follows --workdir=DIR, .*"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, arguments, sentence):
+    done = run_binary(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {sentence}\n", done.stderr)

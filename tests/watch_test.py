@@ -51,7 +51,7 @@ def trained(base):
 
 def follow(base, workdir, **kwargs):
     output = workdir / "eval-elsewhere"
-    return watch(config_of(base), workdir, "validation", output=output, poll_s=0.01, **kwargs)
+    return watch(config_of(base), workdir, output=output, poll_s=0.01, **kwargs)
 
 
 def test_it_measures_what_training_measured(base, trained):

@@ -12,6 +12,7 @@ removed when the run goes on.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def open_for_training(workdir: epath.Path, config: Any) -> ocp.CheckpointManager
     return ocp.CheckpointManager(workdir / "checkpoints", item_names=ITEMS, options=options)
 
 
-def open_for_reading(directory: str | epath.Path) -> ocp.CheckpointManager:
+def open_for_reading(directory: str | os.PathLike[str]) -> ocp.CheckpointManager:
     """The manager of an existing run.
 
     Args:

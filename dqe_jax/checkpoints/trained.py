@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -53,7 +54,9 @@ class Trained:
         return mesh.replicate(params, self.devices)
 
 
-def open_trained(config: Any, directory: str, step: int | None) -> Trained:
+def open_trained(
+    config: Any, directory: str | os.PathLike[str], step: int | None = None
+) -> Trained:
     """Opens a checkpoint; its parameters are read later.
 
     Args:

@@ -13,10 +13,9 @@ python -m dqe_jax.evaluate --config=configs/circo.py --split=val --predictions=F
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from dqe_jax.utils.errors import UserError
@@ -52,81 +51,62 @@ REQUIRED = ("config",)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluates one checkpoint, or one file of predictions."""
+    """Evaluates one checkpoint, the checkpoints of a run, or one file of predictions."""
     del argv
-    from dqe_jax.config import check_config
-    from dqe_jax.data import datasets
-
-    config = _CONFIG.value
     if _DATA_DIR.value is not None:
-        config.data.data_dir = _DATA_DIR.value
-    check_config(config)
-    # A run that still trains is watched on the validation split.
-    default = "validation" if _WATCH.value else config.eval.split
-    split = datasets.split_of(config.data.dataset, _SPLIT.value or default)
+        _CONFIG.value.data.data_dir = _DATA_DIR.value
     if _PREDICTIONS.value is not None:
-        _score(config, split)
+        _score()
     elif _WATCH.value:
-        _watch(config, split)
+        _watch()
     else:
-        _evaluate(config, split)
+        _evaluate()
 
 
-def _evaluate(config, split: str) -> None:
-    from dqe_jax.checkpoints.trained import open_trained
-    from dqe_jax.data import datasets, splits
-    from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
-    from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator, output_of
-    from dqe_jax.utils.paths import whole_path
-
+def _evaluate() -> None:
     directory = _CHECKPOINT.value or _WORKDIR.value
     if directory is None:
         raise UserError("name what to evaluate: --workdir=DIR or --checkpoint=DIR.")
-    datasets.find_dataset(config.data)
-    trained = open_trained(config, directory, _STEP.value)
-    model, words, step = trained.model, trained.tokenizer, trained.step
-    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
-    judged = None
-    if _HP_FASHIONIQ.value is not None:
-        judged = open_preferences(config, opened, _HP_FASHIONIQ.value)
-    evaluator = make_evaluator(config, model, words, opened, trained.devices)
-    params = trained.read_params()
-    output = whole_path(_OUTPUT.value) if _OUTPUT.value else output_of(trained)
-    evaluate_and_report(config, evaluator, params, step=step, directory=output)
-    if judged is not None:
-        path = output / f"hp_fashioniq-{step}.json"
-        measure_preferences(evaluator, words, params, judged, path)
+    from dqe_jax.evaluation.run import evaluate_checkpoint  # importing JAX takes seconds
+
+    evaluate_checkpoint(
+        _CONFIG.value,
+        directory,
+        step=_STEP.value,
+        split=_SPLIT.value,
+        output=_OUTPUT.value,
+        hp_fashioniq=_HP_FASHIONIQ.value,
+    )
 
 
-def _watch(config, split: str) -> None:
-    from dqe_jax.evaluation.watch import watch
-    from dqe_jax.utils.paths import whole_path
-
+def _watch() -> None:
     if _WORKDIR.value is None or _CHECKPOINT.value or _STEP.value is not None:
         raise UserError("--watch follows --workdir=DIR, without --checkpoint and --step.")
-    workdir = whole_path(_WORKDIR.value)
-    output = whole_path(_OUTPUT.value) if _OUTPUT.value else workdir / "eval"
+    from dqe_jax.evaluation.watch import watch
+
     watch(
-        config,
-        workdir,
-        split,
-        output=output,
+        _CONFIG.value,
+        _WORKDIR.value,
+        split=_SPLIT.value or "validation",
+        output=_OUTPUT.value,
         poll_s=_POLL_S.value,
         patience_s=_PATIENCE_S.value,
     )
 
 
-def _score(config, split: str) -> None:
-    from etils import epath
-
-    from dqe_jax.evaluation import predictions, protocols, report
-
+def _score() -> None:
     if _RAW_DIR.value is None:
         raise UserError("--predictions needs --raw_dir=DIR, the directory of the annotation files.")
-    dataset, variant = config.data.dataset, config.eval.protocol
-    found = predictions.score(dataset, split, _PREDICTIONS.value, _RAW_DIR.value, variant)
-    protocol = protocols.protocol_of(dataset, variant)
-    facts = {"dataset": dataset, "split": split, "protocol": protocol.name, "metrics": found}
-    logging.info("%s\n%s", json.dumps(facts, indent=2), protocol.note)
-    if _OUTPUT.value is not None:
-        report.write_json(epath.Path(_OUTPUT.value) / f"predictions-{split}.json", facts)
+    from dqe_jax.config import check_config
+    from dqe_jax.evaluation.predictions import score_predictions
+
+    config = _CONFIG.value
+    check_config(config)
+    score_predictions(
+        config.data.dataset,
+        _SPLIT.value or config.eval.split,
+        _PREDICTIONS.value,
+        _RAW_DIR.value,
+        config.eval.protocol,
+        output=_OUTPUT.value,
+    )

@@ -20,6 +20,7 @@ ranked lists, or a submission of CIRR or CIRCO.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Container, Mapping, Sequence
 from typing import NoReturn
@@ -35,10 +36,44 @@ from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.evaluation import protocols, submissions
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import read_json
+from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.paths import whole_path
 
 PathLike = str | os.PathLike[str]
 
 LONGEST = 20  # digits of an image id
+
+
+def score_predictions(
+    dataset: str,
+    split: str,
+    path: PathLike,
+    raw_dir: PathLike,
+    variant: str = "original",
+    *,
+    output: PathLike | None = None,
+) -> dict[str, float]:
+    """Metrics of a file of predictions, as `score`; they are logged and written.
+
+    Args:
+      dataset: as `score`, and so are all arguments but the last.
+      split: any name of it.
+      path: of the file.
+      raw_dir: the directory with the annotation files.
+      variant: of the protocol.
+      output: directory for `predictions-<split>.json`; None writes nothing.
+
+    Raises:
+      UserError: as `score`, or the directory is not writable.
+    """
+    split = split_of(dataset, split)
+    found = score(dataset, split, path, raw_dir, variant)
+    protocol = protocols.protocol_of(dataset, variant)
+    facts = {"dataset": dataset, "split": split, "protocol": protocol.name, "metrics": found}
+    logging.info("%s\n%s", json.dumps(facts, indent=2), protocol.note)
+    if output is not None:
+        write_json(whole_path(output) / f"predictions-{split}.json", facts)
+    return found
 
 
 def score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +16,14 @@ from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.splits import Split
-from dqe_jax.evaluation import report
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.json_file import write_json
 
 
-def open_preferences(config: Any, split: Split, path: str) -> tuple[list[Judgement], int]:
+def open_preferences(
+    config: Any, split: Split, path: str | os.PathLike[str]
+) -> tuple[list[Judgement], int]:
     """The judgements of HP-FashionIQ whose images are all at hand, and how many there are in all.
 
     Raises:
@@ -64,7 +67,7 @@ def measure_preferences(
     first, second = np.split(scores, 2, axis=1)
     preferred = np.array([j.preferred for j in judgements])
     found = preference_metrics(first, second, preferred) | {"official": official}
-    report.write_json(path, found)
+    write_json(path, found)
     logging.info(
         "HP-FashionIQ, %d of %d judgements:\n%s", len(judgements), official, json.dumps(found)
     )

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 
@@ -21,7 +20,7 @@ from etils import epath
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import contact_sheet, protocols, submissions
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.json_file import write_json
 from dqe_jax.utils.text_table import text_table
 
 RANKED = 50
@@ -80,21 +79,6 @@ def write_report(
     logging.info("Files: %s*", directory / name)
     if not len(evaluator.labelled):
         _write_submissions(evaluator, result, directory, name, dataset)
-
-
-def write_json(path: epath.Path, content: object, indent: int | None = 2) -> None:
-    """Writes a JSON file and makes its directory.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=indent) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path.parent} ({error.strerror}): name a writable directory."
-        ) from error
 
 
 def _write_submissions(

@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax.checkpoints.trained import Trained
-from dqe_jax.config import flatten
+from dqe_jax.checkpoints.trained import Trained, open_trained
+from dqe_jax.config import check_config, flatten
+from dqe_jax.data import datasets, splits
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_texts
 from dqe_jax.distributed import processes
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
+from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
 from dqe_jax.models import DQE
+from dqe_jax.utils.paths import whole_path
+
+
+def evaluate_checkpoint(
+    config: Any,
+    directory: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    split: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    hp_fashioniq: str | os.PathLike[str] | None = None,
+) -> Result:
+    """Evaluates a checkpoint on a split and writes the files of `report.py`.
+
+    Args:
+      config: must agree with that of the checkpoint in what the model depends on.
+      directory: a workdir, or its `checkpoints` directory.
+      step: of the checkpoint; None for the newest.
+      split: any name of it, such as `val`; None for `config.eval.split`.
+      output: directory of the files; None for that of `output_of`.
+      hp_fashioniq: file of judgements, to measure the preference ratio too (FashionIQ, val).
+
+    Raises:
+      UserError: the config, the data, the checkpoint or a file cannot be used.
+    """
+    check_config(config)
+    split = datasets.split_of(config.data.dataset, split or config.eval.split)
+    datasets.find_dataset(config.data)
+    trained = open_trained(config, directory, step)
+    words, step = trained.tokenizer, trained.step
+    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
+    judged = None
+    if hp_fashioniq is not None:
+        judged = open_preferences(config, opened, hp_fashioniq)
+    evaluator = make_evaluator(config, trained.model, words, opened, trained.devices)
+    params = trained.read_params()
+    place = whole_path(output) if output else output_of(trained)
+    result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
+    if judged is not None:
+        path = place / f"hp_fashioniq-{step}.json"
+        measure_preferences(evaluator, words, params, judged, path)
+    return result
 
 
 def make_evaluator(

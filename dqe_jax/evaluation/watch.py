@@ -8,6 +8,7 @@ those of training. What is logged there is not evaluated again when the watcher 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,20 +18,22 @@ from etils import epath
 
 from dqe_jax.checkpoints import store
 from dqe_jax.checkpoints.trained import Trained, open_trained
+from dqe_jax.config import check_config
 from dqe_jax.data import datasets, splits
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.metric_log import MetricLog
+from dqe_jax.utils.paths import whole_path
 
 RETRIES = 3
 
 
 def watch(
     config: Any,
-    workdir: epath.Path,
-    split: str,
+    workdir: str | os.PathLike[str],
     *,
-    output: epath.Path,
+    split: str = "validation",
+    output: str | os.PathLike[str] | None = None,
     poll_s: float = 30.0,
     patience_s: float = 0.0,
 ) -> dict[int, dict[str, float]]:
@@ -39,8 +42,8 @@ def watch(
     Args:
       config: of the run.
       workdir: of the run; need not exist yet.
-      split: to evaluate on.
-      output: where the files of the last checkpoint's report go.
+      split: to evaluate on, by any name of it.
+      output: where the files of the last checkpoint's report go; None for `<workdir>/eval`.
       poll_s: seconds between looks.
       patience_s: seconds without a new checkpoint after which to give up; 0 for never.
 
@@ -50,6 +53,10 @@ def watch(
     Raises:
       UserError: no data, another model, or no new checkpoint for `patience_s`.
     """
+    check_config(config)
+    split = datasets.split_of(config.data.dataset, split)
+    workdir = whole_path(workdir)
+    place = whole_path(output) if output else workdir / "eval"
     opened = splits.open_split(config, datasets.open_dataset(config.data), split)
     log = MetricLog(workdir / f"watch-{split}", resume_step=None, again="")
     seen, found, evaluator = set(log.steps()), {}, None
@@ -68,7 +75,7 @@ def watch(
                 words, devices = trained.tokenizer, trained.devices
                 evaluator = make_evaluator(config, trained.model, words, opened, devices)
             if step >= _total_steps(workdir):
-                result = evaluate_and_report(config, evaluator, params, step=step, directory=output)
+                result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
             else:
                 result = evaluator.run(params)
             found[step] = result.metrics

@@ -50,9 +50,9 @@ from matplotlib.figure import Figure
 from dqe_jax.config import check_config, differences
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import protocols
-from dqe_jax.evaluation.report import write_json
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.json_file import write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 

@@ -29,9 +29,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dqe_jax.config import check_config
-from dqe_jax.evaluation.report import write_json
 from dqe_jax.experiments import ablation
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.json_file import write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
