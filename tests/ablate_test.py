@@ -16,8 +16,10 @@ from small_runs import compiled_once, small_config
 from configs import shapes
 from dqe_jax.checkpoints import store
 from dqe_jax.config import check_config, flatten
-from dqe_jax.experiments import ablation
-from dqe_jax.experiments.ablation import Run
+from dqe_jax.experiments.ablation import figure, record, scores
+from dqe_jax.experiments.ablation.record import EQUAL, Run
+from dqe_jax.experiments.ablation.runs import run_ablation, steps_within
+from dqe_jax.experiments.ablation.variants import VARIANTS, choose_variants, variant_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -53,11 +55,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("variant", ablation.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_changes_its_fields_and_no_other(variant):
     config = shapes.get_config()
     before = flatten(config.to_dict())
-    changed = ablation.variant_config(config, variant, seed=3, steps=70)
+    changed = variant_config(config, variant, seed=3, steps=70)
     check_config(changed)
     after = flatten(changed.to_dict())
     found = {name: after[name] for name in before if before[name] != after[name]}
@@ -69,33 +71,33 @@ def test_rules_without_a_word_on_attributes_leave_them_as_they_are():
     config = shapes.get_config()
     config.model.attributes.enabled, config.negatives.rule = False, "random"
     enabled = {
-        variant: ablation.variant_config(config, variant, 0, 1).model.attributes.enabled
-        for variant in ablation.VARIANTS
+        variant: variant_config(config, variant, 0, 1).model.attributes.enabled
+        for variant in VARIANTS
     }
     assert {name for name, value in enabled.items() if value} == {"attributes", "full"}
-    assert ablation.variant_config(config, "full", 0, 1).negatives.rule == "trns"
+    assert variant_config(config, "full", 0, 1).negatives.rule == "trns"
 
 
 @pytest.mark.parametrize(
     ("names", "dataset", "chosen"),
     [
-        ([], "shapes", tuple(ablation.VARIANTS)),
-        ([], "fashion_products", tuple(ablation.VARIANTS)),
-        ([], "fashioniq", tuple(v for v in ablation.VARIANTS if "oracle" not in v)),
+        ([], "shapes", tuple(VARIANTS)),
+        ([], "fashion_products", tuple(VARIANTS)),
+        ([], "fashioniq", tuple(v for v in VARIANTS if "oracle" not in v)),
         (["full", "trns", "full"], "shapes", ("infonce", "trns", "full")),
         (["trns-oracle"], "triplets", ("infonce", "trns-oracle")),
         (["infonce"], "shapes", ("infonce",)),
     ],
 )
 def test_infonce_is_always_among_the_chosen(names, dataset, chosen):
-    assert ablation.choose_variants(names, dataset) == chosen
+    assert choose_variants(names, dataset) == chosen
 
 
 # ---------------------------------------------------------------------------------- the arithmetic
 
 
 def test_score_against_a_calculation_by_hand():
-    found = ablation.score([0.5, 0.6, 0.7], [0.4, 0.4, 0.7])
+    found = scores.score([0.5, 0.6, 0.7], [0.4, 0.4, 0.7])
     assert found.mean == pytest.approx(0.6)
     assert found.spread == pytest.approx(0.1)  # of (-.1, 0, .1): sqrt(.02 / 2)
     assert found.gain == pytest.approx(0.1)
@@ -113,7 +115,7 @@ def test_score_against_a_calculation_by_hand():
     ],
 )
 def test_score_says_nothing_that_the_runs_do_not(values, base, expected):
-    found = ablation.score(values, base)
+    found = scores.score(values, base)
     mean, has_spread, gain, in_spreads = expected
     assert found.mean == pytest.approx(mean)
     assert (found.spread is not None) == has_spread
@@ -129,7 +131,7 @@ def test_table():
         made_run("full", seed=1, metrics={"R@1": 1.0, "mAP@10": 0.3}, steps=1234, seconds=61.0),
         made_run("trns", seed=0, metrics={"R@1": 0.4, "mAP@10": 0.1}),
     ]
-    cells = ablation.table_cells(ablation.summarize(runs))
+    cells = scores.table_cells(scores.summarize(runs))
     head = ("variant", "runs", "steps", "seconds")
     assert cells == [
         (*head, "R@1", "R@1 - infonce", "mAP@10", "mAP@10 - infonce"),
@@ -140,7 +142,7 @@ def test_table():
         ),
         ("trns", "1", "100", "50", "0.4000", "-0.2000", "0.1000", "-0.0500"),
     ]
-    lines = ablation.markdown_table(cells).splitlines()
+    lines = scores.markdown_table(cells).splitlines()
     assert lines[1] == "|" + " --- |" * 8
     assert len(lines) == 5
     assert {line.count("|") for line in lines} == {9}
@@ -159,7 +161,7 @@ def test_table():
 )
 def test_steps_of_equal_time(budget, steps):
     times = [(10, 20.0), (20, 30.0), (40, 40.0), (50, 60.0)]
-    assert ablation.steps_within(budget, times) == steps
+    assert steps_within(budget, times) == steps
 
 
 def test_curve_is_over_the_steps_that_all_seeds_have():
@@ -167,11 +169,11 @@ def test_curve_is_over_the_steps_that_all_seeds_have():
         made_run(seed=0, validation={10: {"R@1": 0.2}, 15: {"R@1": 1.0}, 20: {"R@1": 0.5}}),
         made_run(seed=1, validation={10: {"R@1": 0.4}, 15: {"R@10": 1.0}, 20: {"R@1": 0.5}}),
     ]
-    steps, mean, spread = ablation.curve(runs, "R@1")
+    steps, mean, spread = figure.curve(runs, "R@1")
     np.testing.assert_array_equal(steps, [10, 20])
     np.testing.assert_allclose(mean, [0.3, 0.5])
     np.testing.assert_allclose(spread, [np.sqrt(0.02), 0])
-    np.testing.assert_array_equal(ablation.curve(runs[:1], "R@1")[2], [0, 0, 0])
+    np.testing.assert_array_equal(figure.curve(runs[:1], "R@1")[2], [0, 0, 0])
 
 
 def test_the_log_of_a_run():
@@ -181,8 +183,8 @@ def test_the_log_of_a_run():
         {"step": 4, "validation/R@1": 0.2, "validation/R@10": 0.4, "validation/R@1/add": 1.0},
         {"step": 4, "test/R@1": 0.1},
     ]
-    assert ablation.training_times(log) == [(2, 3.0), (4, 5.0)]
-    assert ablation.validation_metrics(log) == {4: {"R@1": 0.2, "R@10": 0.4}}
+    assert record.training_times(log) == [(2, 3.0), (4, 5.0)]
+    assert record.validation_metrics(log) == {4: {"R@1": 0.2, "R@10": 0.4}}
 
 
 # ---------------------------------------------------------------------------------------- the plot
@@ -191,7 +193,7 @@ def test_the_log_of_a_run():
 @pytest.mark.parametrize("kinds", [("steps",), ("steps", "time")])
 def test_the_plot_shows_every_variant_in_its_colour(tmp_path, kinds):
     runs = []
-    for i, variant in enumerate(ablation.VARIANTS):
+    for i, variant in enumerate(VARIANTS):
         for kind in kinds:
             for seed in (0, 1):
                 validation = {
@@ -199,21 +201,21 @@ def test_the_plot_shows_every_variant_in_its_colour(tmp_path, kinds):
                     for step in (50, 100)
                 }
                 runs.append(made_run(variant, kind, seed, validation=validation))
-    ablation.draw(runs, tmp_path / "plot.png")
+    figure.draw(runs, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         assert image.format == "PNG"
         assert image.width == round(150 * 9.2)
         assert image.height == round(150 * (3.2 * len(kinds) + 0.6))
     counts = collections.Counter(map(tuple, pixels.tolist()))
-    for color, _ in ablation.STYLES.values():
+    for color, _ in figure.STYLES.values():
         assert counts[tuple(bytes.fromhex(color[1:]))] > 100, color
 
 
 def test_variants_have_styles_of_their_own():
-    assert ablation.STYLES.keys() == ablation.VARIANTS.keys()
-    for part in zip(*ablation.STYLES.values()):
-        assert len(set(part)) == len(ablation.VARIANTS)
+    assert figure.STYLES.keys() == VARIANTS.keys()
+    for part in zip(*figure.STYLES.values()):
+        assert len(set(part)) == len(VARIANTS)
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -261,10 +263,8 @@ def config_of(base, **changes):
 
 
 def ablate(base, **changes):
-    variants = ablation.choose_variants(["attributes"])
-    return ablation.run_ablation(
-        config_of(base, **changes), base / "runs", variants=variants, seeds=2
-    )
+    config = config_of(base, **changes)
+    return run_ablation(config, base / "runs", variants=["attributes"], seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,8 @@ def finished(base):
         calls.append(list(watched.calls))
         # Else the steps of equal time would be those of a busy machine.
         patch.setattr(
-            ablation, "steps_within", lambda budget, times: 4 if budget == times[-1][1] else 3
+            "dqe_jax.experiments.ablation.runs.steps_within",
+            lambda budget, times: 4 if budget == times[-1][1] else 3,
         )
         watched.calls.clear()
         watched.killed = None
@@ -369,15 +370,15 @@ def test_a_complete_ablation_is_only_read(finished, base, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "equal", "sentence"),
     [
-        ({"loss.margin": 0.5}, ablation.EQUAL, r"another config.*loss\.margin: 0\.5 \(not"),
+        ({"loss.margin": 0.5}, EQUAL, r"another config.*loss\.margin: 0\.5 \(not"),
         ({"total_steps": 5}, ("steps",), r"another config.*total_steps: 5 \(not 4\)"),
         ({"total_steps": 5}, ("time",), r"total_steps is 5: .*times\.json is of .* 4 steps"),
-        ({"negatives.lower": 0.7, "negatives.upper": 0.6}, ablation.EQUAL, r"negatives\.lower is "),
+        ({"negatives.lower": 0.7, "negatives.upper": 0.6}, EQUAL, r"negatives\.lower is "),
     ],
 )
 def test_another_config_in_the_same_workdir(finished, base, changes, equal, sentence):
     with pytest.raises(UserError, match=sentence):
-        ablation.run_ablation(
+        run_ablation(
             config_of(base, **changes),
             finished[0],
             variants=("infonce", "attributes"),
@@ -388,18 +389,18 @@ def test_another_config_in_the_same_workdir(finished, base, changes, equal, sent
 
 def test_a_half_written_report_is_not_taken_for_a_result(finished, base):
     workdir, _, _, runs = finished
-    config = ablation.variant_config(config_of(base), "attributes", 0, 4)
+    config = variant_config(config_of(base), "attributes", 0, 4)
     directory = workdir / "attributes-steps-0"
-    assert ablation.held_metrics(config, directory) == runs[1].metrics
+    assert record.held_metrics(config, directory) == runs[1].metrics
     report = directory / "eval" / "test-4.json"
     whole = report.read_text()
     try:
         report.write_text(whole[: len(whole) // 2])
-        assert ablation.held_metrics(config, directory) is None
+        assert record.held_metrics(config, directory) is None
     finally:
         report.write_text(whole)
     config.eval.split = "validation"
-    assert ablation.held_metrics(config, directory) is None
+    assert record.held_metrics(config, directory) is None
 
 
 # -------------------------------------------------------------------------------------- the errors
@@ -407,26 +408,24 @@ def test_a_half_written_report_is_not_taken_for_a_result(finished, base):
 
 def test_unknown_variant():
     with pytest.raises(UserError, match=r"no variant 'trms'; choose of infonce, attributes, trns"):
-        ablation.choose_variants(["full", "trms"])
+        choose_variants(["full", "trms"])
 
 
 def test_too_few_seeds(tmp_path):
     with pytest.raises(UserError, match=r"--seeds is 0"):
-        ablation.run_ablation(shapes.get_config(), tmp_path, variants=("infonce",), seeds=0)
+        run_ablation(shapes.get_config(), tmp_path, variants=("infonce",), seeds=0)
 
 
 def test_times_that_are_none(tmp_path):
     (tmp_path / "times.json").write_text('{"full": {}}')
     with pytest.raises(UserError, match=r"times\.json holds no times"):
-        ablation.run_ablation(
-            shapes.get_config(), tmp_path, variants=("infonce",), seeds=1, equal=("time",)
-        )
+        run_ablation(shapes.get_config(), tmp_path, variants=("infonce",), seeds=1, equal=("time",))
 
 
 def test_a_split_without_labels(base, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_and_evaluate", lambda config, workdir: {})
     with pytest.raises(UserError, match=r"eval\.split is 'test': shapes has no labels"):
-        ablation.run_ablation(config_of(base), tmp_path, variants=("infonce",), seeds=1)
+        run_ablation(config_of(base), tmp_path, variants=("infonce",), seeds=1)
 
 
 @pytest.mark.parametrize(

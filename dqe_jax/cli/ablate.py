@@ -2,8 +2,8 @@
 
 python -m dqe_jax.ablate --config=configs/shapes.py [--seeds=3] [--equal=both] [--workdir=DIR]
 
-The same command goes on with what was interrupted. See `dqe_jax/experiments/ablation.py` for the
-variants, for what equal time means and for what is written. With `--lowers=0,0.005,0.02,0.1` it
+The same command goes on with what was interrupted. See `dqe_jax/experiments/ablation/` for
+the variants, for what equal time means and for what is written. With `--lowers=0,0.005,0.02,0.1` it
 trains TRNS with these lower quantiles instead, with equal steps: see
 `dqe_jax/experiments/bound_curve.py`.
 """
@@ -11,6 +11,7 @@ trains TRNS with these lower quantiles instead, with equal steps: see
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -39,28 +40,33 @@ REQUIRED = ("config",)
 def main(argv: Sequence[str]) -> None:
     """Trains what is missing and writes the tables."""
     del argv
-    from dqe_jax.experiments import (  # after the flags: importing JAX takes seconds
-        ablation,
-        bound_curve,
-    )
-
     config = _CONFIG.value
     if _DATA_DIR.value is not None:
         config.data.data_dir = _DATA_DIR.value
     if _LOWERS.value:
-        if _VARIANTS.value:
-            raise UserError("--lowers trains no variants: leave --variants out.")
-        bound_curve.run_curve(
-            config,
-            _WORKDIR.value or command_line.default_workdir("bounds"),
-            lowers=bound_curve.read_lowers(_LOWERS.value),
-            seeds=_SEEDS.value,
-        )
+        _run_curve(config)
         return
-    ablation.run_ablation(
+    # After the flags: importing JAX takes seconds.
+    from dqe_jax.experiments.ablation.record import EQUAL
+    from dqe_jax.experiments.ablation.runs import run_ablation
+
+    run_ablation(
         config,
         _WORKDIR.value or command_line.default_workdir("ablation"),
-        variants=ablation.choose_variants(_VARIANTS.value, config.data.dataset),
+        variants=_VARIANTS.value,
         seeds=_SEEDS.value,
-        equal=ablation.EQUAL if _EQUAL.value == "both" else (_EQUAL.value,),
+        equal=EQUAL if _EQUAL.value == "both" else (_EQUAL.value,),
+    )
+
+
+def _run_curve(config: Any) -> None:
+    if _VARIANTS.value:
+        raise UserError("--lowers trains no variants: leave --variants out.")
+    from dqe_jax.experiments import bound_curve
+
+    bound_curve.run_curve(
+        config,
+        _WORKDIR.value or command_line.default_workdir("bounds"),
+        lowers=bound_curve.read_lowers(_LOWERS.value),
+        seeds=_SEEDS.value,
     )

@@ -29,7 +29,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dqe_jax.config import check_config
-from dqe_jax.experiments import ablation
+from dqe_jax.experiments.ablation.figure import PLOTTED
+from dqe_jax.experiments.ablation.record import METRICS, read_log
+from dqe_jax.experiments.ablation.runs import told_unwritable, train_or_read
+from dqe_jax.experiments.ablation.scores import markdown_table, score
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.json_file import write_json
 from dqe_jax.utils.paths import whole_path
@@ -54,7 +57,7 @@ class Point:
       lower: the quantile.
       floor: "floor" (the config's) or "free" (none).
       seed: of the run.
-      metrics: of `config.eval.split`, those of `ablation.METRICS`.
+      metrics: of `config.eval.split`, those of `METRICS`.
       drawn: means of `DRAWN`; without `false` where the truth is not known.
       directory: of the run.
     """
@@ -136,9 +139,9 @@ def run_curve(
     for lower, floor, seed in wanted:
         directory = workdir / f"lower-{lower:g}-{floor}-{seed}"
         own = config_at(config, lower, floor, seed)
-        metrics, is_new = ablation.train_or_read(own, directory)
-        kept = {key: metrics[key] for key in ablation.METRICS if key in metrics}
-        drawn = means_of_drawn(ablation.read_log(directory))
+        metrics, is_new = train_or_read(own, directory)
+        kept = {key: metrics[key] for key in METRICS if key in metrics}
+        drawn = means_of_drawn(read_log(directory))
         points.append(Point(lower, floor, seed, kept, drawn, directory.name))
         logging.info("Run %d of %d: %s", len(points), len(wanted), points[-1])
         if is_new or len(points) == len(wanted):
@@ -165,8 +168,8 @@ def summarize(points: Sequence[Point]) -> list[dict[str, Any]]:
         row = {"lower": lower, "floor": floor, "runs": len(own)}
         for name in (*own[0].metrics, *own[0].drawn):
             values = [(point.metrics | point.drawn)[name] for point in own]
-            score = ablation.score(values)
-            row[name] = (score.mean, score.spread)
+            found = score(values)
+            row[name] = (found.mean, found.spread)
         rows.append(row)
     return rows
 
@@ -204,8 +207,8 @@ def write_results(config: Any, workdir: epath.Path, points: Sequence[Point]) -> 
     seeds = ", ".join(str(seed) for seed in sorted({point.seed for point in points}))
     note = NOTE.format(split=split, seeds=seeds, steps=config.total_steps)
     title = f"# TRNS by its lower bound on {config.data.dataset}"
-    text = [title, note, ablation.markdown_table(cells), "![The curves](bounds.png)"]
-    with ablation.told_unwritable(workdir):
+    text = [title, note, markdown_table(cells), "![The curves](bounds.png)"]
+    with told_unwritable(workdir):
         (workdir / "bounds.md").write_text("\n\n".join(text) + "\n")
         draw(rows, split, workdir / "bounds.png")
 
@@ -218,7 +221,7 @@ def draw(rows: Sequence[Mapping[str, Any]], split: str, path: os.PathLike[str] |
       split: that accuracy is of.
       path: of the file.
     """
-    accuracy = [key for key in ablation.PLOTTED if key in rows[0]][-1:]
+    accuracy = [key for key in PLOTTED if key in rows[0]][-1:]
     titles = {key: f"{key}, {split}" for key in accuracy}
     titles |= {"false": "false negatives drawn, share", "delta": "mean delta drawn (low: hard)"}
     names = [name for name in titles if name in rows[0]]

@@ -1,0 +1,100 @@
+"""What a complete run leaves: its metrics, and how long it trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from dqe_jax.config import differences
+from dqe_jax.evaluation import protocols
+from dqe_jax.utils.errors import UserError
+
+EQUAL = ("steps", "time")
+# Columns of the tables, and metrics of the plot, of those that the data set has.
+METRICS = ("R@1", "R@10", "mAP@10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A complete run.
+
+    Attributes:
+      variant: of `VARIANTS`.
+      equal: "steps" or "time".
+      seed: of the run.
+      steps: taken.
+      seconds: of training.
+      metrics: of `config.eval.split`.
+      validation: metrics by step.
+      directory: of the run.
+    """
+
+    variant: str
+    equal: str
+    seed: int
+    steps: int
+    seconds: float
+    metrics: Mapping[str, float]
+    validation: Mapping[int, Mapping[str, float]]
+    directory: str
+
+
+def describe(run: Run) -> str:
+    """A run as one line of a log."""
+    found = ", ".join(f"{key} {run.metrics[key]:.4f}" for key in METRICS if key in run.metrics)
+    return (
+        f"{run.variant}, equal {run.equal}, seed {run.seed}: {found}; {run.steps} steps in "
+        f"{run.seconds:.0f} s."
+    )
+
+
+def held_metrics(config: Any, directory: epath.Path) -> dict[str, float] | None:
+    """The final metrics of a run of this config, if it is complete."""
+    report = directory / "eval" / f"{config.eval.split}-{config.total_steps}.json"
+    try:
+        trained = json.loads((directory / "config.json").read_text())
+        found = json.loads(report.read_text())
+    except (OSError, json.JSONDecodeError):  # not there, or the run was killed as it wrote
+        return None
+    protocol = protocols.protocol_of(config.data.dataset, config.eval.protocol).name
+    same = not differences(config.to_dict(), trained) and found["protocol"] == protocol
+    return found["metrics"] if same else None
+
+
+def read_log(directory: epath.Path) -> list[dict[str, Any]]:
+    """The lines of a complete run's `metrics.jsonl` and `timing.jsonl`.
+
+    Raises:
+      UserError: it is not there, or does not hold them.
+    """
+    path = directory / "timing.jsonl"
+    try:
+        log = [
+            json.loads(line)
+            for file in (directory / "metrics.jsonl", path)
+            for line in file.read_text().splitlines()
+        ]
+        if training_times(log):
+            return log
+    except (OSError, json.JSONDecodeError):
+        pass
+    raise UserError(f"{path} is not the log of a run: remove {directory} to train it again.")
+
+
+def training_times(log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Steps, and the seconds of training that they had taken, of each line that says so."""
+    return [(line["step"], line["train_seconds"]) for line in log if "train_seconds" in line]
+
+
+def validation_metrics(log: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Those of `METRICS` that were measured on the validation split, by step."""
+    found: dict[int, dict[str, float]] = {}
+    for line in log:
+        for key in METRICS:
+            if f"validation/{key}" in line:
+                found.setdefault(line["step"], {})[key] = line[f"validation/{key}"]
+    return found

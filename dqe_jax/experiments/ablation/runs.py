@@ -1,0 +1,234 @@
+"""The runs of an ablation: trained in order, each once, with equal steps or with equal time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from dqe_jax.config import check_config
+from dqe_jax.evaluation import protocols
+from dqe_jax.experiments.ablation import figure, scores
+from dqe_jax.experiments.ablation.record import (
+    EQUAL,
+    METRICS,
+    Run,
+    describe,
+    held_metrics,
+    read_log,
+    training_times,
+    validation_metrics,
+)
+from dqe_jax.experiments.ablation.variants import BASE, choose_variants, variant_config
+from dqe_jax.training import loop
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.paths import whole_path
+from dqe_jax.utils.text_table import text_table
+
+NOTE = (
+    "Split {split}, protocol {protocol}; seeds {seeds}. A cell: mean ± standard deviation (n - 1) "
+    f"over seeds. ` - {BASE}`: difference of the means; in brackets in units of the spread, the "
+    "root mean square of the two standard deviations. Seconds: of training, compilation included, "
+    "evaluation not."
+)
+
+
+def run_ablation(
+    config: Any,
+    workdir: str | os.PathLike[str],
+    *,
+    variants: Sequence[str] = (),
+    seeds: int = 3,
+    equal: Sequence[str] = EQUAL,
+) -> list[Run]:
+    """Trains what is not there yet and writes the files of the package's table.
+
+    It can be killed at any time: the same call goes on where it was.
+
+    Args:
+      config: see `configs/common.py`; its seed is the first.
+      workdir: of the ablation.
+      variants: names of `VARIANTS`, beside `infonce`; none for all.
+      seeds: how many runs of each.
+      equal: of `EQUAL`.
+
+    Returns:
+      All runs of the tables.
+
+    Raises:
+      UserError: for everything that a user can put right, such as a changed config.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}: it must be at least 1.")
+    variants = choose_variants(variants, config.data.dataset)
+    for variant in variants:
+        check_config(variant_config(config, variant, config.seed, config.total_steps))
+    workdir = whole_path(workdir)
+    count, runs = len(equal) * seeds * len(variants), []
+    for kind in equal:
+        steps = dict.fromkeys(variants, config.total_steps)
+        if kind == "time":
+            steps = steps_of_equal_time(config, workdir, variants)
+        for seed in range(config.seed, config.seed + seeds):
+            for variant in variants:
+                run, is_new = complete(config, workdir, variant, kind, seed, steps[variant])
+                runs.append(run)
+                logging.info("Run %d of %d: %s", len(runs), count, describe(run))
+                if is_new or len(runs) == count:
+                    write_results(config, workdir, runs)
+    return runs
+
+
+def complete(
+    config: Any, workdir: epath.Path, variant: str, equal: str, seed: int, steps: int
+) -> tuple[Run, bool]:
+    """One run, and whether it had still to be trained or evaluated.
+
+    Raises:
+      UserError: as `train_and_evaluate`, or the split has no labels.
+    """
+    own = variant_config(config, variant, seed, steps)
+    # With the same steps it is the same run.
+    place = "steps" if steps == config.total_steps else equal
+    directory = workdir / f"{variant}-{place}-{seed}"
+    metrics, is_new = train_or_read(own, directory)
+    log = read_log(directory)
+    seconds, validation = training_times(log)[-1][1], validation_metrics(log)
+    run = Run(variant, equal, seed, steps, seconds, metrics, validation, directory.name)
+    return run, is_new
+
+
+def train_or_read(config: Any, directory: epath.Path) -> tuple[dict[str, float], bool]:
+    """The final metrics of the run of a config, and whether it had still to be trained.
+
+    Raises:
+      UserError: as `complete`.
+    """
+    metrics = held_metrics(config, directory)
+    is_new = metrics is None
+    if is_new:
+        # Each run compiles the same, whatever ran before, and memory does not grow with the runs.
+        jax.clear_caches()
+        metrics = loop.train_and_evaluate(config, directory)
+    if not set(METRICS) & set(metrics):
+        raise UserError(
+            f"config.eval.split is {config.eval.split!r}: {config.data.dataset} has no labels "
+            "there to compare variants by; take --config.eval.split=validation."
+        )
+    return metrics, is_new
+
+
+def steps_of_equal_time(
+    config: Any, workdir: epath.Path, variants: Sequence[str]
+) -> dict[str, int]:
+    """Steps of each variant that take as long as `config.total_steps` of `infonce`.
+
+    They are those of `times.json`; what is not there is measured, on the runs with equal steps and
+    the first seed, and added.
+
+    Raises:
+      UserError: as `complete`, or `times.json` is of no use.
+    """
+    path = workdir / "times.json"
+    times = _read_times(path)
+    if times and times[BASE]["steps"] != config.total_steps:
+        raise UserError(
+            f"config.total_steps is {config.total_steps}: {path} is of an ablation of "
+            f"{times[BASE]['steps']} steps; take another --workdir, or the config of that ablation."
+        )
+    for variant in variants:
+        if variant in times:
+            continue
+        run, _ = complete(config, workdir, variant, "steps", config.seed, config.total_steps)
+        budget = times[BASE]["seconds"] if times else run.seconds
+        steps = steps_within(budget, training_times(read_log(workdir / run.directory)))
+        ratio = run.seconds / budget
+        times[variant] = {"seconds": run.seconds, "ratio": ratio, "steps": steps}
+        _write_whole(path, times)
+        if variant != BASE:
+            logging.info(
+                "%s takes %.3f times as long as %s: %d steps of it take equal time.",
+                *(variant, ratio, BASE, steps),
+            )
+    return {variant: times[variant]["steps"] for variant in variants}
+
+
+def steps_within(budget: float, times: Sequence[tuple[int, float]]) -> int:
+    """Steps of a run after `budget` seconds, at least 1; beyond its end at its mean speed.
+
+    Args:
+      budget: seconds.
+      times: steps of the run and the seconds that they had taken, rising.
+    """
+    steps, seconds = map(np.array, zip((0, 0.0), *times))
+    if budget >= seconds[-1]:
+        return round(int(steps[-1]) * budget / seconds[-1])
+    return max(round(float(np.interp(budget, seconds, steps))), 1)
+
+
+def _read_times(path: epath.Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        times = json.loads(path.read_text())
+        if all({"seconds", "steps"} <= set(times[v]) for v in {BASE, *times}):
+            return times
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} holds no times of an ablation: remove it to measure them again.")
+
+
+def _write_whole(path: epath.Path, content: Any) -> None:
+    """Writes JSON so that an interruption leaves the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    write_json(part, content)
+    part.replace(path)
+
+
+def write_results(config: Any, workdir: epath.Path, runs: Sequence[Run]) -> None:
+    """Writes `ablation.json`, `.md` and `.png` of the runs so far, and logs the tables.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    groups = {kind: [run for run in runs if run.equal == kind] for kind in EQUAL}
+    lines = {kind: scores.summarize(group) for kind, group in groups.items() if group}
+    split, dataset = config.eval.split, config.data.dataset
+    facts = {
+        "dataset": dataset,
+        "split": split,
+        "protocol": protocols.protocol_of(dataset, config.eval.protocol).name,
+        "tables": {k: [dataclasses.asdict(line) for line in table] for k, table in lines.items()},
+        "runs": [dataclasses.asdict(run) for run in runs],
+    }
+    write_json(workdir / "ablation.json", facts)
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    text = [f"# Ablation on {dataset}", NOTE.format(seeds=seeds, **facts)]
+    for kind, table in lines.items():
+        cells = scores.table_cells(table)
+        logging.info("Equal %s, %s:\n%s", kind, split, text_table(cells))
+        text += [f"## Equal {kind}", scores.markdown_table(cells)]
+    text += ["## Validation", "![Validation metrics against steps](ablation.png)"]
+    with told_unwritable(workdir):
+        (workdir / "ablation.md").write_text("\n\n".join(text) + "\n")
+        figure.draw(runs, workdir / "ablation.png")
+
+
+@contextlib.contextmanager
+def told_unwritable(workdir: epath.Path) -> Iterator[None]:
+    """Raises a `UserError` for what cannot be written to the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {workdir} ({error.strerror}): name a writable --workdir."
+        ) from error

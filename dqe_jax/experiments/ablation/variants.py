@@ -1,0 +1,50 @@
+"""The variants of an ablation: what each changes of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dqe_jax.data.datasets import DATASETS
+from dqe_jax.utils.errors import UserError
+
+BASE = "infonce"
+# What each variant changes of the config.
+VARIANTS: dict[str, dict[str, Any]] = {
+    BASE: {"negatives.rule": "in_batch", "model.attributes.enabled": False},
+    "attributes": {"negatives.rule": "in_batch", "model.attributes.enabled": True},
+    "trns": {"negatives.rule": "trns", "model.attributes.enabled": False},
+    "full": {"negatives.rule": "trns", "model.attributes.enabled": True},
+    "qure": {"negatives.rule": "qure"},
+    "hardest": {"negatives.rule": "hardest"},
+    "random": {"negatives.rule": "random"},
+    "in_batch-oracle": {"negatives.rule": "in_batch", "negatives.oracle": "all"},
+    "trns-oracle": {"negatives.rule": "trns", "negatives.oracle": "mined"},
+    "hardest-oracle": {"negatives.rule": "hardest", "negatives.oracle": "mined"},
+}
+
+
+def choose_variants(names: Sequence[str], dataset: str = "shapes") -> tuple[str, ...]:
+    """The variants of these names, all for none, in the order of `VARIANTS` and with `infonce`.
+
+    Without names, oracles are left out for a data set whose truth is not known.
+
+    Raises:
+      UserError: a name is not known.
+    """
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(
+                f"--variants: there is no variant {name!r}; choose of {', '.join(VARIANTS)}."
+            )
+    if not names:
+        tells = DATASETS[dataset].has_truth
+        names = [v for v, changes in VARIANTS.items() if tells or "negatives.oracle" not in changes]
+    return tuple(v for v in VARIANTS if v in names or v == BASE)
+
+
+def variant_config(config: Any, variant: str, seed: int, steps: int) -> Any:
+    """A copy of a config for one run."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict({**VARIANTS[variant], "seed": seed, "total_steps": steps})
+    return changed
