@@ -1,4 +1,4 @@
-"""The benchmark times every variant beside its baseline."""
+"""The benchmarks: every variant of a step beside its baseline, and mining beside NumPy."""
 
 import os
 import re
@@ -6,12 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from configs import fiq
+from dqe_jax.performance.mining_benchmark import Workload, benchmark_mining
+from dqe_jax.performance.step_benchmark import benchmark_step
+from dqe_jax.utils.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def benchmark(*arguments):
+def binary(name, *arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "dqe_jax.benchmark", *arguments],
+        [sys.executable, "-m", f"dqe_jax.{name}", *arguments],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
@@ -22,9 +29,10 @@ def benchmark(*arguments):
 
 
 def test_the_table_has_all_variants_and_a_ratio_to_the_baseline():
-    status, said = benchmark(
-        *("--config=configs/shapes.py:smoke", "--config.num_devices=2", "--rounds=2", "--steps=1"),
+    status, said = binary(
+        *("benchmark", "--config=configs/shapes.py:smoke", "--rounds=2", "--steps=1"),
         *("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0"),
+        "--config.num_devices=2",
     )
     assert status == 0, said
     head, _, *rows = said.splitlines()[-6:]
@@ -39,6 +47,40 @@ def test_the_table_has_all_variants_and_a_ratio_to_the_baseline():
 
 
 def test_a_scanned_stack_is_refused():
-    status, said = benchmark("--config=configs/fiq.py", "--config.data.max_length=16")
+    config = fiq.get_config()
+    config.data.max_length = 16
+    with pytest.raises(UserError, match=r"config\.model\.scan_layers is True: "):
+        benchmark_step(config)
+
+
+SMALL = ("--queries=200", "--tokens=2", "--width=8", "--timed_queries=50", "--rule=hardest")
+
+
+def test_the_table_of_mining_has_a_line_for_each_gallery():
+    status, said = binary("mining_benchmark", "--gallery=300,1200", "--baseline_queries=4", *SMALL)
+    assert status == 0, said
+    head, _, *rows, last = said.splitlines()[-5:]
+    assert head.endswith("200 queries, 2 tokens of width 8, float32, rule hardest.")
+    assert [row.split()[0] for row in rows] == ["300", "1,200"]
+    assert {len(row.split()) for row in rows} == {7}
+    assert re.fullmatch(
+        r"QuRe in NumPy and Python, 300 images: \d+ s \(from 4 queries\), [\d.]+ times that\.", last
+    )
+
+
+def test_mining_is_timed_without_flags():
+    workload = Workload(queries=64, tokens=2, width=8, timed_queries=32, bounds="std")
+    (found,) = benchmark_mining([100], workload, baseline_queries=0)
+    assert found.seconds > 0
+    assert found.gflops > 0
+    assert found.bank > 0
+    with pytest.raises(UserError, match=r"--gallery=1,5: give at least 2 images"):
+        benchmark_mining([1, 5], workload)
+    with pytest.raises(UserError, match=r"--gallery=: give at least 2 images"):
+        benchmark_mining([], workload)
+
+
+def test_galleries_that_are_no_numbers():
+    status, said = binary("mining_benchmark", "--gallery=x")
     assert status == 2
-    assert re.fullmatch(r"error: config\.model\.scan_layers is True: .*\n", said)
+    assert said.endswith("error: --gallery=x: give whole numbers.\n")

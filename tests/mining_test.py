@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from small_runs import import_binary
 
 from configs import common
 from dqe_jax.distributed import mesh
 from dqe_jax.method import mining, sharded
 from dqe_jax.method.mining import MiningRule
+from dqe_jax.performance import mining_benchmark
 from dqe_jax.training import bank_programs as banks
 
 CHUNK, TOKENS, WIDTH, NUM = 16, 3, 6, 5
@@ -258,7 +257,6 @@ def test_numbers_to_log():
 
 def test_the_baseline_of_the_benchmark_is_the_rule():
     """QuRe in NumPy and Python finds what the rule `qure` calls the zone."""
-    mining_benchmark = import_binary("benchmark_mine")
     rng = np.random.default_rng(3)
     gallery = rng.standard_normal((60, 2, 8)).astype(np.float32)
     query = rng.standard_normal((9, 8)).astype(np.float32)
@@ -273,6 +271,5 @@ def test_the_baseline_of_the_benchmark_is_the_rule():
 
 
 def test_settings_of_the_benchmark_are_fields():
-    mining_benchmark = import_binary("benchmark_mine")
-    fields = ConfigDict({"rule": "trns", "bounds": "quantile", **mining_benchmark.SETTINGS})
+    fields = mining_benchmark.Workload().negatives
     assert set(fields) <= set(common.get_config().negatives)

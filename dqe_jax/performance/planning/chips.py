@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from dqe_jax.utils.errors import UserError
@@ -101,12 +102,13 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, chip, chips * chip.devices, chips)
 
 
-def prepare_environment(most_gpus: int) -> None:
+def prepare_environment(topologies: Sequence[Topology]) -> None:
     """Sets what must be set before jax is imported.
 
     Args:
-      most_gpus: of the topologies that are to be planned; 0 for none.
+      topologies: that are to be planned.
     """
+    most_gpus = max((t.devices for t in topologies if t.chip is None), default=0)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if most_gpus > 1:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from dqe_jax.performance.planning import hlo
-from dqe_jax.performance.planning.chips import Topology
+from dqe_jax.performance.planning.chips import Chip, Topology
 from dqe_jax.performance.planning.programs import Program
 from dqe_jax.performance.planning.traced import Arrays, largest_arrays, matrix_flops
 
@@ -157,34 +157,41 @@ def compile_for(
             largest=largest_arrays(jaxpr),
             compile_seconds=time.monotonic() - start,
         )
-    seconds = time.monotonic() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost
-    module = hlo.Module(compiled.as_text())
-    traffic = module.traffic()
-    sent = sum(t.sent for t in traffic.values())
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    parts = (
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-        outputs,
-        program.resident,
-    )
+    seconds, parts = time.monotonic() - start, _memory_of(compiled)
+    needed = sum(parts.values()) + program.resident
     return Facts(
         **known,
-        fits=sum(parts) <= chip.memory,
-        largest=largest_arrays(jaxpr) if sum(parts) > chip.memory else (),
-        arguments=parts[0],
-        temporaries=parts[1],
-        code=parts[2],
-        outputs=parts[3],
-        needed=sum(parts),
+        **parts,
+        **_cost_of(compiled, chip, timed=timed),
+        fits=needed <= chip.memory,
+        largest=largest_arrays(jaxpr) if needed > chip.memory else (),
+        needed=needed,
         memory=chip.memory,
-        compute_seconds=module.cycles() / chip.clock if timed else None,
-        link_seconds=sent / chip.link if chip.link else None,
-        collectives=traffic,
-        optimal_seconds=(cost or {}).get("optimal_seconds") if timed else None,
-        loops_unknown=module.endless,
         compile_seconds=seconds,
     )
+
+
+def _memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Fields of `Facts`: what a program needs of a device's memory by the compiler's analysis."""
+    memory = compiled.memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+
+
+def _cost_of(compiled: jax.stages.Compiled, chip: Chip, *, timed: bool) -> dict[str, Any]:
+    """Fields of `Facts`: collectives, and what a call takes by the compiler's estimates."""
+    cost, module = compiled.cost_analysis(), hlo.Module(compiled.as_text())
+    cost = cost[0] if isinstance(cost, list) else cost
+    traffic = module.traffic()
+    sent = sum(t.sent for t in traffic.values())
+    return {
+        "compute_seconds": module.cycles() / chip.clock if timed else None,
+        "link_seconds": sent / chip.link if chip.link else None,
+        "collectives": traffic,
+        "optimal_seconds": (cost or {}).get("optimal_seconds") if timed else None,
+        "loops_unknown": module.endless,
+    }

@@ -1,0 +1,60 @@
+"""A model in numbers: parameters by part, and the cost of a forward pass.
+
+GFLOP are of XLA's cost analysis of the program before it is optimised; a multiplication with an
+addition counts as two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dqe_jax import models
+from dqe_jax.config import check_config
+from dqe_jax.models import setup, summary
+
+# The tiny backbone's vocabulary is made of the training texts.
+TINY_VOCABULARY = 100
+
+
+def describe_model(config: Any) -> str:
+    """A table of the parameters, and a line on the cost.
+
+    Args:
+      config: of a run; it needs neither data nor weights (sizes that a config leaves to its weights
+        are read from them).
+
+    Raises:
+      UserError: the config is not sound, or weights that decide its sizes are not found.
+    """
+    check_config(config)
+    config = config.copy_and_resolve_references()
+    # A loop over layers would be counted as one layer, recomputation as more than the model.
+    config.model.scan_layers = config.model.remat = False
+    pretrained = setup.describe_weights(config)
+    data = config.data
+    model = models.build_model(
+        config.model,
+        vocab_size=TINY_VOCABULARY,
+        max_length=data.max_length,
+        image_size=data.image_size,
+        sizes=pretrained and pretrained.sizes,
+    )
+    shapes = setup.param_shapes(model, config)
+    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), np.uint8)
+    text = jax.ShapeDtypeStruct((1, data.max_length), np.int32)
+
+    def gflop(method: str, *inputs: jax.ShapeDtypeStruct) -> float:
+        def call(params, *args):
+            return model.apply({"params": params}, *args, method=method)
+
+        return jax.jit(call).lower(shapes, *inputs).cost_analysis()["flops"] / 1e9
+
+    return (
+        f"{summary.parameter_table(shapes, config.model)}\n"
+        f"Forward: {gflop('encode_gallery', image):.3g} GFLOP a gallery image, "
+        f"{gflop('encode_query', image, text):.3g} GFLOP a query "
+        f"({data.image_size} pixels, {data.max_length} tokens)."
+    )

@@ -1,0 +1,144 @@
+"""Plans a config on slices: compiles its programs, and says what they need and what does not fit.
+
+Compiling for TPUs needs `chips.prepare_environment` to have run before JAX was imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+
+from dqe_jax.config import check_batch, check_config
+from dqe_jax.data.datasets import DATASETS
+from dqe_jax.performance.planning import chips, compiler, programs, table
+from dqe_jax.performance.planning.chips import Topology
+from dqe_jax.performance.planning.table import Plan
+from dqe_jax.utils.errors import UserError
+
+Option = bool | int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice and the config that is planned on it.
+
+    Attributes:
+      topology: of the slice.
+      config: with the batch for its chips.
+      devices: of JAX, to compile for.
+    """
+
+    topology: Topology
+    config: Any
+    devices: Sequence[jax.Device]
+
+
+def plan_config(
+    config: Any,
+    topologies: Sequence[Topology],
+    *,
+    references_per_chip: int = 0,
+    gallery: int = 0,
+    vocabulary: int = 100,
+    names: Sequence[str] = (),
+    compiler_options: Mapping[str, Option] | None = None,
+    quick: bool = False,
+    output: str | os.PathLike[str] | None = None,
+) -> tuple[list[Plan], list[str]]:
+    """Compiles the programs of a config for each slice, and logs tables.
+
+    Args:
+      config: of a run; it needs neither data nor weights.
+      topologies: the slices.
+      references_per_chip: what `config.batch.references` becomes, times the chips; 0 for as it is.
+      gallery: images of the training split, the rows of the bank; 0 for the published number.
+      vocabulary: words of the tiny backbone.
+      names: of `programs.NAMES`; none for all.
+      compiler_options: the program is then another one.
+      quick: whether the compiler tries less hard; there is no estimate of time then.
+      output: JSON file for all facts, in a directory that is there; None for none.
+
+    Returns:
+      A plan for each slice, and a sentence for each program that does not fit.
+
+    Raises:
+      UserError: the config or an argument is not sound, or there is no compiler for a slice.
+    """
+    check_config(config)
+    unknown = [name for name in names if name not in programs.NAMES]
+    if unknown:
+        raise UserError(f"--programs={unknown[0]}: give some of {', '.join(programs.NAMES)}.")
+    known = DATASETS[config.data.dataset].train_gallery
+    gallery = gallery or known or programs.OTHER_GALLERY
+    path = pathlib.Path(output).expanduser() if output else None
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {path.parent}.")
+    slices = [_open(topology, config, references_per_chip) for topology in topologies]
+    options = (compiler.QUICK if quick else {}) | dict(compiler_options or {})
+    sizes = {"gallery": gallery, "vocabulary": vocabulary, "names": names or programs.NAMES}
+    plans, misfits = [], []
+    for one in slices:
+        facts = [
+            _compile(program, one.topology, options, timed=not quick)
+            for program in programs.make_programs(one.config, one.devices, **sizes)
+        ]
+        plans.append(Plan(one.topology, one.config.batch.references, tuple(facts)))
+        misfits += table.sentences_of_misfits(one.config, plans[-1])
+    if path is not None:
+        facts = {"jax": jax.__version__, "gallery": gallery, "plans": table.to_json(plans)}
+        facts |= {"config": config.to_dict(), "compiler_options": options, "quick": quick}
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    logging.info("%s", _report(config, plans, gallery, quick=quick))
+    return plans, misfits
+
+
+def _open(topology: Topology, config: Any, references_per_chip: int) -> Slice:
+    """A slice with its devices, before anything is compiled.
+
+    Raises:
+      UserError: there is no such slice, or the batch does not divide by its devices.
+    """
+    devices, own = chips.open_devices(topology), config.copy_and_resolve_references()
+    if references_per_chip:
+        own.batch.references = references_per_chip * topology.chips
+    check_batch(own, topology.devices)
+    return Slice(topology, own, devices)
+
+
+def _compile(
+    program: programs.Program, topology: Topology, options: dict[str, Option], *, timed: bool
+) -> compiler.Facts:
+    """The facts of a program on a slice; how long that took is logged."""
+    if topology.chip is None:
+        facts = compiler.lower_for_gpu(program)
+    else:
+        facts = compiler.compile_for(program, topology, options, timed=timed)
+    logging.info("%s, %s: %.0f s", topology.name, program.name, facts.compile_seconds)
+    return facts
+
+
+def _report(config: Any, plans: Sequence[Plan], gallery: int, *, quick: bool) -> str:
+    """All plans as text."""
+    lines = [
+        f"jax {jax.__version__}, {config.model.backbone}, {config.model.dtype}, a gallery of "
+        f"{gallery:,} images. Not measured: memory, collectives and cycles are the compiler's, "
+        "links ms is bytes over the published bandwidth.",
+        *(
+            f"{p.topology.name}: {p.topology.chips} chips, {p.references} references."
+            for p in plans
+        ),
+        table.memory_table(plans),
+        table.cost_table(plans),
+    ]
+    if quick:
+        lines.append("--quick: the compiler did not try hard; a run may need less or more memory.")
+    if any(plan.topology.chip is None for plan in plans):
+        lines.append("GPU: lowered only; memory beside the arguments and time are not known.")
+    return "\n\n".join(lines)

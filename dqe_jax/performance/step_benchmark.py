@@ -1,0 +1,191 @@
+"""Times the training step of a config on random data, beside simpler baselines in the same process.
+
+Rounds take turns among the variants of a step, so that a busy machine slows all alike; a variant's
+time is its median round, its ratio that to InfoNCE without attribute weights. TFLOP/s are those of
+XLA's cost analysis over that time, beside what one large matrix product reaches on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from dqe_jax import models
+from dqe_jax.config import check_batch, check_config
+from dqe_jax.data.pipeline import batch_spec
+from dqe_jax.distributed import mesh
+from dqe_jax.method.batch import Batch
+from dqe_jax.models import setup
+from dqe_jax.training import state as states
+from dqe_jax.training.step import make_step
+from dqe_jax.utils.errors import UserError
+
+VOCABULARY = 100
+BASELINE = "InfoNCE"
+# What each variant changes of the config.
+VARIANTS = {
+    "config": {},
+    "no mined negatives": {"negatives.rule": "in_batch"},
+    "no attribute weights": {"model.attributes.enabled": False},
+    BASELINE: {"negatives.rule": "in_batch", "model.attributes.enabled": False},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """What a step takes.
+
+    Attributes:
+      seconds: of one step, in the median round.
+      flop: of one step, on all devices.
+    """
+
+    seconds: float
+    flop: float
+
+
+def benchmark_step(config: Any, *, rounds: int = 10, steps: int = 3) -> dict[str, StepTime]:
+    """Times each of `VARIANTS` on the devices of the config, and logs a table.
+
+    Args:
+      config: of a run; it needs no data.
+      rounds: over the variants, at least 1.
+      steps: of a variant in a round, at least 1.
+
+    Raises:
+      UserError: the config is not sound, or its layers are scanned.
+    """
+    check_config(config)
+    devices = mesh.devices_of(config.num_devices)
+    check_batch(config, len(devices))
+    if config.model.scan_layers:
+        # A loop over layers would be counted as one layer.
+        raise UserError("config.model.scan_layers is True: time with --config.model.scan_layers=0.")
+    runners = {}
+    for name, changes in VARIANTS.items():
+        variant = config.copy_and_resolve_references()
+        variant.update_from_flattened_dict(changes)
+        runners[name] = make_runner(variant, devices)
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, (run, _) in runners.items():
+            start = time.perf_counter()
+            run(steps)
+            seconds[name].append((time.perf_counter() - start) / steps)
+    times = {
+        name: StepTime(float(np.median(seconds[name])), flop) for name, (_, flop) in runners.items()
+    }
+    ceiling = matrix_product_rate(
+        models.DTYPES[config.model.dtype], 1024 if devices[0].platform == "cpu" else 8192
+    )
+    logging.info("%s", table(config, devices, times, ceiling))
+    return times
+
+
+def random_batch(config: Any) -> Batch:
+    """A batch of random images and texts; ids are distinct."""
+    rng, R = np.random.default_rng(0), config.batch.references
+    spec = batch_spec(config, R)
+
+    def below(name: str, high: int) -> np.ndarray:
+        array = getattr(spec, name)
+        return rng.integers(0, high, array.shape).astype(array.dtype)
+
+    def count(name: str, first: int = 0) -> np.ndarray:
+        array = getattr(spec, name)
+        return np.arange(first, first + array.size, dtype=array.dtype).reshape(array.shape)
+
+    return Batch(
+        reference_image=below("reference_image", 256),
+        reference_id=count("reference_id"),
+        query=count("query"),
+        text=1 + below("text", VOCABULARY - 1),
+        target_image=below("target_image", 256),
+        target_id=count("target_id", R),
+        target_row=count("target_row"),
+        known_positives=below("known_positives", 1) - 1,
+        relevant=count("relevant"),
+        mentions=below("mentions", 2),
+        query_mask=below("query_mask", 1) == 0,
+    )
+
+
+def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None], float]:
+    """A function that takes some steps and waits for them; and the FLOP of one step."""
+    pretrained = setup.describe_weights(config)
+    model = models.build_model(
+        config.model,
+        vocab_size=VOCABULARY,
+        max_length=config.data.max_length,
+        image_size=config.data.image_size,
+        sizes=pretrained and pretrained.sizes,
+    )
+    params = setup.init_params(model, config, config.seed)
+    made = states.make_optimizer(config, params, len(devices))
+    # There is no bank here: negatives are mined from the batch.
+    config.negatives.pool = "batch"
+    step = make_step(config, model, made, devices)
+    state = states.init_state(config, made, params, devices)
+    batch = mesh.shard(random_batch(config), len(devices))
+    stop = np.zeros((len(devices), 1), np.int32)
+    compiled = step.lower(state, batch, stop).compile()
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    holder = [state]
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            holder[0] = compiled(holder[0], batch, stop).state
+        jax.block_until_ready(holder[0])
+
+    run(1)
+    return run, float(analysis.get("flops", 0.0)) * len(devices)
+
+
+def matrix_product_rate(dtype: Any, side: int) -> float:
+    """FLOP a second of one device in square matrix products of that dtype."""
+    x = jnp.ones((side, side), dtype)
+    multiply = jax.jit(lambda a: a @ a / side)
+    x = jax.block_until_ready(multiply(x))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(4):
+            x = multiply(x)
+        jax.block_until_ready(x)
+        times.append((time.perf_counter() - start) / 4)
+    return 2 * side**3 / min(times)
+
+
+def table(
+    config: Any, devices: Sequence[jax.Device], times: Mapping[str, StepTime], ceiling: float
+) -> str:
+    """The times of the variants as text.
+
+    Args:
+      config: of the run.
+      devices: that it was timed on.
+      times: of `VARIANTS`.
+      ceiling: FLOP a second of one device in a large matrix product.
+    """
+    queries = config.batch.references * config.batch.queries_per_reference
+    lines = [
+        f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, {config.model.dtype}, "
+        f"{queries} queries of {config.batch.references} references a step; a matrix product "
+        f"reaches {ceiling / 1e12:.3g} TFLOP/s on one device.",
+        f"{'step':<22}{'ms':>9}{'queries/s':>11}{'TFLOP/s':>10}{'ratio':>8}",
+    ]
+    base = times[BASELINE].seconds
+    for name, found in times.items():
+        lines.append(
+            f"{name:<22}{1e3 * found.seconds:>9.1f}{queries / found.seconds:>11.0f}"
+            f"{found.flop / found.seconds / 1e12:>10.3g}{found.seconds / base:>8.2f}"
+        )
+    return "\n".join(lines)
