@@ -26,14 +26,11 @@ REQUIRED = ("source", "output")
 def main(argv: Sequence[str]) -> None:
     """Reads, checks and writes."""
     del argv
-    from dqe_jax.models.weights.conversion import (
-        convert,  # after the flags: importing JAX takes seconds
-    )
+    from dqe_jax.models.weights.conversion import convert  # importing JAX takes seconds
 
-    directory, pretrained, count, has_tokenizer = convert(
-        _SOURCE.value, _OUTPUT.value, backbone=_BACKBONE.value, variant=_VARIANT.value
-    )
+    made = convert(_SOURCE.value, _OUTPUT.value, backbone=_BACKBONE.value, variant=_VARIANT.value)
+    words = "with a" if made.has_tokenizer else "without"
     logging.info(
         "%s: %s parameters of %s, %s tokenizer.",
-        *(directory, f"{count:,}", pretrained.backbone, "with a" if has_tokenizer else "without"),
+        *(made.directory, f"{made.parameters:,}", made.backbone, words),
     )

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from absl import flags, logging
-
-from dqe_jax.utils.errors import UserError
+from absl import flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
@@ -24,26 +22,6 @@ REQUIRED = ("workdir", "output")
 def main(argv: Sequence[str]) -> None:
     """Reads the checkpoint and writes the files."""
     del argv
-    import pathlib
+    from dqe_jax.checkpoints.export import export_run  # importing JAX takes seconds
 
-    from dqe_jax.checkpoints import store
-    from dqe_jax.models.weights import hugging_face
-
-    manager = store.open_for_reading(_WORKDIR.value)
-    step = store.choose_step(manager, _STEP.value)
-    meta = store.read_meta(manager, step)
-    backbone = meta["config"]["model"]["backbone"]
-    if backbone == "tiny":
-        raise UserError(
-            f"{manager.directory} is of the backbone 'tiny', which has no counterpart in "
-            "Hugging Face transformers: export runs of 'clip' or 'blip2'."
-        )
-    params = store.restore_params(manager, step)
-    directory = pathlib.Path(_OUTPUT.value).expanduser()
-    try:
-        counts = hugging_face.write(directory, params, meta)
-    except OSError as error:
-        raise UserError(
-            f"--output: cannot write to {directory} ({error.strerror}); name a writable directory."
-        ) from error
-    logging.info("%s, step %d: %d tensors, and %d of our own.", directory, step, *counts)
+    export_run(_WORKDIR.value, _OUTPUT.value, step=_STEP.value)

@@ -5,14 +5,12 @@ python -m dqe_jax.prepare --dataset=fashioniq --raw_dir=DIR --data_dir=DIR [--im
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-from absl import flags, logging
+from absl import flags
 
-from dqe_jax.data.datasets import DATASETS, split_of
+from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.preprocess import PREPROCESS
-from dqe_jax.utils.errors import UserError
 
 _NAMES = sorted(name for name in DATASETS if DATASETS[name].must_be_prepared)
 _DATASET = flags.DEFINE_enum("dataset", None, _NAMES, "Data set.")
@@ -38,66 +36,18 @@ REQUIRED = ("dataset", "raw_dir")
 def main(argv: Sequence[str]) -> None:
     """Prepares, reports, and ends with an error if too much is missing."""
     del argv
-    from dqe_jax.data import preparation
-    from dqe_jax.data.builders import benchmarks
-    from dqe_jax.data.raw_files import RawFiles
+    from dqe_jax.data.prepare import prepare_benchmark  # after the flags: TFDS is slow to import
 
-    dataset = _DATASET.value
-    names = _SPLITS.value or DATASETS[dataset].splits
-    splits = tuple(dict.fromkeys(split_of(dataset, name) for name in names))
-    make = functools.partial(
-        benchmarks.make_builder,
-        dataset,
+    prepare_benchmark(
+        _DATASET.value,
+        _RAW_DIR.value,
         _DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
-        preprocess=_PREPROCESS.value or benchmarks.BUILDERS[dataset].raw.preprocess,
-        raw_dir=_RAW_DIR.value,
-        splits=splits,
+        preprocess=_PREPROCESS.value,
+        splits=_SPLITS.value or (),
+        max_missing=_MAX_MISSING.value,
         num_workers=_NUM_WORKERS.value,
-        beam=_BEAM_RUNNER.value is not None,
+        overwrite=_OVERWRITE.value,
+        beam_runner=_BEAM_RUNNER.value,
+        beam_options=_BEAM_OPTIONS.value,
     )
-    builder = make()
-    for path in preparation.leftovers(builder):
-        logging.warning("An interrupted run left %s: remove it.", path)
-    if preparation.is_prepared(builder) and _OVERWRITE.value:
-        benchmarks.read_splits(dataset, RawFiles(_RAW_DIR.value), splits)  # before it removes
-        builder.data_path.rmtree()
-        builder = make()
-    elif preparation.is_prepared(builder):
-        lacking = [split for split in splits if split not in builder.info.splits]
-        if lacking and _SPLITS.value:
-            raise UserError(
-                f"{builder.data_dir} was prepared without {', '.join(lacking)}: run again with "
-                "--overwrite and all the splits that you want."
-            )
-        logging.info("%s is prepared already; --overwrite prepares it again.", builder.data_dir)
-    preparation.prepare(builder, **_beam())
-    found = preparation.report(builder)
-    complaints = preparation.write_report(builder, found, _MAX_MISSING.value)
-    logging.info("%s in %s:\n%s", dataset, builder.data_dir, preparation.table(found))
-    for line in preparation.examples_of(found):
-        logging.info("  %s", line)
-    logging.info("Report: %s", builder.data_path / preparation.REPORT)
-    if complaints:
-        raise UserError(
-            f"{'; '.join(complaints)}: add the files and run again with --overwrite, or accept it "
-            "with --max_missing (what is prepared stays)."
-        )
-    logging.info("Use it with --data_dir=%s.", _DATA_DIR.value)
-
-
-def _beam() -> dict[str, object]:
-    """What TFDS hands to Beam; nothing without --beam_runner."""
-    if _BEAM_RUNNER.value is None:
-        return {}
-    try:
-        from apache_beam.options.pipeline_options import PipelineOptions
-        from apache_beam.runners import create_runner
-    except ImportError as error:
-        raise UserError("--beam_runner needs Apache Beam: pip install apache-beam.") from error
-    try:
-        runner = create_runner(_BEAM_RUNNER.value)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"--beam_runner={_BEAM_RUNNER.value}: {error}") from error
-    options = PipelineOptions([f"--{option}" for option in _BEAM_OPTIONS.value])
-    return {"beam_runner": runner, "beam_options": options}

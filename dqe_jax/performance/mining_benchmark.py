@@ -62,11 +62,11 @@ class Workload:
     timed_queries: int = 1024
 
     @property
-    def negatives(self) -> ConfigDict:
-        """As `config.negatives`."""
+    def mining_rule(self) -> MiningRule:
+        """The rule with its bounds."""
         lower, upper = ZONES[self.bounds]
-        fields = {"rule": self.rule, "bounds": self.bounds, "lower": lower, "upper": upper}
-        return ConfigDict(fields | SETTINGS)
+        negatives = ConfigDict({"rule": self.rule, "bounds": self.bounds, **SETTINGS})
+        return MiningRule.of(ConfigDict({**negatives, "lower": lower, "upper": upper}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def time_mining(size: int, workload: Workload, devices: Sequence[jax.Device]) ->
     query = np.random.default_rng(1).standard_normal((count, workload.width), np.float32)
     query /= np.linalg.norm(query, axis=-1, keepdims=True)
     own = np.random.default_rng(0).integers(0, size, count).astype(np.int32)
-    rule = MiningRule.of(workload.negatives)
+    rule = workload.mining_rule
 
     def mine(query, own, held):
         return mining.mine_bank(

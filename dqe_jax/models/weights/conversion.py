@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -19,9 +21,30 @@ from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import whole_path
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was converted.
+
+    Attributes:
+      directory: that was written.
+      backbone: "clip" or "blip2".
+      parameters: their number.
+      has_tokenizer: whether a tokenizer came with the weights.
+    """
+
+    directory: epath.Path
+    backbone: str
+    parameters: int
+    has_tokenizer: bool
+
+
 def convert(
-    source: str, output: str, *, backbone: str | None = None, variant: str = "auto"
-) -> tuple[epath.Path, Pretrained, int, bool]:
+    source: str,
+    output: str | os.PathLike[str],
+    *,
+    backbone: str | None = None,
+    variant: str = "auto",
+) -> Converted:
     """Converts Hugging Face weights.
 
     Args:
@@ -29,9 +52,6 @@ def convert(
       output: directory to write.
       backbone: "clip" or "blip2"; None for what config.json says.
       variant: a name of the backbone's variants, or "auto": the sizes of config.json.
-
-    Returns:
-      The directory, what was read, the number of parameters, and whether a tokenizer came with it.
 
     Raises:
       UserError: the weights cannot be read, or not be written.
@@ -49,7 +69,7 @@ def convert(
     directory = whole_path(output)
     write_converted(directory, params, pretrained, words and words.to_str())
     count = sum(math.prod(x.shape) for x in flatten_dict(params).values())
-    return directory, pretrained, count, words is not None
+    return Converted(directory, backbone, count, words is not None)
 
 
 def write_converted(

@@ -1,0 +1,135 @@
+"""Prepares a benchmark, or a user's own triplets, from raw files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import logging
+
+from dqe_jax.data import preparation
+from dqe_jax.data.builders.benchmarks import BUILDERS, Benchmark, make_builder, read_splits
+from dqe_jax.data.datasets import DATASETS, split_of
+from dqe_jax.data.raw_files import RawFiles
+from dqe_jax.utils.errors import UserError
+
+PathLike = str | os.PathLike[str]
+
+
+def prepare_benchmark(
+    dataset: str,
+    raw_dir: PathLike,
+    data_dir: PathLike,
+    *,
+    image_size: int = 224,
+    preprocess: str | None = None,
+    splits: Sequence[str] = (),
+    max_missing: float | None = None,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    beam_runner: str | None = None,
+    beam_options: Sequence[str] = (),
+) -> preparation.Report:
+    """Prepares what is not prepared yet, says what is at hand, and writes `preparation.json`.
+
+    Args:
+      dataset: one of `datasets.DATASETS` that must be prepared.
+      raw_dir: directory of the raw files, in any folders below.
+      data_dir: where the prepared data go.
+      image_size: pixels a side of the stored images.
+      preprocess: how photos become square, a name of `preprocess.PREPROCESS`; None for the data
+        set's own.
+      splits: any names of them, such as `val`; none for all.
+      max_missing: share of a split that may be missing; None for `preparation.MAX_MISSING`.
+      num_workers: processes that decode photos; 0 for one a core.
+      overwrite: whether to prepare again what is prepared.
+      beam_runner: of Apache Beam, to decode photos by; None for processes of this machine.
+      beam_options: pipeline options of Beam, without dashes.
+
+    Returns:
+      What is at hand, as `preparation.report` gives it.
+
+    Raises:
+      UserError: the raw data cannot be used, the directory cannot be written, or too much is
+        missing (what is prepared stays).
+    """
+    names = splits or DATASETS[dataset].splits
+    wanted = tuple(dict.fromkeys(split_of(dataset, name) for name in names))
+    make = functools.partial(
+        make_builder,
+        dataset,
+        os.fspath(data_dir),
+        image_size=image_size,
+        preprocess=preprocess or BUILDERS[dataset].raw.preprocess,
+        raw_dir=os.fspath(raw_dir),
+        splits=wanted,
+        num_workers=num_workers,
+        beam=beam_runner is not None,
+    )
+    builder = _open_builder(make, overwrite=overwrite, needed=wanted if splits else ())
+    download = {} if beam_runner is None else _beam_fields(beam_runner, beam_options)
+    preparation.prepare(builder, **download)
+    found = preparation.report(builder)
+    complaints = preparation.write_report(builder, found, max_missing)
+    logging.info("%s in %s:\n%s", dataset, builder.data_dir, preparation.table(found))
+    for line in preparation.examples_of(found):
+        logging.info("  %s", line)
+    logging.info("Report: %s", builder.data_path / preparation.REPORT)
+    if complaints:
+        raise UserError(
+            f"{'; '.join(complaints)}: add the files and run again with --overwrite, or accept it "
+            "with --max_missing (what is prepared stays)."
+        )
+    logging.info("Use it with --data_dir=%s.", data_dir)
+    return found
+
+
+def _open_builder(
+    make: Callable[[], Benchmark], *, overwrite: bool, needed: Sequence[str]
+) -> Benchmark:
+    """The builder; what is prepared is removed if it is to be overwritten.
+
+    Raises:
+      UserError: what is prepared lacks a needed split, or the raw data cannot be used.
+    """
+    builder = make()
+    for path in preparation.leftovers(builder):
+        logging.warning("An interrupted run left %s: remove it.", path)
+    if not preparation.is_prepared(builder):
+        return builder
+    if overwrite:
+        config = builder.builder_config
+        read_splits(builder.name, RawFiles(config.raw_dir), config.splits)  # before it removes
+        builder.data_path.rmtree()
+        return make()
+    lacking = [split for split in needed if split not in builder.info.splits]
+    if lacking:
+        raise UserError(
+            f"{builder.data_dir} was prepared without {', '.join(lacking)}: run again with "
+            "--overwrite and all the splits that you want."
+        )
+    logging.info("%s is prepared already; --overwrite prepares it again.", builder.data_dir)
+    return builder
+
+
+def _beam_fields(runner: str, options: Sequence[str]) -> dict[str, Any]:
+    """What TFDS hands to Beam.
+
+    Raises:
+      UserError: Beam is not installed, or has no such runner.
+    """
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.runners import create_runner
+    except ImportError as error:
+        raise UserError("--beam_runner needs Apache Beam: pip install apache-beam.") from error
+    try:
+        made = create_runner(runner)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise UserError(f"--beam_runner={runner}: {error}") from error
+    return {
+        "beam_runner": made,
+        "beam_options": PipelineOptions([f"--{option}" for option in options]),
+    }
