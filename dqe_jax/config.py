@@ -1,174 +1,189 @@
-"""Checks a config before anything else happens: every field known, of the right type, allowed.
+"""The config of a run: one typed `RunConfig`, checked before anything else happens.
 
-`FIELDS` lists what a config must hold; `configs/common.py` says what each field means.
+Each layer defines the fields that it has (`method/settings.py`, `models/settings.py`,
+`data/settings.py`); this module joins them. A config file makes a `ConfigDict`, which flags change
+by dotted names; `RunConfig.of` turns it into a `RunConfig`. Nothing here imports JAX.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dqe_jax import models
-from dqe_jax.data import datasets, preprocess, transforms
-from dqe_jax.data.examples import SPLITS
-from dqe_jax.method import trns
+from dqe_jax.data.settings import SPLITS, BatchConfig, DataConfig
+from dqe_jax.method.settings import LossConfig, NegativesConfig
+from dqe_jax.models.settings import ModelConfig
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.fields import (
+    Field,
+    Role,
+    build,
+    field,
+    fields_of,
+    flag,
+    integer,
+    one_of,
+    positive,
+    rate,
+    text,
+    weight,
+)
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# What functions that do a whole job take: they convert it by `RunConfig.of`.
+AnyConfig: TypeAlias = "RunConfig | ConfigDict | Mapping[str, Any]"
+
+MOST_STEPS = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-    """What a field may be: its type, a test, and the words for it."""
+class OptimizerConfig:
+    """AdamW, with gradients clipped by their norm and a cosine schedule."""
 
-    kind: type
-    test: Callable[[Any], bool]
-    words: str
+    learning_rate: float = field(1e-3, "Peak learning rate of AdamW.", positive(1_000))
+    b1: float = field(0.9, "First beta of AdamW.", rate())
+    b2: float = field(0.98, "Second beta of AdamW.", rate())
+    weight_decay: float = field(0.05, "Decay of matrices.", weight(1_000))
+    clip_norm: float = field(1.0, "Norm to which gradients are clipped.", positive(1_000_000_000))
+    warmup_steps: int = field(
+        100, "Steps of linear warm-up, at most half of the run.", integer(0, MOST_STEPS)
+    )
+    shard_state: bool = field(
+        False,
+        "Shard the moments over the devices (ZeRO-1): less memory, as much is sent.",
+        flag(),
+        "free",
+    )
 
 
-def _one_of(*values: str) -> Check:
-    return Check(str, lambda value: value in values, "one of " + ", ".join(values))
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How a model is evaluated."""
+
+    batch_size: int = field(
+        256,
+        "Images or queries embedded at a time, over all devices.",
+        integer(1, 1_000_000),
+        "free",
+    )
+    top_k: int = field(50, "Length of the ranked lists, at least 50.", integer(50, 100_000))
+    split: str = field(
+        "test",
+        'Split that the run is evaluated on at its end: "validation" where test has no labels.',
+        one_of(*SPLITS),
+        "free",
+    )
+    protocol: str = field(
+        "original",
+        'Gallery of FashionIQ: "original" (the split files: CLIP4Cir, SPRC, QuRe) or "val" (only '
+        "the images of the queries: VAL, DQU-CIR). Their figures are not comparable.",
+        one_of("original", "val"),
+        "free",
+    )
+    sheet_queries: int = field(10, "Queries on the contact sheet.", integer(1, 10_000), "free")
 
 
-def _integer(least: int) -> Check:
-    return Check(int, lambda value: value >= least, f"an integer of at least {least}")
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All that a run is told.
+
+    Made by `of`, which checks it; one made by its constructor is checked where a job takes it.
+    """
+
+    seed: int = field(0, "Seed of initialisation, data order and negatives.", integer(0, 2**63 - 1))
+    total_steps: int = field(1000, "Training steps of the run.", integer(1, MOST_STEPS))
+    num_devices: int = field(
+        0, "Devices to use, of all processes; 0 for all.", integer(0, 1_000_000), "free"
+    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    negatives: NegativesConfig = dataclasses.field(default_factory=NegativesConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    log_every: int = field(20, "Steps between log lines.", integer(1, MOST_STEPS), "free")
+    eval_every: int = field(
+        500,
+        "Steps between evaluations on the validation split; the last step always evaluates. 0 "
+        "leaves all evaluation to dqe_jax.evaluate --watch.",
+        integer(0, MOST_STEPS),
+        "free",
+    )
+    checkpoint_every: int = field(
+        500,
+        "Steps between checkpoints; the last step always saves.",
+        integer(1, MOST_STEPS),
+        "free",
+    )
+    keep_checkpoints: int = field(
+        3, "Checkpoints kept: the newest ones.", integer(1, MOST_STEPS), "free"
+    )
+    keep_period: int = field(
+        0,
+        "Beside them those of every so many steps are kept; 0: none.",
+        integer(0, MOST_STEPS),
+        "free",
+    )
+    keep_best: str = field(
+        "",
+        "Beside them the best one is kept, by this metric of the validation split, of those at "
+        'steps that evaluate; "": none.',
+        text(),
+        "free",
+    )
+    max_bad_steps: int = field(
+        10,
+        "A step whose loss or gradients are not finite changes nothing; so many in a row end the "
+        "run.",
+        integer(1, MOST_STEPS),
+        "free",
+    )
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    @classmethod
+    def of(cls, config: AnyConfig) -> RunConfig:
+        """The checked config of what a config file, a JSON file or a caller gives.
+
+        Args:
+          config: a `ConfigDict`, a nested dict, or a `RunConfig`, which is returned as it is.
+
+        Raises:
+          UserError: for the first field that is unknown, missing, or not allowed.
+        """
+        made = _made(flatten(config if isinstance(config, Mapping) else config.to_dict()))
+        return config if isinstance(config, RunConfig) else made
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a nested dict in alphabetical order, as files and checkpoints hold them."""
+        return _in_order(dataclasses.asdict(self))
+
+    def to_config_dict(self) -> ConfigDict:
+        """The fields as a `ConfigDict`, which config files and flags change."""
+        from ml_collections import ConfigDict
+
+        return ConfigDict(self.to_dict())
+
+    def with_changes(self, changes: Mapping[str, Any]) -> RunConfig:
+        """The config with other values, `{"negatives.rule": "qure", ...}`; raises as `of`."""
+        return _made(flatten(self.to_dict()) | changes)
 
 
-def _number(low: float = -math.inf, high: float = math.inf, words: str = "a number") -> Check:
-    return Check(float, lambda value: low <= value <= high, words)
+def _in_order(tree: Any) -> Any:
+    """A nested dict with its keys in alphabetical order."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _in_order(tree[key]) for key in sorted(tree)}
 
 
-_SHARE = _number(0, 1, "a number from 0 to 1")
-_WEIGHT = _number(0, words="a number of at least 0")
-_POSITIVE = Check(float, lambda value: 0 < value < math.inf, "a number above 0")
-_TEXT = Check(str, lambda value: True, "a string")
-_FLAG = Check(bool, lambda value: True, "True or False")
-_ANY_NAMES = Check(tuple, lambda v: all(isinstance(n, str) for n in v), "a tuple of names, or ()")
-_NAMES = Check(tuple, lambda v: bool(v) and all(isinstance(n, str) for n in v), "a tuple of names")
-
-FIELDS: dict[str, Check] = {
-    "seed": _integer(0),
-    "total_steps": _integer(1),
-    "num_devices": _integer(0),
-    "data.dataset": _one_of(*datasets.DATASETS),
-    "data.variant": _one_of(*("plain", "hard", "coarse"), *("smoke", "hard_smoke", "coarse_smoke")),
-    "data.data_dir": _TEXT,
-    "data.prepared_dir": _TEXT,
-    "data.image_size": _integer(16),
-    "data.preprocess": _one_of(*preprocess.PREPROCESS),
-    "data.max_bad_fraction": _SHARE,
-    "data.cache_images": _FLAG,
-    "data.num_threads": _integer(1),
-    "data.augment": _one_of("none", "flip", "flip_shift"),
-    "data.captions": _one_of(*transforms.CAPTION_ORDERS),
-    "data.max_length": _integer(1),
-    "data.lexicon": _TEXT,
-    "batch.references": _integer(1),
-    "batch.queries_per_reference": _integer(1),
-    "model.backbone": _one_of(*models.BACKBONES),
-    "model.dtype": _one_of(*models.DTYPES),
-    "model.weights": _TEXT,
-    "model.tokenizer": _TEXT,
-    "model.frozen": _ANY_NAMES,
-    "model.frozen_dtype": _one_of(*models.DTYPES),
-    "model.remat": _FLAG,
-    "model.scan_layers": _FLAG,
-    "model.attention": _one_of("auto", "xla", "cudnn"),
-    "model.initial_tau": _POSITIVE,
-    "model.tiny.pixel_mean": _number(0, 255, "a number from 0 to 255"),
-    "model.tiny.pixel_std": _POSITIVE,
-    "model.tiny.patch_size": _integer(1),
-    "model.tiny.cell_size": _integer(1),
-    "model.tiny.cell_width": _integer(1),
-    "model.tiny.width": _integer(1),
-    "model.tiny.heads": _integer(1),
-    "model.tiny.image_depth": _integer(0),
-    "model.tiny.text_depth": _integer(0),
-    "model.tiny.composer_depth": _integer(1),
-    "model.tiny.token_dim": _integer(1),
-    "model.tiny.embed_dim": _integer(1),
-    "model.tiny.dropout": Check(float, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-    "model.clip.variant": _one_of("auto", *models.VARIANTS["clip"]),
-    "model.clip.features": _one_of("penultimate", "last"),
-    "model.clip.composer_width": _integer(1),
-    "model.clip.composer_depth": _integer(0),
-    "model.clip.composer_heads": _integer(1),
-    "model.blip2.variant": _one_of("auto", *models.VARIANTS["blip2"]),
-    "model.blip2.dropout": Check(float, lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    "model.attributes.enabled": _FLAG,
-    "model.attributes.names": _NAMES,
-    "model.attributes.width": _integer(1),
-    "model.attributes.heads": _integer(1),
-    "model.attributes.activation": _one_of("sigmoid", "softmax"),
-    "negatives.rule": _one_of(*trns.RULES),
-    "negatives.per_query": _integer(1),
-    "negatives.oracle": _one_of(*trns.ORACLES),
-    "negatives.pool": _one_of("batch", "bank"),
-    "negatives.mining": _one_of("step", "refresh"),
-    "negatives.first_refresh": _integer(0),
-    "negatives.refresh_every": _integer(1),
-    "negatives.warmup": _one_of("in_batch", "random", "rule"),
-    "negatives.bank_dtype": _one_of(*models.DTYPES),
-    "negatives.bounds": _one_of(*trns.BOUND_MODES),
-    "negatives.lower": _number(),
-    "negatives.upper": _number(),
-    "negatives.floor": _number(),
-    "negatives.sample_temperature": _WEIGHT,
-    "negatives.drops_depth": _integer(3),
-    "negatives.drops_apart": _integer(0),
-    "loss.in_batch": _WEIGHT,
-    "loss.preference": _WEIGHT,
-    "loss.margin": _WEIGHT,
-    "loss.intent": _WEIGHT,
-    "loss.alignment": _WEIGHT,
-    "loss.margin_size": _WEIGHT,
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.b1": _SHARE,
-    "optimizer.b2": _SHARE,
-    "optimizer.weight_decay": _WEIGHT,
-    "optimizer.clip_norm": _POSITIVE,
-    "optimizer.warmup_steps": _integer(0),
-    "optimizer.shard_state": _FLAG,
-    "log_every": _integer(1),
-    "eval_every": _integer(0),
-    "checkpoint_every": _integer(1),
-    "keep_checkpoints": _integer(1),
-    "keep_period": _integer(0),
-    "keep_best": _TEXT,
-    "max_bad_steps": _integer(1),
-    "eval.batch_size": _integer(1),
-    "eval.top_k": _integer(50),
-    "eval.split": _one_of(*SPLITS),
-    "eval.protocol": _one_of("original", "val"),
-    "eval.sheet_queries": _integer(1),
-}
-
-# Fields that say how a run is watched or where data lies, not what it computes: these may differ
-# from the run that a workdir already holds.
-FREE_FIELDS = (
-    "data.data_dir",
-    "data.prepared_dir",
-    "data.cache_images",
-    "data.num_threads",
-    "num_devices",
-    "optimizer.shard_state",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_period",
-    "keep_best",
-    "max_bad_steps",
-    "eval.batch_size",
-    "eval.split",
-    "eval.protocol",
-    "eval.sheet_queries",
-)
-# Fields that say how training starts and is computed: evaluation does not need them.
-START_FIELDS = ("model.weights", "model.tokenizer", "model.attention", "model.remat")
-# Fields that decide the shapes and the input of the model.
-MODEL_FIELDS = ("model.", "data.image_size", "data.preprocess", "data.max_length")
+@functools.cache
+def fields() -> Mapping[str, Field]:
+    """All fields of a config by their dotted names, with default, doc, check and role."""
+    return {one.name: one for one in fields_of(RunConfig)}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -178,30 +193,43 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, (tuple, list)) else value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, (tuple, list)) else value
     return flat
 
 
-def check_config(config: Any) -> None:
-    """Raises a `UserError` for the first field that is unknown, missing, or not allowed.
+def _made(flat: Mapping[str, Any]) -> RunConfig:
+    """The config with these fields, checked; raises as `RunConfig.of`."""
+    made = build(RunConfig, _checked(flat))
+    _check_together(made)
+    return made
 
-    Args:
-      config: a `ConfigDict` as made by `configs/common.py`.
+
+def _checked(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all fields in their types.
+
+    Raises:
+      UserError: a field is unknown, missing, or not allowed.
     """
-    flat = flatten(config.to_dict())
+    known, values = fields(), {}
     for name in flat:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean config.{near[0]}?" if near else "."
             raise UserError(f"config.{name} is not a field of a config{hint}")
-    for name, check in FIELDS.items():
+    for name, one in known.items():
         if name not in flat:
             raise UserError(f"config.{name} is missing: start from configs/common.py.")
-        value = tuple(flat[name]) if check.kind is tuple else flat[name]
-        number = check.kind is float and isinstance(value, int) and not isinstance(value, bool)
-        fits = number or type(value) is check.kind
-        if not fits or value != value or not check.test(value):
-            raise UserError(f"config.{name} is {flat[name]!r}: it must be {check.words}.")
+        try:
+            values[name] = one.check.read(flat[name])
+        except ValueError:
+            raise UserError(
+                f"config.{name} is {flat[name]!r}: it must be {one.check.words}."
+            ) from None
+    return values
+
+
+def _check_together(config: RunConfig) -> None:
+    """Raises a `UserError` for fields that do not go with one another."""
     _check_sizes(config)
     if config.keep_best and (not config.eval_every or config.checkpoint_every % config.eval_every):
         raise UserError(
@@ -222,7 +250,7 @@ def check_config(config: Any) -> None:
         )
 
 
-def _check_sizes(config: Any) -> None:
+def _check_sizes(config: RunConfig) -> None:
     """Raises a `UserError` for sizes of the model that do not divide one another."""
     model, size = config.model, config.data.image_size
     attributes = model.attributes
@@ -248,7 +276,7 @@ def _check_sizes(config: Any) -> None:
             )
 
 
-def check_batch(config: Any, num_devices: int, num_processes: int = 1) -> None:
+def check_batch(config: RunConfig, num_devices: int, num_processes: int = 1) -> None:
     """Raises a `UserError` if the batch does not divide by the devices."""
     if config.batch.references % num_devices:
         of = f" of {num_processes} processes" if num_processes > 1 else ""
@@ -259,24 +287,27 @@ def check_batch(config: Any, num_devices: int, num_processes: int = 1) -> None:
 
 
 def differences(
-    one: Mapping[str, Any],
-    other: Mapping[str, Any],
-    only: tuple[str, ...] = ("",),
-    free: tuple[str, ...] = (),
+    config: RunConfig,
+    held: Mapping[str, Any],
+    roles: Sequence[Role] = ("compute", "model", "start"),
 ) -> list[str]:
-    """Fields in which two configs differ, as `name: 1 (not 2)`, apart from `FREE_FIELDS`.
+    """Fields in which a config differs from one that was saved, as `name: 1 (not 2)`.
 
     Args:
-      one: a config as a nested dict.
-      other: another.
-      only: prefixes of the fields to compare.
-      free: fields to leave out, beside `FREE_FIELDS`.
+      config: of a run.
+      held: a saved one as a nested dict; it may lack fields, and have others.
+      roles: of the fields to compare.
     """
-    a, b = flatten(one), flatten(other)
+    a, b = flatten(config.to_dict()), flatten(held)
     return [
         f"{name}: {a.get(name)!r} (not {b.get(name)!r})"
         for name in sorted(a.keys() | b.keys())
-        if name.startswith(only)
-        and name not in (*FREE_FIELDS, *free)
-        and a.get(name) != b.get(name)
+        if _role_of(name) in roles and a.get(name) != b.get(name)
     ]
+
+
+def _role_of(name: str) -> Role:
+    """What a field decides; of one that is not known any more, what its place says."""
+    if name in fields():
+        return fields()[name].role
+    return "model" if name.startswith("model.") else "compute"

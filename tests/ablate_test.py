@@ -15,7 +15,7 @@ from small_runs import compiled_once, small_config
 
 from configs import shapes
 from dqe_jax.checkpoints import store
-from dqe_jax.config import check_config, flatten
+from dqe_jax.config import RunConfig, check_config, flatten
 from dqe_jax.experiments.ablation import figure, record, scores
 from dqe_jax.experiments.ablation.record import EQUAL, Run
 from dqe_jax.experiments.ablation.runs import run_ablation, steps_within
@@ -57,7 +57,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_changes_its_fields_and_no_other(variant):
-    config = shapes.get_config()
+    config = RunConfig.of(shapes.get_config())
     before = flatten(config.to_dict())
     changed = variant_config(config, variant, seed=3, steps=70)
     check_config(changed)
@@ -68,8 +68,8 @@ def test_a_variant_changes_its_fields_and_no_other(variant):
 
 
 def test_rules_without_a_word_on_attributes_leave_them_as_they_are():
-    config = shapes.get_config()
-    config.model.attributes.enabled, config.negatives.rule = False, "random"
+    changes = {"model.attributes.enabled": False, "negatives.rule": "random"}
+    config = RunConfig.of(shapes.get_config()).with_changes(changes)
     enabled = {
         variant: variant_config(config, variant, 0, 1).model.attributes.enabled
         for variant in VARIANTS

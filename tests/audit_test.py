@@ -1,5 +1,6 @@
 """The audit of negatives: its figures are what plain statements of them give, on any devices."""
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -20,7 +21,6 @@ import pytest
 from PIL import Image
 from small_runs import compiled_once, small_config
 
-from configs import common
 from dqe_jax.data import splits
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.splits import Split, known_positives
@@ -29,6 +29,7 @@ from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES
 from dqe_jax.experiments.audit.run import audit_checkpoint
 from dqe_jax.method import mining
+from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -225,8 +226,7 @@ class Keeper:
 def audit_made(rules=draws.RULES, lowers=draws.LOWERS, **changes):
     """The audit of the made split, with `config.negatives` changed."""
     split, bank, query = made()
-    negatives = common.get_config().negatives
-    negatives.update(changes)
+    negatives = NegativesConfig(**changes)
     rows = candidates.sample_queries(split, 37, seed=0)
     with mock.patch.object(mining, "CHUNK_QUERIES", 16):  # the last chunk is padded
         facts = draws.audit(
@@ -357,7 +357,7 @@ def test_the_picture(change):
     negatives, rows, facts = audit_made()
     histogram = facts["histogram"]
     facts = facts | {"dataset": "made", "split": "train", "step": 7, "queries": len(rows)}
-    facts |= {"negatives": negatives.to_dict()} | change
+    facts |= {"negatives": dataclasses.asdict(negatives)} | change
     # What has nothing in it is no obstacle.
     facts["histogram"] = histogram | {"near_miss": [0] * len(histogram["near_miss"])}
     facts["bounds"] = dict.fromkeys(facts["bounds"])

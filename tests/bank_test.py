@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -11,12 +10,13 @@ from flax.traverse_util import flatten_dict
 from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
-from dqe_jax.config import check_config
+from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.data.splits import known_positives
 from dqe_jax.data.text import encode_texts
 from dqe_jax.data.tokenizer import train_word_tokenizer
 from dqe_jax.method.batch import Batch
+from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import setup
 from dqe_jax.training import loop
 from dqe_jax.training.bank import make_bank_keeper
@@ -108,13 +108,14 @@ def test_warm_up(base, warmup):
 
 
 def test_infonce_has_no_warm_up():
-    config = config_of(pathlib.Path(), **{"negatives.warmup": "random"})
-    config.negatives.rule = "in_batch"
-    assert warmup_rule(config.negatives) is None
-    config.negatives.rule = "trns"
-    assert warmup_rule(config.negatives).name == "random"
-    config.negatives.pool = "batch"
-    assert warmup_rule(config.negatives).name == "trns"
+    def rule_of(**changes):
+        negatives = NegativesConfig(**{"warmup": "random", "pool": "bank", **changes})
+        rule = warmup_rule(negatives)
+        return rule and rule.name
+
+    assert rule_of(rule="in_batch") is None
+    assert rule_of(rule="trns") == "random"
+    assert rule_of(rule="trns", pool="batch") == "trns"
 
 
 def test_both_sides_of_a_refresh_are_logged(base):
@@ -129,12 +130,12 @@ def test_both_sides_of_a_refresh_are_logged(base):
 @pytest.fixture(scope="module")
 def keeper(base):
     """A keeper on 8 devices, its split, and parameters."""
-    config = config_of(base, num_devices=8, **{"negatives.mining": "refresh"})
-    split = splits.open_split(config, datasets.open_dataset(config.data), "train")
+    config = RunConfig.of(config_of(base, num_devices=8, **{"negatives.mining": "refresh"}))
+    split = splits.open_split(config.data, datasets.open_dataset(config.data), "train")
     words = train_word_tokenizer(split.queries.texts, config.data.max_length)
-    model = setup.model_of(config, words)
+    model = setup.model_of(config.model, config.data, words)
     text = encode_texts(words, split)
-    params = setup.init_params(model, config)
+    params = setup.init_params(model, config.model, config.data)
     keeper = make_bank_keeper(config, model, split, text, jax.devices()[:8])
     keeper.refresh(params, 0)
     return keeper, split, model, params, text
@@ -191,7 +192,7 @@ def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
     few = np.arange(5, len(split.gallery), dtype=np.int32)
     queries = dataclasses.replace(split.queries, valid=[few] * len(split.queries))
     told = dataclasses.replace(split, queries=queries)
-    config = config_of(base, num_devices=8, **{"negatives.oracle": "mined"})
+    config = RunConfig.of(config_of(base, num_devices=8, **{"negatives.oracle": "mined"}))
     mining = make_bank_keeper(config, model, told, text, jax.devices()[:8])
     mining.bank = held.bank
     mined = mining.mine_all(params, jax.random.key(0), np.arange(40))
@@ -230,12 +231,12 @@ def test_queries_are_embedded_as_the_model_does(keeper):
 )
 def test_errors(base, changes, words):
     with pytest.raises(UserError, match=words):
-        check_config(config_of(base, **changes))
+        RunConfig.of(config_of(base, **changes))
 
 
 def test_a_bank_of_bfloat16(base, keeper):
     held, split, model, params, text = keeper
-    config = config_of(base, num_devices=8, **{"negatives.bank_dtype": "bfloat16"})
+    config = RunConfig.of(config_of(base, num_devices=8, **{"negatives.bank_dtype": "bfloat16"}))
     rounded = make_bank_keeper(config, model, split, text, jax.devices()[:8])
     rounded.refresh(params, 0)
     assert rounded.bank.tokens.dtype == "bfloat16"

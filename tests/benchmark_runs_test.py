@@ -1,5 +1,6 @@
 """Made copies of each benchmark, from raw files through training to metrics and submissions."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import standins
 from small_runs import compiled_once
 
 from configs import circo, cirr, common, fiq, triplets
+from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.evaluation import predictions
@@ -254,15 +256,16 @@ def test_captions_in_both_orders(base):
     from dqe_jax.data.tokenizer import train_word_tokenizer
 
     config = tiny(fiq.get_config(), base / "data")
-    assert config.data.captions == "random"
-    builder = datasets.open_dataset(config.data)
-    split = splits.open_split(config, builder, "train")
+    data = RunConfig.of(config).data
+    assert data.captions == "random"
+    builder = datasets.open_dataset(data)
+    split = splits.open_split(data, builder, "train")
     assert split.queries.texts[3] == "is more 3 and is red"
     words = train_word_tokenizer(split.queries.texts, 12)
     both = encode_wordings(words, split, "random")
     assert both.shape == (36, 2, 12)
-    config.data.captions = "reverse"
-    other = splits.open_split(config, builder, "train")
+    backwards = dataclasses.replace(data, captions="reverse")
+    other = splits.open_split(backwards, builder, "train")
     assert other.queries.texts[3] == "is red and is more 3"
     np.testing.assert_array_equal(encode_texts(words, other), both[:, 1])
     assert encode_wordings(words, split, "forward").shape == (36, 1, 12)

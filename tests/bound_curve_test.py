@@ -9,7 +9,7 @@ from PIL import Image
 from small_runs import compiled_once, small_config
 
 from configs import shapes
-from dqe_jax.config import check_config, flatten
+from dqe_jax.config import RunConfig, flatten
 from dqe_jax.experiments import bound_curve
 from dqe_jax.experiments.bound_curve import Point
 from dqe_jax.training import loop
@@ -22,13 +22,13 @@ def changed_fields(config, other):
 
 
 def test_a_point_changes_the_bounds_and_no_other_field():
-    config = shapes.get_config()
+    config = RunConfig.of(shapes.get_config())
     own = bound_curve.config_at(config, 0.1, "floor", 4)
     assert changed_fields(config, own) == {"negatives.lower": 0.1, "seed": 4}
     own = bound_curve.config_at(config, 0.02, "free", 0)
     assert changed_fields(config, own) == {"negatives.floor": -np.inf}
-    check_config(own)
-    config.negatives.update(rule="hardest", bounds="absolute", lower=0.1, upper=0.4)
+    bounds = {"rule": "hardest", "bounds": "absolute", "lower": 0.1, "upper": 0.4}
+    config = config.with_changes({f"negatives.{name}": value for name, value in bounds.items()})
     own = bound_curve.config_at(config, 0.2, "floor", 0)
     changes = {"rule": "trns", "bounds": "quantile", "lower": 0.2, "upper": 1.0}
     found = changed_fields(config, own)
@@ -134,8 +134,7 @@ def test_a_complete_curve_is_only_read(finished, monkeypatch):
 
 
 def test_a_curve_needs_a_floor(finished, tmp_path):
-    config = finished[0].copy_and_resolve_references()
-    config.negatives.floor = -float("inf")
+    config = RunConfig.of(finished[0]).with_changes({"negatives.floor": -np.inf})
     with pytest.raises(UserError, match=r"negatives\.floor is -inf"):
         bound_curve.run_curve(config, tmp_path, lowers=(0.1,), seeds=1)
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from dqe_jax.cli.commands import COMMANDS
-from dqe_jax.config import FIELDS
+from dqe_jax.config import fields as config_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+FIELDS = tuple(config_fields())
 FOLDERS = ("configs", "docs", "dqe_jax", "launch", "tests")
 
 

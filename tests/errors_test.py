@@ -8,10 +8,10 @@ import types
 from pathlib import Path
 
 import pytest
-from small_runs import small_config
+from small_runs import run_config, small_config
 
 from configs import fashion_products, shapes
-from dqe_jax.config import FIELDS, check_config, flatten
+from dqe_jax.config import RunConfig, fields, flatten
 from dqe_jax.data import splits
 from dqe_jax.data.index import make_index
 from dqe_jax.training import loop
@@ -114,7 +114,7 @@ def changed(**changes):
 )
 def test_fields(changes, sentence):
     with pytest.raises(UserError, match=sentence):
-        check_config(changed(**changes))
+        RunConfig.of(changed(**changes))
 
 
 def test_the_configs_hold_exactly_the_known_fields():
@@ -124,19 +124,19 @@ def test_the_configs_hold_exactly_the_known_fields():
         fashion_products.get_config(),
         fashion_products.get_config("smoke"),
     ):
-        check_config(config)
-        assert flatten(config.to_dict()).keys() == FIELDS.keys()
+        RunConfig.of(config)
+        assert flatten(config.to_dict()).keys() == fields().keys()
 
 
 def test_unknown_and_missing_fields_of_a_config_file():
     config = shapes.get_config("smoke")
     config.data.image_sizes = 3
     with pytest.raises(UserError, match=r"config\.data\.image_sizes is not a field.*image_size\?"):
-        check_config(config)
+        RunConfig.of(config)
     config = shapes.get_config("smoke")
     del config.loss.margin
     with pytest.raises(UserError, match=r"config\.loss\.margin is missing"):
-        check_config(config)
+        RunConfig.of(config)
     with pytest.raises(ValueError, match=r"unknown variant hardest.*hard, coarse, smoke"):
         shapes.get_config("hardest")
 
@@ -166,7 +166,7 @@ def test_a_corrected_command_may_use_the_same_workdir(prepared_dir, tmp_path):
     wrong = small_config(prepared_dir, **{"model.attributes.names": ("smell",)})
     with pytest.raises(UserError, match="no section"):
         loop.train_and_evaluate(wrong, workdir)
-    workdirs.claim_workdir(workdir, small_config(prepared_dir))  # nothing was trained: no objection
+    workdirs.claim_workdir(workdir, run_config(prepared_dir))  # nothing was trained: no objection
 
 
 def test_an_empty_or_unknown_split(tmp_path, monkeypatch):
@@ -199,15 +199,15 @@ def test_fashion_products_needs_its_photos(prepared_dir, tmp_path):
 
 def test_workdir(prepared_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    config = small_config(prepared_dir)
+    config = run_config(prepared_dir)
     for path in ("file", "file/below"):
         with pytest.raises(UserError, match=rf"--workdir: cannot write to .*{path}"):
             workdirs.claim_workdir(tmp_path / path, config)
     workdirs.claim_workdir(tmp_path / "run", config)
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)  # it has trained
-    same = small_config(prepared_dir, log_every=1, num_devices=1)  # fields that may differ
+    same = run_config(prepared_dir, log_every=1, num_devices=1)  # fields that may differ
     workdirs.claim_workdir(tmp_path / "run", same)
-    other = small_config(prepared_dir, **{"seed": 3, "loss.margin": 0.5})
+    other = run_config(prepared_dir, **{"seed": 3, "loss.margin": 0.5})
     with pytest.raises(
         UserError, match=r"another config.*loss\.margin: 0\.5 \(not 0\.02\); seed: 3 \(not 0\)"
     ):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from etils import epath
 from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
-from dqe_jax.config import check_config
+from dqe_jax.config import RunConfig
 from dqe_jax.data import splits
 from dqe_jax.distributed import interrupts
 from dqe_jax.training import loop
@@ -49,8 +50,11 @@ def steps_of(workdir):
     return store.steps_of(epath.Path(workdir))
 
 
-def test_losses_that_are_not_finite_end_the_run(base):
-    config = config_of(base, **{"loss.in_batch": float("inf"), "max_bad_steps": 3})
+def test_losses_that_are_not_finite_end_the_run(base, monkeypatch):
+    config = RunConfig.of(config_of(base, max_bad_steps=3))
+    endless = dataclasses.replace(config.loss, in_batch=math.inf)
+    config = dataclasses.replace(config, loss=endless)
+    monkeypatch.setattr(RunConfig, "of", lambda config: config)  # which would refuse it
     with pytest.raises(
         UserError,
         match=r"not finite in 3 steps in a row, up to step 3: lower config\.optimizer\.learning_"
@@ -114,7 +118,7 @@ def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch, caplog):
 
 
 def test_the_config_of_a_run_is_written_at_once(tmp_path, monkeypatch):
-    config = config_of(tmp_path)
+    config = RunConfig.of(config_of(tmp_path))
     path, lock = workdirs.claim_workdir(tmp_path, config)
     lock.close()
     whole = (path / "config.json").read_text()
@@ -123,7 +127,7 @@ def test_the_config_of_a_run_is_written_at_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        workdirs.claim_workdir(tmp_path, config_of(tmp_path, total_steps=7))
+        workdirs.claim_workdir(tmp_path, config.with_changes({"total_steps": 7}))
     assert (path / "config.json").read_text() == whole
 
 
@@ -201,7 +205,7 @@ def test_what_is_kept(base):
     assert steps_of(workdir) == sorted({4, 8, 12, 14, best})
     for changes in ({"eval_every": 0}, {"eval_every": 4}):
         with pytest.raises(UserError, match=r"keep_best is 'R@1': it needs an evaluation at each"):
-            check_config(config_of(base, keep_best="R@1", **changes))
+            RunConfig.of(config_of(base, keep_best="R@1", **changes))
     with pytest.raises(UserError, match=r"keep_best is 'recall': validation measures .*R@1, "):
         loop.train_and_evaluate(config_of(base, keep_best="recall"), base / "unknown")
 

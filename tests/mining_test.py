@@ -4,6 +4,7 @@ Embeddings are small whole numbers, so that products are exact and ties are ties
 those of `jax.random`, by query and chunk; all else of the statement is NumPy.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from dqe_jax.distributed import mesh
 from dqe_jax.method import mining, sharded
 from dqe_jax.method.mining import MiningRule
+from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.performance import mining_benchmark
 from dqe_jax.training import bank_programs as banks
 
@@ -29,12 +30,17 @@ MODES = {
 
 
 def negatives(rule, bounds="quantile", **changes):
-    config = common.get_config().negatives
-    config.rule, config.bounds, config.per_query = rule, bounds, NUM
-    config.lower, config.upper = MODES[bounds]
-    config.drops_depth, config.drops_apart = 200, 1
-    config.update(changes)
-    return config
+    lower, upper = MODES[bounds]
+    config = NegativesConfig(
+        rule=rule,
+        bounds=bounds,
+        per_query=NUM,
+        lower=lower,
+        upper=upper,
+        drops_depth=200,
+        drops_apart=1,
+    )
+    return dataclasses.replace(config, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +274,3 @@ def test_the_baseline_of_the_benchmark_is_the_rule():
         low, high = drops(delta[others], 1)
         expected = set(np.flatnonzero(others & (delta > low) & (delta <= high)))
         assert set(rows.tolist()) == expected
-
-
-def test_settings_of_the_benchmark_are_fields():
-    fields = mining_benchmark.Workload().negatives
-    assert set(fields) <= set(common.get_config().negatives)

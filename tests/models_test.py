@@ -11,8 +11,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import common
-from dqe_jax import models
-from dqe_jax.models import freeze, setup, summary
+from dqe_jax.config import RunConfig
+from dqe_jax.models import build as models
+from dqe_jax.models import freeze, layers, setup, summary
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import VisionSizes
@@ -102,7 +103,7 @@ def small_config(backbone="tiny", **changes):
     for name, value in BACKBONES[backbone]["fields"].items():
         config.model[backbone][name] = value
     config.update_from_flattened_dict(changes)
-    return config
+    return RunConfig.of(config)
 
 
 def build(config):
@@ -156,7 +157,7 @@ def entry_points(model):
 def initial(backbone):
     """Parameters before training."""
     config = small_config(backbone)
-    return setup.init_params(build(config), config)
+    return setup.init_params(build(config), config.model, config.data)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +269,7 @@ def test_bfloat16_is_close_to_float32_over_the_same_parameters(model, backbone):
     half_model = build(config)
     half_query, half_gallery = entry_points(half_model)
     reference, text, _ = flat_inputs()
-    shapes = jax.eval_shape(lambda: setup.init_params(half_model, config))
+    shapes = jax.eval_shape(lambda: setup.init_params(half_model, config.model, config.data))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
@@ -329,7 +330,7 @@ def test_without_attributes_the_model_is_the_plain_composer(model, backbone, ini
     query = model[2]
     config = small_config(backbone, **{"model.attributes.enabled": False})
     module = build(config)
-    shapes = jax.eval_shape(lambda: setup.init_params(module, config))
+    shapes = jax.eval_shape(lambda: setup.init_params(module, config.model, config.data))
     assert set(initial) - set(shapes) == {"attributes"}
     bare = {name: value for name, value in initial.items() if name in shapes}
     out = entry_points(module)[0](bare, *flat_inputs()[:2])
@@ -352,7 +353,7 @@ def test_what_an_untrained_query_is(model, backbone, initial):
         return
     if backbone == "clip":  # the image + text baseline
         pooled = module.bind({"params": initial}).backbone.encode_text(text).pooled
-        expected = models.dqe.normalize(expected + models.dqe.normalize(pooled))
+        expected = layers.normalize(expected + layers.normalize(pooled))
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -375,17 +376,16 @@ def test_dropout_only_in_training(model, backbone):
 
 def test_a_zero_vector_stays_zero_with_a_finite_gradient():
     zero = jnp.zeros((1, 4))
-    np.testing.assert_array_equal(models.dqe.normalize(zero), zero)
-    gradient = jax.grad(lambda x: models.dqe.normalize(x).sum())(zero)
+    np.testing.assert_array_equal(layers.normalize(zero), zero)
+    gradient = jax.grad(lambda x: layers.normalize(x).sum())(zero)
     assert np.isfinite(gradient).all()
 
 
 def test_parameters_of_the_default_config():
     """Counted by hand for the default sizes, a vocabulary of 100 and 4 attributes."""
-    config = common.get_config()
-    config.model.attributes.names = ("a", "b", "c", "d")
+    config = RunConfig().with_changes({"model.attributes.names": ("a", "b", "c", "d")})
     module = models.build_model(config.model, vocab_size=100, max_length=24, image_size=64)
-    params = jax.eval_shape(lambda: setup.init_params(module, config))
+    params = jax.eval_shape(lambda: setup.init_params(module, config.model, config.data))
     counts = summary.count_parameters(params, models.parts_of("tiny"))
 
     def dense(inputs, outputs):

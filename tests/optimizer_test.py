@@ -10,14 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
+from dqe_jax.config import OptimizerConfig
 from dqe_jax.training.optimizer import make_optimizer, make_schedule, skip_unsound
 
 
 def settings(**changes):
-    config = common.get_config().optimizer
-    config.update(changes)
-    return config
+    return OptimizerConfig(**changes)
 
 
 # --------------------------------------------------------------------------------------- schedule

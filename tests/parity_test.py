@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from dqe_jax.models import BACKBONES, VARIANTS
+from dqe_jax.models.build import BACKBONES, VARIANTS
 from dqe_jax.models.encoder import Compute, flash_takes
 from dqe_jax.models.weights import hugging_face, rules, sizes, transfer
 from dqe_jax.models.weights.source import open_source

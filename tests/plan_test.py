@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import fiq_clip, shapes
+from dqe_jax.config import RunConfig
 from dqe_jax.performance.planning import chips, compiler, hlo, table, traced
 from dqe_jax.utils.errors import UserError
 
@@ -201,7 +202,7 @@ def facts(name="step", **fields):
 
 
 def test_advice_is_of_what_takes_most():
-    config = fiq_clip.get_config()
+    config = RunConfig.of(fiq_clip.get_config())
     activations = table.advise(config, facts(temporaries=100), 8)
     assert activations[0].startswith("a smaller config.batch.references")
     assert activations[1] == "config.model.remat=True"
@@ -213,7 +214,9 @@ def test_advice_is_of_what_takes_most():
     assert "config.model.frozen" in moments[1]
     one = table.advise(config, facts(inputs={"optimiser": 100}), 1)
     assert "config.model.frozen" in one[0]
-    bank = table.advise(shapes.get_config(), facts("bank step", inputs={"bank": 100}), 8)
+    bank = table.advise(
+        RunConfig.of(shapes.get_config()), facts("bank step", inputs={"bank": 100}), 8
+    )
     assert bank[0] == "config.negatives.bank_dtype=bfloat16"
     assert "more chips" in bank[1]
     gallery = table.advise(config, facts("gallery embedding", temporaries=100), 8)

@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from small_runs import compiled_once, small_config
 
-from dqe_jax import models
 from dqe_jax.checkpoints import store
-from dqe_jax.config import check_config, flatten
+from dqe_jax.config import RunConfig, flatten
 from dqe_jax.models import freeze, setup
+from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
 from dqe_jax.training import loop
@@ -109,7 +109,7 @@ def test_a_run_starts_from_the_weights_and_keeps_what_is_frozen(run):
     name, config, workdir, _ = run
     params, manager, step = params_of(workdir)
     held = flatten_dict(initial.open_pretrained(config.model).read(), sep="/")
-    parts = models.parts_of(name)
+    parts = parts_of(name)
     kept, moved = 0, 0
     for path, x in held.items():
         ours = params[f"backbone/{path}"]
@@ -195,12 +195,12 @@ def test_converted_weights_and_a_scanned_stack_start_alike(base, name, tmp_path)
     convert(str(base / name), str(tmp_path / "out"))
 
     def start(**changes):
-        config = config_of(base, name, **changes)
-        check_config(config)
-        pretrained = setup.open_weights(config)
-        tokenizer = setup.tokenizer_of(config, pretrained)
-        model = setup.model_of(config, tokenizer, pretrained.sizes)
-        return setup.init_params(model, config, 0, pretrained), tokenizer
+        config = RunConfig.of(config_of(base, name, **changes))
+        sections = (config.model, config.data)
+        pretrained = setup.open_weights(*sections)
+        tokenizer = setup.tokenizer_of(*sections, pretrained)
+        model = setup.model_of(*sections, tokenizer, pretrained.sizes)
+        return setup.init_params(model, *sections, 0, pretrained), tokenizer
 
     expected, tokenizer = start()
     found, again = start(**{"model.weights": str(tmp_path / "out")})

@@ -9,10 +9,11 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import shapes
+from dqe_jax.config import RunConfig
 
 
 def small_config(prepared_dir, **changes):
-    """The smoke config made smaller; `changes` by dotted name."""
+    """The smoke config made smaller, as a user's file gives it; `changes` by dotted name."""
     config = shapes.get_config("smoke")
     config.data.prepared_dir = str(prepared_dir)
     config.num_devices = 2
@@ -20,6 +21,11 @@ def small_config(prepared_dir, **changes):
     config.model.tiny.image_depth = config.model.tiny.text_depth = 0
     config.update_from_flattened_dict(changes)
     return config
+
+
+def run_config(prepared_dir, **changes):
+    """`small_config` as what is inside a job."""
+    return RunConfig.of(small_config(prepared_dir, **changes))
 
 
 @contextlib.contextmanager

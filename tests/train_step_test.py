@@ -9,11 +9,12 @@ import optax
 import pytest
 
 from configs import shapes
+from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.mining import MiningRule, draw
 from dqe_jax.method.objective import Objective
-from dqe_jax.models import build_model
+from dqe_jax.models.build import build_model
 from dqe_jax.training.optimizer import make_optimizer
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import make_train_step
@@ -41,7 +42,7 @@ def make_config(rule="trns", **changes):
     config.optimizer.warmup_steps = 0
     config.loss.alignment = 0.1  # which the config of shapes leaves out
     config.update_from_flattened_dict(changes)
-    return config
+    return RunConfig.of(config)
 
 
 def make_model(config):
@@ -228,7 +229,7 @@ def plain_loss(config, out, batch, indices, drawn):
         cosine = (a[i] * b[i]).sum(-1) / length
         parts["alignment"].append((w[i] * (1 - cosine)).sum() / w[i].sum())
     means = {name: np.mean(values) for name, values in parts.items()}
-    return means, sum(config.loss[name] * value for name, value in means.items())
+    return means, sum(getattr(config.loss, name) * value for name, value in means.items())
 
 
 @pytest.mark.parametrize("rule", ["hardest", "trns"])

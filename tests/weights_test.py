@@ -1,5 +1,6 @@
 """Pretrained weights: sources, converting, strictness, and each error's sentence."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,10 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from dqe_jax.models import VARIANTS, blip2, clip
+from dqe_jax.models import blip2, clip
+from dqe_jax.models.build import VARIANTS
+from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import hugging_face, initial, sizes, source, transfer
 from dqe_jax.models.weights.conversion import convert
 from dqe_jax.utils.errors import UserError
@@ -26,9 +28,9 @@ NAMES = ("clip", "blip2")
 
 
 def model_config(backbone, weights, variant="auto"):
-    return ConfigDict(
-        {"backbone": backbone, "weights": str(weights), backbone: {"variant": variant}}
-    )
+    config = ModelConfig(backbone=backbone, weights=str(weights))
+    own = dataclasses.replace(getattr(config, backbone), variant=variant)
+    return dataclasses.replace(config, **{backbone: own})
 
 
 def read(backbone, weights, variant="auto"):

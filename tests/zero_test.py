@@ -4,14 +4,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_runs import compiled_once, small_config
+from small_runs import compiled_once, run_config
 
-from dqe_jax import models
 from dqe_jax.checkpoints import store
 from dqe_jax.cli import benchmark_step
-from dqe_jax.config import check_config
 from dqe_jax.distributed import mesh
 from dqe_jax.models import setup
+from dqe_jax.models.build import build_model
 from dqe_jax.training import loop, optimizer, zero
 from dqe_jax.training import state as states
 from dqe_jax.training.step import make_step
@@ -30,9 +29,7 @@ def base(tmp_path_factory):
 
 def config_of(base, **changes):
     fields = {"total_steps": 6, "log_every": 1, "checkpoint_every": 3, "eval_every": 0}
-    config = small_config(base / "prepared", **fields | changes)
-    check_config(config)
-    return config
+    return run_config(base / "prepared", **fields | changes)
 
 
 def params():
@@ -45,7 +42,7 @@ def devices():
 
 
 def optimizer_config(**changes):
-    return small_config("", **{"optimizer.warmup_steps": 0, **changes}).optimizer
+    return run_config("", **{"optimizer.warmup_steps": 0, **changes}).optimizer
 
 
 def test_a_state_is_cut_and_joined_again():
@@ -138,7 +135,7 @@ def test_a_run_and_what_goes_on_from_its_checkpoint(base, nothing_is_small):
 
 def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
     config = config_of(base, **SHARDED)
-    model = models.build_model(
+    model = build_model(
         config.model,
         vocab_size=benchmark_step.VOCABULARY,
         max_length=config.data.max_length,

@@ -23,6 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dqe_jax.config import RunConfig
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import whole_path
 
@@ -47,7 +48,7 @@ class OnSchedule:
         return [i in kept for i in range(len(checkpoints))]
 
 
-def open_for_training(workdir: epath.Path, config: Any) -> ocp.CheckpointManager:
+def open_for_training(workdir: epath.Path, config: RunConfig) -> ocp.CheckpointManager:
     """The manager that saves a run's checkpoints, and removes those that need not be kept.
 
     Kept are the newest, the newest `keep_checkpoints` of those on schedule, those of every

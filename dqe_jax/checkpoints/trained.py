@@ -7,14 +7,15 @@ import os
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from etils import epath
 from tokenizers import Tokenizer
 
 from dqe_jax.checkpoints import store
-from dqe_jax.config import MODEL_FIELDS, START_FIELDS, differences
+from dqe_jax.config import AnyConfig, RunConfig, differences
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.distributed import mesh
-from dqe_jax.models import DQE
+from dqe_jax.models.dqe import DQE
 from dqe_jax.models.setup import model_of, param_shapes
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
@@ -34,9 +35,9 @@ class Trained:
       devices: to run on.
     """
 
-    config: Any
+    config: RunConfig
     trained_by: dict[str, Any]
-    manager: Any
+    manager: ocp.CheckpointManager
     step: int
     model: DQE
     tokenizer: Tokenizer
@@ -49,13 +50,13 @@ class Trained:
 
     def read_params(self) -> Any:
         """The parameters alone, replicated over the devices."""
-        shapes = param_shapes(self.model, self.config)
+        shapes = param_shapes(self.model, self.config.model, self.config.data)
         params = store.restore(self.manager, self.step, params=shapes)["params"]
         return mesh.replicate(params, self.devices)
 
 
 def open_trained(
-    config: Any, directory: str | os.PathLike[str], step: int | None = None
+    config: AnyConfig, directory: str | os.PathLike[str], step: int | None = None
 ) -> Trained:
     """Opens a checkpoint; its parameters are read later.
 
@@ -65,12 +66,13 @@ def open_trained(
       step: of the checkpoint; None for the newest.
 
     Raises:
-      UserError: there is no such checkpoint, or it is of another model.
+      UserError: the config is not allowed, there is no such checkpoint, or it is of another model.
     """
+    config = RunConfig.of(config)
     manager = store.open_for_reading(directory)
     step = store.choose_step(manager, step)
     meta = store.read_meta(manager, step)
-    changed = differences(config.to_dict(), meta["config"], MODEL_FIELDS, START_FIELDS)
+    changed = differences(config, meta["config"], ("model",))
     if changed:
         raise UserError(
             f"the checkpoint in {manager.directory} is of another model; --config differs in "
@@ -79,5 +81,5 @@ def open_trained(
     devices = mesh.devices_of(config.num_devices)
     words = text_tokens.tokenizer_from_json(meta["tokenizer"])
     sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
-    model = model_of(config, words, sizes)
+    model = model_of(config.model, config.data, words, sizes)
     return Trained(config, meta["config"], manager, step, model, words, devices)

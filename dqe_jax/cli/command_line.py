@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from dqe_jax import __version__
 from dqe_jax.cli import config_files
+from dqe_jax.config import fields
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import look_anew
 
@@ -66,7 +68,18 @@ def _answer(module: ModuleType, argv: Sequence[str]) -> None:
     if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(argv):
         own = flags.FLAGS.module_help(module.__name__)
         sys.stdout.write(f"{argv[0]}: {module.__doc__}\nFlags:\n{own}\n")
+        if "--helpfull" in argv and "config" in flags.FLAGS:
+            sys.stdout.write(f"\nFields of the config:\n\n{_fields()}\n")
         sys.exit(0)
+
+
+def _fields() -> str:
+    """The fields of a config with their defaults and what they mean, as absl lists flags."""
+    lines = []
+    for name, one in fields().items():
+        lines.append(f"  --config.{name}={one.default!r}")
+        lines += textwrap.wrap(one.doc, 80, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def _with_config(argv: Sequence[str]) -> list[str]:

@@ -97,11 +97,10 @@ def _watch() -> None:
 def _score() -> None:
     if _RAW_DIR.value is None:
         raise UserError("--predictions needs --raw_dir=DIR, the directory of the annotation files.")
-    from dqe_jax.config import check_config
+    from dqe_jax.config import RunConfig
     from dqe_jax.evaluation.predictions import score_predictions
 
-    config = _CONFIG.value
-    check_config(config)
+    config = RunConfig.of(_CONFIG.value)
     score_predictions(
         config.data.dataset,
         _SPLIT.value or config.eval.split,

@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dqe_jax.data import settings
+
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-SPLITS = ("train", "validation", "test")
-
-
+SPLITS = settings.SPLITS
 # The gallery of all splits, where they share one.
 GALLERY = "gallery"
 

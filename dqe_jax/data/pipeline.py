@@ -7,7 +7,6 @@ negatives, and each reference is encoded once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import grain
 import numpy as np
@@ -18,22 +17,6 @@ from dqe_jax.method.batch import Batch
 
 # References of a training run, at most: Grain cannot take parts of a truly endless data set.
 ENDLESS = 2**48
-
-
-def batch_spec(config: Any, references: int) -> Batch:
-    """Shape and dtype of every array of a training batch, see `Batch.spec`.
-
-    Args:
-      config: of a run.
-      references: `R`.
-    """
-    return Batch.spec(
-        references=references,
-        queries_per_reference=config.batch.queries_per_reference,
-        image_size=config.data.image_size,
-        max_length=config.data.max_length,
-        attributes=len(config.model.attributes.names),
-    )
 
 
 class _Loader:

@@ -13,15 +13,15 @@ import numpy as np
 from dqe_jax.data.digest import digest_of
 from dqe_jax.data.examples import SPLITS, Queries, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
+from dqe_jax.data.settings import DataConfig
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.utils.errors import UserError
 
 READ_CHUNK = 256
 
 
-def open_split(config: Any, builder: Any, name: str) -> Split:
-    """A split of the data set of a config; captions are in order where training draws the order."""
-    data = config.data
+def open_split(data: DataConfig, builder: Any, name: str) -> Split:
+    """A split of the data set of `config.data`; captions are in order where training draws it."""
     order = "forward" if data.captions == "random" else data.captions
     return load_split(builder, name, data.image_size, data.cache_images, order)
 

@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Orders in which captions are joined; "random" is one of the others, drawn anew in training.
-CAPTION_ORDERS = ("forward", "reverse", "random")
-
 
 def join_captions(captions: Sequence[str], order: str = "forward") -> str:
     """Captions of one modification as one text, as the FashionIQ papers join them: "a and b".

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dqe_jax.models import DQE
+from dqe_jax.models.dqe import DQE
 
 
 def encoders(model: DQE) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:

@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
+from dqe_jax.config import RunConfig
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
@@ -22,7 +23,7 @@ from dqe_jax.utils.json_file import write_json
 
 
 def open_preferences(
-    config: Any, split: Split, path: str | os.PathLike[str]
+    config: RunConfig, split: Split, path: str | os.PathLike[str]
 ) -> tuple[list[Judgement], int]:
     """The judgements of HP-FashionIQ whose images are all at hand, and how many there are in all.
 

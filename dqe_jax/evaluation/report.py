@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
@@ -19,9 +20,11 @@ from etils import epath
 
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import contact_sheet, protocols, submissions
-from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.utils.json_file import write_json
 from dqe_jax.utils.text_table import text_table
+
+if TYPE_CHECKING:  # scoring a file of predictions needs no JAX
+    from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 
 RANKED = 50
 

@@ -10,7 +10,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from dqe_jax.checkpoints.trained import Trained, open_trained
-from dqe_jax.config import check_config, flatten
+from dqe_jax.config import AnyConfig, RunConfig, flatten
 from dqe_jax.data import datasets, splits
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_texts
@@ -19,12 +19,12 @@ from dqe_jax.embedding.encoders import encoders
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
-from dqe_jax.models import DQE
+from dqe_jax.models.dqe import DQE
 from dqe_jax.utils.paths import whole_path
 
 
 def evaluate_checkpoint(
-    config: Any,
+    config: AnyConfig,
     directory: str | os.PathLike[str],
     *,
     step: int | None = None,
@@ -45,12 +45,12 @@ def evaluate_checkpoint(
     Raises:
       UserError: the config, the data, the checkpoint or a file cannot be used.
     """
-    check_config(config)
+    config = RunConfig.of(config)
     split = datasets.split_of(config.data.dataset, split or config.eval.split)
     datasets.find_dataset(config.data)
     trained = open_trained(config, directory, step)
     words, step = trained.tokenizer, trained.step
-    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
     judged = None
     if hp_fashioniq is not None:
         judged = open_preferences(config, opened, hp_fashioniq)
@@ -65,7 +65,7 @@ def evaluate_checkpoint(
 
 
 def make_evaluator(
-    config: Any, model: DQE, tokenizer: Tokenizer, split: Split, devices: list[jax.Device]
+    config: RunConfig, model: DQE, tokenizer: Tokenizer, split: Split, devices: list[jax.Device]
 ) -> RetrievalEvaluator:
     """The evaluator of a split; it takes parameters."""
     encode_query, encode_gallery = encoders(model)
@@ -82,7 +82,12 @@ def make_evaluator(
 
 
 def evaluate_and_report(
-    config: Any, evaluator: RetrievalEvaluator, params: Any, *, step: int, directory: epath.Path
+    config: RunConfig,
+    evaluator: RetrievalEvaluator,
+    params: Any,
+    *,
+    step: int,
+    directory: epath.Path,
 ) -> Result:
     """Evaluates, writes the files of `report.py`, and logs the table and the queries drawn.
 

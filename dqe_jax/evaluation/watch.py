@@ -18,7 +18,7 @@ from etils import epath
 
 from dqe_jax.checkpoints import store
 from dqe_jax.checkpoints.trained import Trained, open_trained
-from dqe_jax.config import check_config
+from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
 from dqe_jax.utils.errors import UserError
@@ -29,7 +29,7 @@ RETRIES = 3
 
 
 def watch(
-    config: Any,
+    config: AnyConfig,
     workdir: str | os.PathLike[str],
     *,
     split: str = "validation",
@@ -53,11 +53,11 @@ def watch(
     Raises:
       UserError: no data, another model, or no new checkpoint for `patience_s`.
     """
-    check_config(config)
+    config = RunConfig.of(config)
     split = datasets.split_of(config.data.dataset, split)
     workdir = whole_path(workdir)
     place = whole_path(output) if output else workdir / "eval"
-    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
     log = MetricLog(workdir / f"watch-{split}", resume_step=None, again="")
     seen, found, evaluator = set(log.steps()), {}, None
     logging.info("Following %s: %d checkpoints were evaluated before.", workdir, len(seen))
@@ -113,7 +113,9 @@ def _new_steps(
             time.sleep(poll_s)
 
 
-def _read(config: Any, workdir: epath.Path, step: int, poll_s: float) -> tuple[Trained, Any] | None:
+def _read(
+    config: RunConfig, workdir: epath.Path, step: int, poll_s: float
+) -> tuple[Trained, Any] | None:
     """A checkpoint and its parameters; None if the trainer has removed it meanwhile.
 
     It removes one file by file: an error of a checkpoint that is still there is an error only when

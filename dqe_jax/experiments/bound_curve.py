@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dqe_jax.config import check_config
+from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.experiments.ablation.figure import PLOTTED
 from dqe_jax.experiments.ablation.record import METRICS, read_log
 from dqe_jax.experiments.ablation.runs import told_unwritable, train_or_read
@@ -89,25 +89,23 @@ def read_lowers(texts: Sequence[str]) -> list[float]:
     return lowers
 
 
-def config_at(config: Any, lower: float, floor: str, seed: int) -> Any:
-    """A copy of a config for one point of the curve."""
-    changed = config.copy_and_resolve_references()
-    changed.seed = seed
-    changed.negatives.update(rule="trns", bounds="quantile", lower=lower)
+def config_at(config: RunConfig, lower: float, floor: str, seed: int) -> RunConfig:
+    """The config of one point of the curve."""
+    changes = {"negatives.rule": "trns", "negatives.bounds": "quantile", "negatives.lower": lower}
     if config.negatives.bounds != "quantile":  # the config's upper bound has another unit
-        changed.negatives.upper = 1.0
+        changes["negatives.upper"] = 1.0
     if floor == "free":
-        changed.negatives.floor = -math.inf
-    return changed
+        changes["negatives.floor"] = -math.inf
+    return config.with_changes({**changes, "seed": seed})
 
 
 def run_curve(
-    config: Any, workdir: str | os.PathLike[str], *, lowers: Sequence[float], seeds: int
+    config: AnyConfig, workdir: str | os.PathLike[str], *, lowers: Sequence[float], seeds: int
 ) -> list[Point]:
     """Trains what is not there yet and writes the files of the module's table.
 
     Args:
-      config: see `configs/common.py`; its seed is the first.
+      config: of the runs; its seed is the first.
       workdir: of the curve.
       lowers: quantiles, as `read_lowers` gives.
       seeds: how many.
@@ -115,6 +113,7 @@ def run_curve(
     Raises:
       UserError: for everything that a user can put right, such as a changed config.
     """
+    config = RunConfig.of(config)
     if math.isinf(config.negatives.floor):
         raise UserError(
             "config.negatives.floor is -inf: the curve compares with and without it; take 0."
@@ -134,7 +133,7 @@ def run_curve(
         for lower in lowers
     ]
     for setting in wanted:
-        check_config(config_at(config, *setting))
+        config_at(config, *setting)  # checks it
     workdir, points = whole_path(workdir), []
     for lower, floor, seed in wanted:
         directory = workdir / f"lower-{lower:g}-{floor}-{seed}"
@@ -188,7 +187,7 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return cells
 
 
-def write_results(config: Any, workdir: epath.Path, points: Sequence[Point]) -> None:
+def write_results(config: RunConfig, workdir: epath.Path, points: Sequence[Point]) -> None:
     """Writes `bounds.json`, `.md` and `.png` of the runs so far, and logs the table.
 
     Raises:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.struct
 import jax
@@ -28,6 +27,7 @@ from jaxtyping import Bool, Float, Int, Key, Shaped
 
 from dqe_jax.method import sharded, trns
 from dqe_jax.method.arrays import Array
+from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.method.similarity import best_token, chunk_similarity, paired_similarity
 
 CHUNK_ROWS = 512
@@ -64,7 +64,7 @@ class MiningRule:
     drops_apart: int
 
     @classmethod
-    def of(cls, negatives: Any, name: str | None = None) -> MiningRule | None:
+    def of(cls, negatives: NegativesConfig, name: str | None = None) -> MiningRule | None:
         """The rule of a config; None if nothing is mined.
 
         Args:

@@ -25,6 +25,7 @@ from dqe_jax.method import losses, mining, trns
 from dqe_jax.method.arrays import Array
 from dqe_jax.method.batch import Batch, TrainOutput
 from dqe_jax.method.mining import Bank, MiningRule
+from dqe_jax.method.settings import LossConfig
 from dqe_jax.method.similarity import paired_similarity, similarity, token_similarity
 
 Metrics = dict[str, Array]
@@ -103,7 +104,7 @@ class Objective:
     apply_fn: Callable[..., TrainOutput]
     rule: MiningRule | None
     oracle: str
-    weights: Any
+    weights: LossConfig
     axis: str
 
     def __call__(

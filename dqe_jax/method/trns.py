@@ -22,10 +22,7 @@ from jaxtyping import Bool, Float, Int, Key
 
 from dqe_jax.method import sharded
 from dqe_jax.method.arrays import Array, Scalar
-
-BOUND_MODES = ("absolute", "quantile", "std", "drops")
-RULES = ("in_batch", "random", "hardest", "qure", "trns")
-ORACLES = ("none", "mined", "all")
+from dqe_jax.method.settings import BOUND_MODES
 
 # --------------------------------------------------------------------------------- bounds and mask
 

@@ -19,7 +19,6 @@ from dqe_jax.models.encoder import Compute, Stack, VisionSizes, VisionTower
 from dqe_jax.models.features import ImageFeatures, TextFeatures
 from dqe_jax.models.layers import Block, normalize
 
-FEATURES = ("penultimate", "last")
 # This end-of-text id in a config stands for "the highest id": configs written before the id was
 # put right in `transformers`.
 LEGACY_END = 2
@@ -115,7 +114,7 @@ class Clip(nn.Module):
     Attributes:
       sizes: of a row of `VARIANTS`, or of any CLIP model.
       image_size: pixels a side of the images.
-      features: which patch tokens attribute queries and composer see, of `FEATURES`.
+      features: which patch tokens attribute queries and composer see, of `settings.FEATURES`.
       composer_width: width of the composer.
       composer_depth: its blocks.
       composer_heads: its attention heads.

@@ -16,7 +16,7 @@ def part_of(path: str, parts: Mapping[str, Sequence[str]]) -> str:
 
     Args:
       path: of the parameter, `backbone/vision/positions`.
-      parts: patterns of paths by part, as `models.parts_of` gives.
+      parts: patterns of paths by part, as `build.parts_of` gives.
 
     Raises:
       ValueError: it belongs to none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
 from dqe_jax.data import tokenizer as text_tokens
-from dqe_jax.models import DQE, DTYPES, build_model, freeze, parts_of
+from dqe_jax.data.settings import DataConfig
+from dqe_jax.models import freeze
+from dqe_jax.models.build import DTYPES, build_model, parts_of
+from dqe_jax.models.dqe import DQE
+from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
 from dqe_jax.models.weights.stacking import stack_layers
 from dqe_jax.models.weights.transfer import fit
@@ -21,50 +26,52 @@ BACKBONE = "backbone/"
 LEAST_LENGTH = 3
 
 
-def open_weights(config: Any) -> Pretrained | None:
+def open_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
     """The pretrained weights of a config, found but not read; None for the tiny backbone.
+
+    Args:
+      config: `config.model`.
+      data: `config.data`, whose images and texts must fit.
 
     Raises:
       UserError: they cannot be found, or do not fit the config.
     """
-    if config.model.backbone == "tiny":
+    if config.backbone == "tiny":
         return None
-    pretrained = open_pretrained(config.model)
+    pretrained = open_pretrained(config)
     longest = pretrained.sizes.max_length
-    if config.data.max_length > longest:
+    if data.max_length > longest:
         raise UserError(
-            f"config.data.max_length is {config.data.max_length}: {config.model.backbone} takes "
-            f"at most {longest} tokens."
+            f"config.data.max_length is {data.max_length}: {config.backbone} takes at most "
+            f"{longest} tokens."
         )
-    if config.data.max_length < LEAST_LENGTH:
+    if data.max_length < LEAST_LENGTH:
         raise UserError(
-            f"config.data.max_length is {config.data.max_length}: {config.model.backbone} needs at "
-            f"least {LEAST_LENGTH}, for the start, a word and the end of a text."
+            f"config.data.max_length is {data.max_length}: {config.backbone} needs at least "
+            f"{LEAST_LENGTH}, for the start, a word and the end of a text."
         )
-    if config.data.image_size % pretrained.sizes.vision.patch_size:
+    if data.image_size % pretrained.sizes.vision.patch_size:
         raise UserError(
-            f"config.data.image_size is {config.data.image_size}: it must be a multiple of the "
-            f"patch size of the backbone, {pretrained.sizes.vision.patch_size}."
+            f"config.data.image_size is {data.image_size}: it must be a multiple of the patch size "
+            f"of the backbone, {pretrained.sizes.vision.patch_size}."
         )
     return pretrained
 
 
-def describe_weights(config: Any) -> Pretrained | None:
+def describe_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
     """As `open_weights`; weights are looked for only if they decide the sizes of the model."""
-    if config.model.backbone != "tiny" and config.model[config.model.backbone].variant != "auto":
-        config = config.copy_and_resolve_references()
-        config.model.weights = ""
-    return open_weights(config)
+    if config.backbone != "tiny" and getattr(config, config.backbone).variant != "auto":
+        config = dataclasses.replace(config, weights="")
+    return open_weights(config, data)
 
 
-def tokenizer_of(config: Any, pretrained: Pretrained) -> Tokenizer:
-    """The tokenizer of a pretrained backbone.
+def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) -> Tokenizer:
+    """The tokenizer of a pretrained backbone, for texts of `config.data.max_length` tokens.
 
     Raises:
       UserError: it cannot be found, or does not fit the model.
     """
-    length = config.data.max_length
-    named = config.model.tokenizer
+    length, named = data.max_length, config.tokenizer
     if named:
         tokenizer = text_tokens.pretrained_tokenizer(named, length)
     elif pretrained.tokenizer:
@@ -75,18 +82,18 @@ def tokenizer_of(config: Any, pretrained: Pretrained) -> Tokenizer:
         tokenizer = text_tokens.pretrained_tokenizer(pretrained.source.directory, length)
     else:
         raise UserError(
-            f"config.model.tokenizer is empty: {config.model.backbone} needs a tokenizer; name a "
+            f"config.model.tokenizer is empty: {config.backbone} needs a tokenizer; name a "
             "directory with its files, or config.model.weights that come with one."
         )
     # Without added tokens: published BLIP-2 files add some that no text contains.
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     if size > pretrained.sizes.vocab_size:
         raise UserError(
-            f"the tokenizer has {size} words: the text embeddings of {config.model.backbone} have "
+            f"the tokenizer has {size} words: the text embeddings of {config.backbone} have "
             f"{pretrained.sizes.vocab_size} rows; name the tokenizer of the weights in "
             "config.model.tokenizer."
         )
-    if config.model.backbone == "blip2" and tokenizer.padding["pad_id"] != 0:
+    if config.backbone == "blip2" and tokenizer.padding["pad_id"] != 0:
         raise UserError(
             f"the tokenizer pads with id {tokenizer.padding['pad_id']}: blip2 needs BERT's, which "
             "pads with 0; name it in config.model.tokenizer."
@@ -94,39 +101,44 @@ def tokenizer_of(config: Any, pretrained: Pretrained) -> Tokenizer:
     return tokenizer
 
 
-def model_of(config: Any, tokenizer: Tokenizer, sizes: Any = None) -> DQE:
+def model_of(config: ModelConfig, data: DataConfig, tokenizer: Tokenizer, sizes: Any = None) -> DQE:
     """The model of a config over a tokenizer's vocabulary; `sizes` are those of its weights."""
     return build_model(
-        config.model,
+        config,
         vocab_size=tokenizer.get_vocab_size(),
-        max_length=config.data.max_length,
-        image_size=config.data.image_size,
+        max_length=data.max_length,
+        image_size=data.image_size,
         sizes=sizes,
     )
 
 
-def param_shapes(model: DQE, config: Any) -> Any:
+def param_shapes(model: DQE, config: ModelConfig, data: DataConfig) -> Any:
     """Shapes and dtypes of a model's parameters."""
-    return jax.eval_shape(lambda: init_params(model, config))
+    return jax.eval_shape(lambda: init_params(model, config, data))
 
 
 def init_params(
-    model: DQE, config: Any, seed: int = 0, pretrained: Pretrained | None = None
+    model: DQE,
+    config: ModelConfig,
+    data: DataConfig,
+    seed: int = 0,
+    pretrained: Pretrained | None = None,
 ) -> Any:
     """Parameters to start from: pretrained where there are weights, random elsewhere.
 
     Args:
       model: of the config.
-      config: of the run.
+      config: `config.model`.
+      data: `config.data`.
       seed: of the random ones.
       pretrained: weights of the backbone; without an origin, all is random.
 
     Raises:
       UserError: the weights do not fit the model.
     """
-    size = config.data.image_size
+    size = data.image_size
     image = np.zeros((1, size, size, 3), np.uint8)
-    text = np.ones((1, 1, config.data.max_length), np.int32)
+    text = np.ones((1, 1, data.max_length), np.int32)
 
     def init(key: jax.Array) -> Any:
         return model.init(key, image, text, image[:, None], train=False)["params"]
@@ -135,7 +147,7 @@ def init_params(
     if pretrained is not None and pretrained.origin:
         shapes = flatten_dict(jax.eval_shape(init, jax.random.key(seed)), sep="/")
         held = pretrained.read()
-        if config.model.scan_layers:
+        if config.scan_layers:
             held = stack_layers(held)
         own = {p.removeprefix(BACKBONE): x for p, x in shapes.items() if p.startswith(BACKBONE)}
         fitted = fit(held, own, pretrained.origin)
@@ -145,7 +157,7 @@ def init_params(
         return {p: x for p, x in flatten_dict(init(key), sep="/").items() if p not in given}
 
     flat = jax.jit(missing)(jax.random.key(seed)) | given
-    parts = parts_of(config.model.backbone)
-    dtype = DTYPES[config.model.frozen_dtype]
-    training, frozen = freeze.split(unflatten_dict(flat, sep="/"), config.model.frozen, parts)
+    parts = parts_of(config.backbone)
+    dtype = DTYPES[config.frozen_dtype]
+    training, frozen = freeze.split(unflatten_dict(flat, sep="/"), config.frozen, parts)
     return freeze.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))

@@ -8,7 +8,9 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from dqe_jax.models import freeze, parts_of
+from dqe_jax.models import freeze
+from dqe_jax.models.build import parts_of
+from dqe_jax.models.settings import ModelConfig
 
 
 def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[str, int]:
@@ -16,7 +18,7 @@ def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[st
 
     Args:
       params: of a model, or their shapes.
-      parts: as `models.parts_of` gives.
+      parts: as `build.parts_of` gives.
     """
     counts = dict.fromkeys(parts, 0)
     for path, leaf in flatten_dict(params, sep="/").items():
@@ -24,7 +26,7 @@ def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[st
     return {part: count for part, count in counts.items() if count}
 
 
-def parameter_table(params: Any, config: Any) -> str:
+def parameter_table(params: Any, config: ModelConfig) -> str:
     """Parameters of each part and whether they train, as lines of text.
 
     Args:

@@ -6,20 +6,18 @@ addition counts as two.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 
-from dqe_jax import models
-from dqe_jax.config import check_config
+from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.models import setup, summary
+from dqe_jax.models.build import build_model
 
 # The tiny backbone's vocabulary is made of the training texts.
 TINY_VOCABULARY = 100
 
 
-def describe_model(config: Any) -> str:
+def describe_model(config: AnyConfig) -> str:
     """A table of the parameters, and a line on the cost.
 
     Args:
@@ -29,20 +27,19 @@ def describe_model(config: Any) -> str:
     Raises:
       UserError: the config is not sound, or weights that decide its sizes are not found.
     """
-    check_config(config)
-    config = config.copy_and_resolve_references()
     # A loop over layers would be counted as one layer, recomputation as more than the model.
-    config.model.scan_layers = config.model.remat = False
-    pretrained = setup.describe_weights(config)
+    once = {"model.scan_layers": False, "model.remat": False}
+    config = RunConfig.of(config).with_changes(once)
+    pretrained = setup.describe_weights(config.model, config.data)
     data = config.data
-    model = models.build_model(
+    model = build_model(
         config.model,
         vocab_size=TINY_VOCABULARY,
         max_length=data.max_length,
         image_size=data.image_size,
         sizes=pretrained and pretrained.sizes,
     )
-    shapes = setup.param_shapes(model, config)
+    shapes = setup.param_shapes(model, config.model, data)
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), np.uint8)
     text = jax.ShapeDtypeStruct((1, data.max_length), np.int32)
 

@@ -21,21 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 from dqe_jax.distributed import mesh
 from dqe_jax.method import mining
 from dqe_jax.method.mining import MiningRule
-from dqe_jax.models import DTYPES
+from dqe_jax.method.settings import NegativesConfig
+from dqe_jax.models.build import DTYPES
 from dqe_jax.training.bank_programs import rows_of_device
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.text_table import text_table
 
-# The other fields of `config.negatives`.
-SETTINGS = {
-    **{"per_query": 16, "floor": 0.0, "sample_temperature": 0.1},
-    **{"drops_depth": 1024, "drops_apart": 1},
-}
 ZONES = {"absolute": (0.0, 0.2), "quantile": (0.02, 0.6), "std": (-3.0, 0.0)}
 
 
@@ -65,8 +60,8 @@ class Workload:
     def mining_rule(self) -> MiningRule:
         """The rule with its bounds."""
         lower, upper = ZONES[self.bounds]
-        negatives = ConfigDict({"rule": self.rule, "bounds": self.bounds, **SETTINGS})
-        return MiningRule.of(ConfigDict({**negatives, "lower": lower, "upper": upper}))
+        negatives = NegativesConfig(bounds=self.bounds, lower=lower, upper=upper)
+        return MiningRule.of(negatives, self.rule)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dqe_jax import models
-from dqe_jax.config import check_batch, check_config
-from dqe_jax.data.pipeline import batch_spec
+from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.distributed import mesh
 from dqe_jax.method.batch import Batch
 from dqe_jax.models import setup
+from dqe_jax.models.build import DTYPES, build_model
 from dqe_jax.training import state as states
-from dqe_jax.training.step import make_step
+from dqe_jax.training.step import batch_spec, make_step
 from dqe_jax.utils.errors import UserError
 
 VOCABULARY = 100
@@ -51,7 +50,7 @@ class StepTime:
     flop: float
 
 
-def benchmark_step(config: Any, *, rounds: int = 10, steps: int = 3) -> dict[str, StepTime]:
+def benchmark_step(config: AnyConfig, *, rounds: int = 10, steps: int = 3) -> dict[str, StepTime]:
     """Times each of `VARIANTS` on the devices of the config, and logs a table.
 
     Args:
@@ -62,7 +61,7 @@ def benchmark_step(config: Any, *, rounds: int = 10, steps: int = 3) -> dict[str
     Raises:
       UserError: the config is not sound, or its layers are scanned.
     """
-    check_config(config)
+    config = RunConfig.of(config)
     devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices))
     if config.model.scan_layers:
@@ -70,9 +69,7 @@ def benchmark_step(config: Any, *, rounds: int = 10, steps: int = 3) -> dict[str
         raise UserError("config.model.scan_layers is True: time with --config.model.scan_layers=0.")
     runners = {}
     for name, changes in VARIANTS.items():
-        variant = config.copy_and_resolve_references()
-        variant.update_from_flattened_dict(changes)
-        runners[name] = make_runner(variant, devices)
+        runners[name] = make_runner(config.with_changes(changes), devices)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, (run, _) in runners.items():
@@ -83,13 +80,13 @@ def benchmark_step(config: Any, *, rounds: int = 10, steps: int = 3) -> dict[str
         name: StepTime(float(np.median(seconds[name])), flop) for name, (_, flop) in runners.items()
     }
     ceiling = matrix_product_rate(
-        models.DTYPES[config.model.dtype], 1024 if devices[0].platform == "cpu" else 8192
+        DTYPES[config.model.dtype], 1024 if devices[0].platform == "cpu" else 8192
     )
     logging.info("%s", table(config, devices, times, ceiling))
     return times
 
 
-def random_batch(config: Any) -> Batch:
+def random_batch(config: RunConfig) -> Batch:
     """A batch of random images and texts; ids are distinct."""
     rng, R = np.random.default_rng(0), config.batch.references
     spec = batch_spec(config, R)
@@ -117,20 +114,22 @@ def random_batch(config: Any) -> Batch:
     )
 
 
-def make_runner(config: Any, devices: list[Any]) -> tuple[Callable[[int], None], float]:
+def make_runner(
+    config: RunConfig, devices: list[jax.Device]
+) -> tuple[Callable[[int], None], float]:
     """A function that takes some steps and waits for them; and the FLOP of one step."""
-    pretrained = setup.describe_weights(config)
-    model = models.build_model(
+    pretrained = setup.describe_weights(config.model, config.data)
+    model = build_model(
         config.model,
         vocab_size=VOCABULARY,
         max_length=config.data.max_length,
         image_size=config.data.image_size,
         sizes=pretrained and pretrained.sizes,
     )
-    params = setup.init_params(model, config, config.seed)
+    params = setup.init_params(model, config.model, config.data, config.seed)
     made = states.make_optimizer(config, params, len(devices))
     # There is no bank here: negatives are mined from the batch.
-    config.negatives.pool = "batch"
+    config = config.with_changes({"negatives.pool": "batch"})
     step = make_step(config, model, made, devices)
     state = states.init_state(config, made, params, devices)
     batch = mesh.shard(random_batch(config), len(devices))
@@ -165,7 +164,7 @@ def matrix_product_rate(dtype: Any, side: int) -> float:
 
 
 def table(
-    config: Any, devices: Sequence[jax.Device], times: Mapping[str, StepTime], ceiling: float
+    config: RunConfig, devices: Sequence[jax.Device], times: Mapping[str, StepTime], ceiling: float
 ) -> str:
     """The times of the variants as text.
 

@@ -15,13 +15,15 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from dqe_jax.config import RunConfig
 from dqe_jax.data.splits import Split, known_positives, photo_ids
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.method.batch import Batch, MinedNegatives
 from dqe_jax.method.mining import Bank, Mined, MiningRule
-from dqe_jax.models import DQE
+from dqe_jax.method.settings import NegativesConfig
+from dqe_jax.models.dqe import DQE
 from dqe_jax.training import bank_programs as programs
 from dqe_jax.training.state import splitter
 
@@ -40,13 +42,13 @@ class BankKeeper:
     def __init__(
         self,
         *,
-        split: Any,
+        split: Split,
         text: np.ndarray,
         known_positives: np.ndarray,
         encode_query: Callable[..., Any],
         encode_gallery: Callable[..., jax.Array],
         trained: Callable[[Any], Any],
-        negatives: Any,
+        negatives: NegativesConfig,
         seed: int,
         batch_size: int,
         devices: Sequence[jax.Device],
@@ -186,7 +188,7 @@ class BankKeeper:
 
 
 def make_bank_keeper(
-    config: Any, model: DQE, split: Split, text: np.ndarray, devices: list[jax.Device]
+    config: RunConfig, model: DQE, split: Split, text: np.ndarray, devices: list[jax.Device]
 ) -> BankKeeper:
     """The keeper of the bank of a split; `text` int32 `[n, L]` are its queries' texts."""
     encode_query, encode_gallery = encoders(model)

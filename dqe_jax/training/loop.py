@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,15 +13,15 @@ import orbax.checkpoint as ocp
 import tqdm
 from absl import logging
 
-from dqe_jax import models
 from dqe_jax.checkpoints import store
-from dqe_jax.config import check_batch, check_config
+from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.data import datasets
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
 from dqe_jax.method.objective import Metrics
 from dqe_jax.models import freeze, setup, summary
+from dqe_jax.models.build import parts_of
 from dqe_jax.training.faults import Guard, in_sentences
 from dqe_jax.training.optimizer import make_schedule
 from dqe_jax.training.session import Session, open_session, restore_or_init, save
@@ -33,12 +32,12 @@ from dqe_jax.utils.metric_log import MetricLog, NoLog
 
 
 def train_and_evaluate(
-    config: Any, workdir: str | os.PathLike[str], *, stop_at: int | None = None
+    config: AnyConfig, workdir: str | os.PathLike[str], *, stop_at: int | None = None
 ) -> dict[str, float]:
     """Trains by a config, resuming what the workdir holds, and evaluates on the last split.
 
     Args:
-      config: see `configs/common.py`.
+      config: of the run; as a config file gives it, or checked already.
       workdir: gets `config.json`, `checkpoints/`, the files of `MetricLog` and `eval/`.
       stop_at: ends after this step as if the run were interrupted there: a checkpoint is saved, the
         same command without it goes on.
@@ -51,9 +50,9 @@ def train_and_evaluate(
       UserError: for everything that a user can put right, before training starts where possible.
       Interrupted: a signal asked the run to end; it is saved.
     """
+    config = RunConfig.of(config)
     began = time.time()
-    check_config(config)
-    freeze.check_frozen(config.model.frozen, models.parts_of(config.model.backbone))
+    freeze.check_frozen(config.model.frozen, parts_of(config.model.backbone))
     devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices), jax.process_count())
     if datasets.DATASETS[config.data.dataset].must_be_prepared:
@@ -62,8 +61,10 @@ def train_and_evaluate(
         "workdir", lambda: claim_workdir(workdir, config, alone=processes.leads())
     )
     try:
-        pretrained = setup.open_weights(config)
-        tokenizer = setup.tokenizer_of(config, pretrained) if pretrained else None
+        pretrained = setup.open_weights(config.model, config.data)
+        tokenizer = None
+        if pretrained is not None:
+            tokenizer = setup.tokenizer_of(config.model, config.data, pretrained)
         builder = processes.leader_first("data", lambda: datasets.open_dataset(config.data))
         session = open_session(config, path, builder, devices, pretrained, tokenizer)
         with (

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dqe_jax.config import OptimizerConfig
 
-def make_schedule(config: Any, total_steps: int) -> optax.Schedule:
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up to `learning_rate`, then cosine decay to 0.
 
     Args:
@@ -84,7 +86,7 @@ def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def make_optimizer(
-    config: Any,
+    config: OptimizerConfig,
     total_steps: int,
     *,
     decay: Any = matrices,

@@ -12,6 +12,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from dqe_jax.checkpoints import store
+from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.splits import Split
@@ -19,7 +20,8 @@ from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import make_evaluator
-from dqe_jax.models import DQE, freeze, setup
+from dqe_jax.models import freeze, setup
+from dqe_jax.models.dqe import DQE
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.training import state as states
@@ -51,7 +53,7 @@ class Session:
       last: the split of the last evaluation.
     """
 
-    config: Any
+    config: RunConfig
     workdir: epath.Path
     data_dir: epath.Path
     devices: list[jax.Device]
@@ -69,7 +71,7 @@ class Session:
 
 
 def open_session(
-    config: Any,
+    config: RunConfig,
     workdir: epath.Path,
     builder: Any,
     devices: list[jax.Device],
@@ -90,8 +92,8 @@ def open_session(
       UserError: the data lack something that the config asks for.
     """
     # What the end of the run needs must be there now.
-    last = splits.open_split(config, builder, config.eval.split)
-    split = splits.open_split(config, builder, "train")
+    last = splits.open_split(config.data, builder, config.eval.split)
+    split = splits.open_split(config.data, builder, "train")
     if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
         raise UserError(
             f"config.negatives.oracle is {config.negatives.oracle!r}: {config.data.dataset} does "
@@ -101,9 +103,9 @@ def open_session(
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, config.data.max_length)
     text = encode_wordings(tokenizer, split, config.data.captions)
     batches = _open_batches(config, split, text)
-    held_out = splits.open_split(config, builder, "validation")
-    model = setup.model_of(config, tokenizer, pretrained and pretrained.sizes)
-    params = setup.param_shapes(model, config)
+    held_out = splits.open_split(config.data, builder, "validation")
+    model = setup.model_of(config.model, config.data, tokenizer, pretrained and pretrained.sizes)
+    params = setup.param_shapes(model, config.model, config.data)
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
     if uses_bank(config.negatives):
@@ -129,7 +131,7 @@ def open_session(
     )
 
 
-def _open_batches(config: Any, split: Split, text: Any) -> Any:
+def _open_batches(config: RunConfig, split: Split, text: Any) -> Any:
     """The iterator over this process's part of the training batches."""
     words = lexicon.load_lexicon(config.data.lexicon)
     names = config.model.attributes.names
@@ -147,7 +149,7 @@ def _open_batches(config: Any, split: Split, text: Any) -> Any:
     )
 
 
-def _check_best(config: Any, validation: RetrievalEvaluator) -> None:
+def _check_best(config: RunConfig, validation: RetrievalEvaluator) -> None:
     """Raises a `UserError` if `keep_best` names a metric that validation does not measure."""
     known = validation.metric_names()
     if config.keep_best and config.keep_best not in known:
@@ -162,7 +164,9 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
     config, keeper = session.config, session.keeper
     split, newest = states.splitter(config.model), manager.latest_step()
     if newest is None:
-        params = setup.init_params(session.model, config, config.seed, session.pretrained)
+        params = setup.init_params(
+            session.model, config.model, config.data, config.seed, session.pretrained
+        )
         return states.init_state(config, session.optimizer, params, session.devices), 0.0
     like = {"params": session.params, "opt_state": session.optimizer.saved}
     meta = store.read_meta(manager, newest)

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqe_jax import models
+from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.models import freeze
+from dqe_jax.models.build import parts_of
+from dqe_jax.models.settings import ModelConfig
 from dqe_jax.training import optimizer, zero
 
 
-def splitter(model_config: Any) -> Callable[[Any], tuple[Any, Any]]:
+def splitter(model_config: ModelConfig) -> Callable[[Any], tuple[Any, Any]]:
     """Splits parameters into those that train and those that do not, by `config.model`."""
-    parts = models.parts_of(model_config.backbone)
+    parts = parts_of(model_config.backbone)
     return lambda params: freeze.split(params, model_config.frozen, parts)
 
 
@@ -61,7 +63,7 @@ class Optimizer:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def make_optimizer(config: Any, params: Any, num_devices: int) -> Optimizer:
+def make_optimizer(config: RunConfig, params: Any, num_devices: int) -> Optimizer:
     """The optimiser of a config.
 
     Args:
@@ -80,7 +82,9 @@ def make_optimizer(config: Any, params: Any, num_devices: int) -> Optimizer:
     return Optimizer(tx, saved, *zero.state_shapes(tx, training, num_devices))
 
 
-def init_state(config: Any, made: Optimizer, params: Any, devices: Sequence[jax.Device]) -> Any:
+def init_state(
+    config: RunConfig, made: Optimizer, params: Any, devices: Sequence[jax.Device]
+) -> TrainState:
     """The state that a run starts with, placed.
 
     Args:
@@ -98,7 +102,7 @@ def init_state(config: Any, made: Optimizer, params: Any, devices: Sequence[jax.
 
 def place_state(
     made: Optimizer, step: int, params: Any, saved: Any, devices: Sequence[jax.Device]
-) -> Any:
+) -> TrainState:
     """The state that a run goes on with, placed.
 
     Args:

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.mining import Bank, MiningRule
 from dqe_jax.method.objective import Metrics, Objective
+from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import freeze
+from dqe_jax.models.dqe import DQE
 from dqe_jax.training import zero
 from dqe_jax.training.state import Optimizer, TrainState, splitter
 
@@ -54,16 +57,32 @@ class StepOutput:
     control: Control
 
 
-def warmup_rule(negatives: Any) -> MiningRule | None:
+def warmup_rule(negatives: NegativesConfig) -> MiningRule | None:
     """The rule of steps without a bank: what `negatives.warmup` says, or the config's own."""
     if not uses_bank(negatives) or negatives.warmup == "rule":
         return MiningRule.of(negatives)
     return MiningRule.of(negatives, negatives.warmup)
 
 
-def uses_bank(negatives: Any) -> bool:
+def uses_bank(negatives: NegativesConfig) -> bool:
     """Whether negatives are mined from a bank, by `config.negatives`."""
     return negatives.rule != "in_batch" and negatives.pool == "bank"
+
+
+def batch_spec(config: RunConfig, references: int) -> Batch:
+    """Shape and dtype of every array of a training batch, see `Batch.spec`.
+
+    Args:
+      config: of a run.
+      references: `R`.
+    """
+    return Batch.spec(
+        references=references,
+        queries_per_reference=config.batch.queries_per_reference,
+        image_size=config.data.image_size,
+        max_length=config.data.max_length,
+        attributes=len(config.model.attributes.names),
+    )
 
 
 def make_train_step(
@@ -121,8 +140,8 @@ def make_train_step(
 
 
 def make_step(
-    config: Any,
-    model: Any,
+    config: RunConfig,
+    model: DQE,
     made: Optimizer,
     devices: Sequence[jax.Device],
     *,

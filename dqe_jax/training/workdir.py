@@ -7,12 +7,12 @@ import fcntl
 import json
 import os
 import socket
-from typing import Any, TextIO
+from typing import TextIO
 
 from absl import logging
 from etils import epath
 
-from dqe_jax.config import differences
+from dqe_jax.config import RunConfig, differences
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import is_remote, whole_path
 
@@ -20,7 +20,7 @@ LOCK = "trainer.lock"
 
 
 def claim_workdir(
-    workdir: str | os.PathLike[str], config: Any, *, alone: bool = True
+    workdir: str | os.PathLike[str], config: RunConfig, *, alone: bool = True
 ) -> tuple[epath.Path, TextIO | None]:
     """Makes the workdir, keeps other trainers out of it and writes `config.json` there.
 
@@ -58,7 +58,7 @@ def claim_workdir(
     return path, lock
 
 
-def _write_config(file: epath.Path, config: Any) -> None:
+def _write_config(file: epath.Path, config: RunConfig) -> None:
     """Writes the config if it is not there.
 
     Raises:
@@ -67,7 +67,7 @@ def _write_config(file: epath.Path, config: Any) -> None:
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     held = file.read_text() if file.exists() else ""
     if held and _has_trained(file.parent):
-        changed = differences(config.to_dict(), json.loads(held))
+        changed = differences(config, json.loads(held))
         if changed:
             raise UserError(
                 f"{file.parent} holds a run of another config; it differs in {'; '.join(changed)}: "

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from dqe_jax.config import differences
+from dqe_jax.config import RunConfig, differences
 from dqe_jax.evaluation import protocols
 from dqe_jax.utils.errors import UserError
 
@@ -52,7 +52,7 @@ def describe(run: Run) -> str:
     )
 
 
-def held_metrics(config: Any, directory: epath.Path) -> dict[str, float] | None:
+def held_metrics(config: RunConfig, directory: epath.Path) -> dict[str, float] | None:
     """The final metrics of a run of this config, if it is complete."""
     report = directory / "eval" / f"{config.eval.split}-{config.total_steps}.json"
     try:
@@ -61,7 +61,7 @@ def held_metrics(config: Any, directory: epath.Path) -> dict[str, float] | None:
     except (OSError, json.JSONDecodeError):  # not there, or the run was killed as it wrote
         return None
     protocol = protocols.protocol_of(config.data.dataset, config.eval.protocol).name
-    same = not differences(config.to_dict(), trained) and found["protocol"] == protocol
+    same = not differences(config, trained) and found["protocol"] == protocol
     return found["metrics"] if same else None
 
 

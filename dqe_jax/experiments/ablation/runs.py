@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dqe_jax.config import check_config
+from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.evaluation import protocols
 from dqe_jax.experiments.ablation import figure, scores
 from dqe_jax.experiments.ablation.record import (
@@ -43,7 +43,7 @@ NOTE = (
 
 
 def run_ablation(
-    config: Any,
+    config: AnyConfig,
     workdir: str | os.PathLike[str],
     *,
     variants: Sequence[str] = (),
@@ -55,7 +55,7 @@ def run_ablation(
     It can be killed at any time: the same call goes on where it was.
 
     Args:
-      config: see `configs/common.py`; its seed is the first.
+      config: of the runs; its seed is the first.
       workdir: of the ablation.
       variants: names of `VARIANTS`, beside `infonce`; none for all.
       seeds: how many runs of each.
@@ -67,11 +67,12 @@ def run_ablation(
     Raises:
       UserError: for everything that a user can put right, such as a changed config.
     """
+    config = RunConfig.of(config)
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}: it must be at least 1.")
     variants = choose_variants(variants, config.data.dataset)
     for variant in variants:
-        check_config(variant_config(config, variant, config.seed, config.total_steps))
+        variant_config(config, variant, config.seed, config.total_steps)  # checks it
     workdir = whole_path(workdir)
     count, runs = len(equal) * seeds * len(variants), []
     for kind in equal:
@@ -89,7 +90,7 @@ def run_ablation(
 
 
 def complete(
-    config: Any, workdir: epath.Path, variant: str, equal: str, seed: int, steps: int
+    config: RunConfig, workdir: epath.Path, variant: str, equal: str, seed: int, steps: int
 ) -> tuple[Run, bool]:
     """One run, and whether it had still to be trained or evaluated.
 
@@ -107,7 +108,7 @@ def complete(
     return run, is_new
 
 
-def train_or_read(config: Any, directory: epath.Path) -> tuple[dict[str, float], bool]:
+def train_or_read(config: RunConfig, directory: epath.Path) -> tuple[dict[str, float], bool]:
     """The final metrics of the run of a config, and whether it had still to be trained.
 
     Raises:
@@ -128,7 +129,7 @@ def train_or_read(config: Any, directory: epath.Path) -> tuple[dict[str, float],
 
 
 def steps_of_equal_time(
-    config: Any, workdir: epath.Path, variants: Sequence[str]
+    config: RunConfig, workdir: epath.Path, variants: Sequence[str]
 ) -> dict[str, int]:
     """Steps of each variant that take as long as `config.total_steps` of `infonce`.
 
@@ -194,7 +195,7 @@ def _write_whole(path: epath.Path, content: Any) -> None:
     part.replace(path)
 
 
-def write_results(config: Any, workdir: epath.Path, runs: Sequence[Run]) -> None:
+def write_results(config: RunConfig, workdir: epath.Path, runs: Sequence[Run]) -> None:
     """Writes `ablation.json`, `.md` and `.png` of the runs so far, and logs the tables.
 
     Raises:

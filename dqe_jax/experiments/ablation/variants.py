@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dqe_jax.config import RunConfig
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.utils.errors import UserError
 
@@ -43,8 +44,6 @@ def choose_variants(names: Sequence[str], dataset: str = "shapes") -> tuple[str,
     return tuple(v for v in VARIANTS if v in names or v == BASE)
 
 
-def variant_config(config: Any, variant: str, seed: int, steps: int) -> Any:
-    """A copy of a config for one run."""
-    changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict({**VARIANTS[variant], "seed": seed, "total_steps": steps})
-    return changed
+def variant_config(config: RunConfig, variant: str, seed: int, steps: int) -> RunConfig:
+    """The config of one run."""
+    return config.with_changes({**VARIANTS[variant], "seed": seed, "total_steps": steps})

@@ -19,6 +19,7 @@ from dqe_jax.experiments.audit import candidates, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES, Truth
 from dqe_jax.method import mining
 from dqe_jax.method.mining import Bank, Mined, MiningRule
+from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.training.bank import BankKeeper
 from dqe_jax.utils.errors import UserError
 
@@ -28,7 +29,7 @@ LOWERS = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1)
 Draw = Callable[..., Mined]
 
 
-def rule_of(negatives: Any, rule: str) -> MiningRule:
+def rule_of(negatives: NegativesConfig, rule: str) -> MiningRule:
     """A rule with the settings of `config.negatives`.
 
     Raises:
@@ -46,7 +47,7 @@ def audit(
     *,
     split: Any,
     rows: np.ndarray,
-    negatives: Any,
+    negatives: NegativesConfig,
     rules: Sequence[str],
     lowers: Sequence[float],
     seed: int,
@@ -105,7 +106,7 @@ def _draw_by(rule: MiningRule) -> Draw:
     return jax.jit(draw)
 
 
-def _draw_above(negatives: Any) -> Draw:
+def _draw_above(negatives: NegativesConfig) -> Draw:
     """The same by `trns` with quantiles as bounds; lower one and floor are further arguments.
 
     They are arguments so that all settings of a sweep share one program.
@@ -121,16 +122,20 @@ def _draw_above(negatives: Any) -> Draw:
     return jax.jit(draw)
 
 
-def upper_of(negatives: Any) -> float:
+def upper_of(negatives: NegativesConfig) -> float:
     """Upper quantile of the sweep: the config's; none (1) where its bounds are no quantiles."""
-    return float(negatives.upper) if negatives.bounds == "quantile" else 1.0
+    return negatives.upper if negatives.bounds == "quantile" else 1.0
 
 
 class _Measure:
     """Draws for chunks of queries and collects their figures."""
 
     def __init__(
-        self, negatives: Any, rules: Sequence[str], lowers: Sequence[float], key: jax.Array
+        self,
+        negatives: NegativesConfig,
+        rules: Sequence[str],
+        lowers: Sequence[float],
+        key: jax.Array,
     ):
         self._rules, self._key = tuple(rules), key
         # TRNS comes first: its bounds say what is easy, whether it is asked for or not.

@@ -14,11 +14,12 @@ from absl import logging
 from etils import epath
 
 from dqe_jax.checkpoints.trained import open_trained
-from dqe_jax.config import check_config
+from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.data.text import encode_texts
 from dqe_jax.evaluation.run import output_of
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
+from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.training.bank import make_bank_keeper
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.json_file import write_json
@@ -26,7 +27,7 @@ from dqe_jax.utils.paths import whole_path
 
 
 def audit_checkpoint(
-    config: Any,
+    config: AnyConfig,
     directory: str | os.PathLike[str],
     *,
     step: int | None = None,
@@ -57,19 +58,19 @@ def audit_checkpoint(
       UserError: the config, the data, the checkpoint or a file cannot be used, or the data do not
         say which images are in truth valid.
     """
-    check_config(config)
+    config = RunConfig.of(config)
     for rule in rules:
         draws.rule_of(config.negatives, rule)
     lowers = _checked_lowers(config.negatives, lowers)
     split = datasets.split_of(config.data.dataset, split)
     datasets.find_dataset(config.data)
     trained = open_trained(config, directory, step)
-    opened = splits.open_split(config, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
     rows = candidates.sample_queries(opened, queries, config.seed)
     place = whole_path(output) if output else output_of(trained)
     _make_directory(place)
-    banked = config.copy_and_resolve_references()
-    banked.negatives.update(pool="bank", mining="step")  # filling the bank mines nothing yet
+    # Filling the bank mines nothing yet.
+    banked = config.with_changes({"negatives.pool": "bank", "negatives.mining": "step"})
     text = encode_texts(trained.tokenizer, opened)
     params = trained.read_params()
     found = draws.audit(
@@ -86,7 +87,7 @@ def audit_checkpoint(
     )
     sample = {"split": opened.name, "step": trained.step, "queries": len(rows)}
     facts = {"dataset": config.data.dataset, **sample, "seed": config.seed}
-    facts |= {"negatives": config.negatives.to_dict(), **found}
+    facts |= {"negatives": config.to_dict()["negatives"], **found}
     path = place / f"audit-{opened.name}-{trained.step}.json"
     write_json(path, facts)
     path.with_suffix(".png").write_bytes(figure.draw(facts))
@@ -94,7 +95,7 @@ def audit_checkpoint(
     return facts
 
 
-def _checked_lowers(negatives: Any, lowers: Sequence[float] | None) -> list[float]:
+def _checked_lowers(negatives: NegativesConfig, lowers: Sequence[float] | None) -> list[float]:
     """The lower quantiles of the sweep, ascending.
 
     Raises:

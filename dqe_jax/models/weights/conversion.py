@@ -13,7 +13,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from dqe_jax.data import tokenizer as text_tokens
-from dqe_jax.models import VARIANTS
+from dqe_jax.models.build import VARIANTS
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import FACTS, PARAMS, Pretrained
 from dqe_jax.models.weights.source import open_source

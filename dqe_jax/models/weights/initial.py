@@ -16,7 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dqe_jax.models import VARIANTS
+from dqe_jax.models.build import VARIANTS
+from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.source import Source, open_source
 from dqe_jax.models.weights.transfer import layout_of, read_backbone
@@ -63,7 +64,7 @@ class Pretrained:
         return jax.tree.map(np.asarray, restored)
 
 
-def open_pretrained(config: Any) -> Pretrained:
+def open_pretrained(config: ModelConfig) -> Pretrained:
     """Finds the weights of a config and their sizes; reads no tensor yet.
 
     Args:
@@ -73,7 +74,7 @@ def open_pretrained(config: Any) -> Pretrained:
       UserError: they cannot be found, or are of another model.
     """
     backbone, origin = config.backbone, config.weights
-    variant = config[backbone].variant
+    variant = getattr(config, backbone).variant
     named = VARIANTS[backbone].get(variant)
     if not origin:
         if named is None:

@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dqe_jax import models
-from dqe_jax.data.pipeline import batch_spec
+from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.method import mining
 from dqe_jax.method.batch import MinedNegatives
 from dqe_jax.method.mining import MiningRule
-from dqe_jax.models import DTYPES, setup
+from dqe_jax.models import setup
+from dqe_jax.models.build import DTYPES, build_model
 from dqe_jax.training import bank_programs
 from dqe_jax.training.state import TrainState, make_optimizer
-from dqe_jax.training.step import make_step, uses_bank
+from dqe_jax.training.step import batch_spec, make_step, uses_bank
 
 # Images of a training gallery of unknown size.
 OTHER_GALLERY = 20_000
@@ -56,7 +56,7 @@ def size_of(tree: Any) -> int:
 
 
 def make_programs(
-    config: Any,
+    config: RunConfig,
     devices: Sequence[jax.Device],
     *,
     gallery: int,
@@ -94,10 +94,10 @@ def _sharded(num_devices: int, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 class _Maker:
     """Makes the programs of a config over the devices of a slice."""
 
-    def __init__(self, config: Any, devices: Sequence[jax.Device], vocabulary: int):
-        pretrained = setup.describe_weights(config)
+    def __init__(self, config: RunConfig, devices: Sequence[jax.Device], vocabulary: int):
+        pretrained = setup.describe_weights(config.model, config.data)
         self.config, self.devices, self.num_devices = config, list(devices), len(devices)
-        self.model = models.build_model(
+        self.model = build_model(
             config.model,
             vocab_size=vocabulary,
             max_length=config.data.max_length,
@@ -105,7 +105,7 @@ class _Maker:
             sizes=pretrained and pretrained.sizes,
         )
         self.encode_gallery = encoders(self.model)[1]
-        params = setup.param_shapes(self.model, config)
+        params = setup.param_shapes(self.model, config.model, config.data)
         self.optimizer = make_optimizer(config, params, self.num_devices)
         moments = self.optimizer.shapes
         self.state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, moments)

@@ -10,12 +10,11 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from absl import logging
 
-from dqe_jax.config import check_batch, check_config
+from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.performance.planning import chips, compiler, programs, table
 from dqe_jax.performance.planning.chips import Topology
@@ -36,12 +35,12 @@ class Slice:
     """
 
     topology: Topology
-    config: Any
+    config: RunConfig
     devices: Sequence[jax.Device]
 
 
 def plan_config(
-    config: Any,
+    config: AnyConfig,
     topologies: Sequence[Topology],
     *,
     references_per_chip: int = 0,
@@ -71,7 +70,7 @@ def plan_config(
     Raises:
       UserError: the config or an argument is not sound, or there is no compiler for a slice.
     """
-    check_config(config)
+    config = RunConfig.of(config)
     unknown = [name for name in names if name not in programs.NAMES]
     if unknown:
         raise UserError(f"--programs={unknown[0]}: give some of {', '.join(programs.NAMES)}.")
@@ -99,15 +98,15 @@ def plan_config(
     return plans, misfits
 
 
-def _open(topology: Topology, config: Any, references_per_chip: int) -> Slice:
+def _open(topology: Topology, config: RunConfig, references_per_chip: int) -> Slice:
     """A slice with its devices, before anything is compiled.
 
     Raises:
       UserError: there is no such slice, or the batch does not divide by its devices.
     """
-    devices, own = chips.open_devices(topology), config.copy_and_resolve_references()
+    devices, own = chips.open_devices(topology), config
     if references_per_chip:
-        own.batch.references = references_per_chip * topology.chips
+        own = config.with_changes({"batch.references": references_per_chip * topology.chips})
     check_batch(own, topology.devices)
     return Slice(topology, own, devices)
 
@@ -124,7 +123,7 @@ def _compile(
     return facts
 
 
-def _report(config: Any, plans: Sequence[Plan], gallery: int, *, quick: bool) -> str:
+def _report(config: RunConfig, plans: Sequence[Plan], gallery: int, *, quick: bool) -> str:
     """All plans as text."""
     lines = [
         f"jax {jax.__version__}, {config.model.backbone}, {config.model.dtype}, a gallery of "

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from dqe_jax.config import RunConfig
 from dqe_jax.performance.planning.chips import Topology
 from dqe_jax.performance.planning.compiler import Facts
 from dqe_jax.utils.text_table import text_table
@@ -96,7 +97,7 @@ def cost_table(plans: Sequence[Plan]) -> str:
     return text_table(lines)
 
 
-def advise(config: Any, facts: Facts, devices: int) -> list[str]:
+def advise(config: RunConfig, facts: Facts, devices: int) -> list[str]:
     """What to change so that a program takes less memory, the most useful first.
 
     Args:
@@ -137,7 +138,7 @@ def advise(config: Any, facts: Facts, devices: int) -> list[str]:
     return list(dict.fromkeys(one for kind in worth for one in advice[kind]))
 
 
-def sentences_of_misfits(config: Any, plan: Plan) -> list[str]:
+def sentences_of_misfits(config: RunConfig, plan: Plan) -> list[str]:
     """One sentence for each program that does not fit, with its largest arrays and what helps."""
     found = []
     for facts in plan.facts:

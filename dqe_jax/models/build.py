@@ -1,0 +1,104 @@
+"""Builds the model of a config: a dict from the name of a backbone to how it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dqe_jax.models import blip2, clip
+from dqe_jax.models.blip2 import Blip2
+from dqe_jax.models.clip import Clip
+from dqe_jax.models.dqe import DQE
+from dqe_jax.models.encoder import Compute
+from dqe_jax.models.settings import ModelConfig
+from dqe_jax.models.tiny import Tiny
+from dqe_jax.utils.errors import UserError
+
+BACKBONES = {"tiny": Tiny, "clip": Clip, "blip2": Blip2}
+# Sizes of the pretrained backbones by name of the variant.
+VARIANTS = {"clip": clip.VARIANTS, "blip2": blip2.VARIANTS}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Parts of the model beside those of its backbone.
+PARTS = {"attributes": ("attributes/*",), "temperature": ("log_scale",)}
+
+
+def parts_of(backbone: str) -> dict[str, tuple[str, ...]]:
+    """Patterns of parameter paths (`backbone/vision/*`) of each part of a model."""
+    own = {
+        part: tuple(f"backbone/{pattern}" for pattern in patterns)
+        for part, patterns in BACKBONES[backbone].PARTS.items()
+    }
+    return own | PARTS
+
+
+def compute_of(config: ModelConfig) -> Compute:
+    """How a model is computed; "auto" attention is cuDNN's on a GPU in bfloat16.
+
+    Raises:
+      UserError: cuDNN's is asked for where it does not work.
+    """
+    attention, backend = config.attention, jax.default_backend()
+    flash = backend == "gpu" and config.dtype == "bfloat16"
+    if attention == "auto":
+        attention = "cudnn" if flash else "xla"
+    if attention == "cudnn" and not flash:
+        raise UserError(
+            "config.model.attention is 'cudnn': it needs a GPU and config.model.dtype 'bfloat16'; "
+            f"this is {backend!r} and {config.dtype!r}: take 'auto'."
+        )
+    return Compute(DTYPES[config.dtype], attention, config.remat, config.scan_layers)
+
+
+def build_backbone(
+    config: ModelConfig, *, vocab_size: int, max_length: int, image_size: int, sizes: Any = None
+) -> Tiny | Clip | Blip2:
+    """The backbone of a config; arguments as of `build_model`."""
+    fields = dataclasses.asdict(getattr(config, config.backbone))
+    if config.backbone == "tiny":
+        return Tiny(
+            vocab_size=vocab_size,
+            max_length=max_length,
+            image_size=image_size,
+            dtype=DTYPES[config.dtype],
+            **fields,
+        )
+    variant = fields.pop("variant")
+    if sizes is None:
+        sizes = VARIANTS[config.backbone][variant]
+    return BACKBONES[config.backbone](
+        sizes=sizes, image_size=image_size, compute=compute_of(config), **fields
+    )
+
+
+def build_model(
+    config: ModelConfig, *, vocab_size: int, max_length: int, image_size: int, sizes: Any = None
+) -> DQE:
+    """The model of a config.
+
+    Args:
+      config: `config.model`.
+      vocab_size: size of the text vocabulary; pretrained backbones have their own.
+      max_length: longest text, in tokens.
+      image_size: pixels a side of the square images.
+      sizes: of a pretrained backbone; None for those of `config.<backbone>.variant`.
+    """
+    backbone = build_backbone(
+        config,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        image_size=image_size,
+        sizes=sizes,
+    )
+    attributes = config.attributes
+    return DQE(
+        backbone=backbone,
+        attribute_names=attributes.names if attributes.enabled else (),
+        width=attributes.width,
+        heads=attributes.heads,
+        activation=attributes.activation,
+        initial_tau=config.initial_tau,
+        dtype=DTYPES[config.dtype],
+    )

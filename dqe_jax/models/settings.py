@@ -1,0 +1,196 @@
+"""The fields of a config that the model has. The names here are those of tables of the models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dqe_jax.utils.fields import (
+    DTYPES,
+    field,
+    flag,
+    integer,
+    number,
+    one_of,
+    rate,
+    text,
+    tuple_of_names,
+)
+
+BACKBONES = ("tiny", "clip", "blip2")
+# Named by the vision tower; "auto" takes the sizes of the weights.
+CLIP_VARIANTS = ("vit_b_32", "vit_b_16", "vit_l_14", "vit_l_14_336")
+BLIP2_VARIANTS = ("vit_g_14", "vit_l_14")
+# Layers of CLIP whose patch tokens the composer may see.
+FEATURES = ("penultimate", "last")
+ACTIVATIONS = ("sigmoid", "softmax")
+
+# Far more than any model has: what is above is a slip, and would only exhaust memory.
+MOST_WIDTH, MOST_HEADS, MOST_DEPTH, MOST_PIXELS = 16_384, 1_024, 1_000, 4_096
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """The backbone `tiny`, trained from scratch."""
+
+    pixel_mean: float = field(
+        222.0,
+        "Brightness of the background, of 0 to 255: it becomes 0.",
+        number(0, 255),
+        "model",
+    )
+    pixel_std: float = field(
+        64.0, "Unit of brightness, of 0 to 255.", number(0.001, 1_000_000), "model"
+    )
+    patch_size: int = field(16, "Pixels a side of a patch.", integer(1, MOST_PIXELS), "model")
+    cell_size: int = field(
+        8,
+        "Pixels a side of the cells that a patch is embedded from.",
+        integer(1, MOST_PIXELS),
+        "model",
+    )
+    cell_width: int = field(64, "Width of an embedded cell.", integer(1, MOST_WIDTH), "model")
+    width: int = field(128, "Width of the tokens.", integer(1, MOST_WIDTH), "model")
+    heads: int = field(4, "Attention heads.", integer(1, MOST_HEADS), "model")
+    image_depth: int = field(4, "Blocks of the image encoder.", integer(0, MOST_DEPTH), "model")
+    text_depth: int = field(2, "Blocks of the text encoder.", integer(0, MOST_DEPTH), "model")
+    composer_depth: int = field(2, "Blocks of the composer.", integer(1, MOST_DEPTH), "model")
+    token_dim: int = field(
+        64, "Width of a token inside the embedding heads.", integer(1, MOST_WIDTH), "model"
+    )
+    embed_dim: int = field(256, "Width of the embeddings.", integer(1, MOST_WIDTH), "model")
+    dropout: float = field(0.0, "Dropout on patch and word embeddings.", rate(), "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """The backbone `clip`."""
+
+    variant: str = field(
+        "vit_l_14",
+        'Variant: "vit_b_32", "vit_b_16", "vit_l_14", "vit_l_14_336", or "auto": as the weights '
+        "say.",
+        one_of("auto", *CLIP_VARIANTS),
+        "model",
+    )
+    features: str = field(
+        "penultimate",
+        'Patch tokens that composer and attribute weights see: of the "penultimate" or "last" '
+        "layer.",
+        one_of(*FEATURES),
+        "model",
+    )
+    composer_width: int = field(512, "Width of the composer.", integer(1, MOST_WIDTH), "model")
+    composer_depth: int = field(2, "Blocks of the composer.", integer(0, MOST_DEPTH), "model")
+    composer_heads: int = field(
+        8, "Attention heads of the composer.", integer(1, MOST_HEADS), "model"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Blip2Config:
+    """The backbone `blip2`."""
+
+    variant: str = field(
+        "vit_g_14",
+        'Variant, named by its vision tower: "vit_g_14" (EVA), "vit_l_14" (CLIP\'s), or "auto".',
+        one_of("auto", *BLIP2_VARIANTS),
+        "model",
+    )
+    dropout: float = field(0.1, "Dropout of the Q-Former.", rate(), "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributesConfig:
+    """Attribute weighting (method, section 1)."""
+
+    enabled: bool = field(
+        True, "Weigh attributes; without it the model is the plain composer.", flag(), "model"
+    )
+    names: tuple[str, ...] = field(
+        ("color", "shape"),
+        "Names of the attributes; each is a section of the lexicon.",
+        tuple_of_names(empty=False),
+        "model",
+    )
+    width: int = field(128, "Width of the attribute features.", integer(1, MOST_WIDTH), "model")
+    heads: int = field(
+        4, "Attention heads of the attribute queries.", integer(1, MOST_HEADS), "model"
+    )
+    activation: str = field(
+        "sigmoid",
+        'Weights: "sigmoid" (independent) or "softmax" (they sum to 1).',
+        one_of(*ACTIVATIONS),
+        "model",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model: its backbone, what it starts from and how it is computed."""
+
+    backbone: str = field(
+        "tiny",
+        'Backbone: "tiny" (from scratch), or the pretrained "clip" or "blip2".',
+        one_of(*BACKBONES),
+        "model",
+    )
+    dtype: str = field(
+        "float32",
+        'Compute dtype of matrix products: "float32" or "bfloat16". Norms and softmax are float32.',
+        one_of(*DTYPES),
+        "model",
+    )
+    weights: str = field(
+        "",
+        "Weights that a pretrained backbone starts from: a Hugging Face model directory or "
+        'safetensors file, an id on its hub, or a directory written by dqe_jax.convert; "" for '
+        "random ones.",
+        text(),
+        "start",
+    )
+    tokenizer: str = field(
+        "",
+        'Tokenizer of a pretrained backbone: a directory or an id; "" for that of the weights.',
+        text(),
+        "start",
+    )
+    frozen: tuple[str, ...] = field(
+        (),
+        'Parts of the model that do not train, such as ("vision",): the names are those of the '
+        "table of parameters that a run prints first.",
+        tuple_of_names(empty=True),
+        "model",
+    )
+    frozen_dtype: str = field(
+        "float32",
+        "Dtype in which frozen parameters are kept; those that train are float32.",
+        one_of(*DTYPES),
+        "model",
+    )
+    remat: bool = field(
+        False,
+        "Recompute each layer of a pretrained backbone in the backward pass: less memory, more "
+        "time.",
+        flag(),
+        "start",
+    )
+    scan_layers: bool = field(
+        False,
+        "Compile one layer of a pretrained tower and loop over it: compiles faster.",
+        flag(),
+        "model",
+    )
+    attention: str = field(
+        "auto",
+        'Attention of pretrained backbones: "xla", "cudnn" (flash attention: NVIDIA GPU, '
+        'bfloat16), or "auto": cudnn where it works.',
+        one_of("auto", "xla", "cudnn"),
+        "start",
+    )
+    initial_tau: float = field(
+        0.07, "Temperature at the start; it is learned.", number(0.0001, 10_000), "model"
+    )
+    tiny: TinyConfig = dataclasses.field(default_factory=TinyConfig)
+    clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    blip2: Blip2Config = dataclasses.field(default_factory=Blip2Config)
+    attributes: AttributesConfig = dataclasses.field(default_factory=AttributesConfig)
