@@ -5,6 +5,8 @@ from PIL import Image, ImageFont
 from dqe_jax.evaluation import contact_sheet as sheet
 from dqe_jax.evaluation.drawing import clean, fit_image, wrap
 
+pytestmark = pytest.mark.core
+
 
 def image(value=128, height=64, width=64):
     return np.full((height, width, 3), value, np.uint8)

@@ -13,6 +13,8 @@ import pytest
 from dqe_jax.config import OptimizerConfig
 from dqe_jax.training.optimizer import make_optimizer, make_schedule, skip_unsound
 
+pytestmark = pytest.mark.core
+
 
 def settings(**changes):
     return OptimizerConfig(**changes)

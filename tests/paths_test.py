@@ -7,6 +7,8 @@ import pytest
 
 from dqe_jax.utils import paths
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(
     ("path", "whole"),

@@ -202,6 +202,7 @@ def spoiled(tmp_path_factory):
     return base / "raw", base / "data", log
 
 
+@pytest.mark.core
 def test_what_is_missing_is_counted_named_and_refused(spoiled):
     _, data, log = spoiled
     report = report_of(data, "fashioniq", f"{SIZE}px-target_pad")

@@ -12,6 +12,8 @@ from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.core
+
 TEXTS = [
     "make the red circle blue",
     "remove the small square",

@@ -56,6 +56,7 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.core
 def test_a_file_and_shards_give_what_a_directory_gives(name, tmp_path):
     expected = read(name, GOLDEN / name)
     shutil.copytree(GOLDEN / name, tmp_path / "one")
@@ -76,6 +77,7 @@ def test_a_file_and_shards_give_what_a_directory_gives(name, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(np.float16, 1e-3), (ml_dtypes.bfloat16, 1e-2), (np.float64, 0)]
 )
+@pytest.mark.core
 def test_half_precision_sources_become_float32(copy, dtype, tolerance):
     directory, tensors = copy
     expected = flatten_dict(read("clip", directory))
@@ -197,6 +199,7 @@ def no_index(directory, tensors):
         (no_index, ["weight_map"]),
     ],
 )
+@pytest.mark.core
 def test_errors_of_sources(copy, spoil, words):
     directory, tensors = copy
     spoil(directory, tensors)
@@ -208,6 +211,7 @@ def test_errors_of_sources(copy, spoil, words):
     assert "\n" not in message
 
 
+@pytest.mark.core
 def test_errors_of_names(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file or directory"):
         read("clip", tmp_path / "nothing")
@@ -255,12 +259,14 @@ def test_a_wrong_shape_names_the_parameter():
 
 
 @pytest.mark.parametrize("backbone", NAMES)
+@pytest.mark.core
 def test_sizes_as_json(backbone):
     for held in VARIANTS[backbone].values():
         again = sizes.from_json(backbone, json.loads(json.dumps(sizes.to_json(held))))
         assert again == held
 
 
+@pytest.mark.core
 def test_variants_are_the_published_sizes():
     """The defaults of `transformers` are those of CLIP ViT-B/32 and BLIP-2 ViT-g."""
     found = sizes.from_hugging_face("clip", {"model_type": "clip"}, "defaults")
@@ -271,6 +277,7 @@ def test_variants_are_the_published_sizes():
 
 
 @pytest.mark.parametrize("backbone", NAMES)
+@pytest.mark.core
 def test_a_config_json_of_our_sizes_gives_them_back(backbone):
     for held in VARIANTS[backbone].values():
         config = hugging_face.config_of(backbone, held)
@@ -285,6 +292,7 @@ def test_a_config_json_of_our_sizes_gives_them_back(backbone):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.core
 def test_converted_weights_are_the_same(name, tmp_path):
     convert(str(GOLDEN / name), str(tmp_path / "out"))
     assert_equal(read(name, tmp_path / "out"), read(name, GOLDEN / name))
@@ -337,7 +345,8 @@ def test_the_convert_binary(tmp_path):
     assert f"{count:,} parameters of clip, without tokenizer" in said
     status, said = binary("convert", *arguments)
     assert status == 2
-    assert said.startswith("error: --output: ")
+    # The last line: transformers speaks first where PyTorch is not installed.
+    assert said.splitlines()[-1].startswith("error: --output: ")
     assert "already holds weights" in said
 
 

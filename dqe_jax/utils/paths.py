@@ -12,7 +12,7 @@ def whole_path(path: str | os.PathLike[str]) -> epath.Path:
     """A path that holds wherever the process goes: absolute, `~` expanded; a bucket's as it is."""
     found = epath.Path(path).expanduser()
     # `absolute` would make a local directory `gs:` of the scheme.
-    return found if is_remote(found) else found.absolute()
+    return found if is_remote(found) else epath.Path(os.path.abspath(found))
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -81,6 +81,11 @@ def _side(value: Any) -> int:
 
 
 def _vision(config: Any, origin: str, **kind: bool) -> VisionSizes:
+    if config.hidden_size % config.num_attention_heads:  # transformers 4 lets it pass
+        raise ValueError(
+            f"{config.hidden_size} channels do not divide into {config.num_attention_heads} "
+            "attention heads"
+        )
     return VisionSizes(
         image_size=_side(config.image_size),
         patch_size=_side(config.patch_size),
