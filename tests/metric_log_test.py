@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,6 +15,8 @@ from tensorboardX.proto import event_pb2
 
 from dqe_jax.utils import metric_log
 from dqe_jax.utils.metric_log import MetricLog
+
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture
@@ -151,3 +156,35 @@ def test_tensorboard_drops_what_a_resumed_run_takes_again(workdir, monkeypatch):
     starts = [e.step for e in events(workdir) if e.HasField("session_log")]
     assert starts[-1] == 3  # "drop all of this step and later"
     assert sorted(step for _, step, _ in scalars(workdir)) == [1, 2, 3, 3, 4, 4]
+
+
+WITHOUT_TORCH = """
+import sys
+from etils import epath
+from dqe_jax.utils.metric_log import MetricLog
+
+log = MetricLog(epath.Path(sys.argv[1]))
+log.write(2, {"loss": 0.5})
+log.close()
+assert "torch" not in sys.modules
+import torch  # whoever wants it still gets it
+
+MetricLog(epath.Path(sys.argv[2])).close()
+assert sys.modules["torch"] is torch
+"""
+
+
+def test_torch_is_not_imported(workdir, tmp_path):
+    """Where it is installed, tensorboardX would load it at each start."""
+    torch, mark = tmp_path / "site" / "torch" / "__init__.py", tmp_path / "imported"
+    torch.parent.mkdir(parents=True)
+    torch.write_text(f"open({str(mark)!r}, 'a').write('once, ')\nTensor = object\n")
+    path = os.pathsep.join([str(torch.parent.parent), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(workdir / "run"), str(workdir / "other")],
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+        timeout=120,
+    )
+    assert mark.read_text() == "once, "  # by the script itself
+    assert scalars(workdir / "run") == [("loss", 2, 0.5)]

@@ -6,14 +6,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from dqe_jax.utils.paths import is_remote
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 class MetricLog:
@@ -46,7 +50,7 @@ class MetricLog:
             new.replace(path)
         # TensorBoard drops what an earlier attempt wrote at or after this step.
         purged = None if resume_step is None else resume_step + 1
-        self._events = SummaryWriter(str(directory / "events"), purge_step=purged)
+        self._events = _open_events(directory / "events", purged)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends a line `{"step": step, ...}` and the same numbers to TensorBoard."""
@@ -89,6 +93,28 @@ class NoLog:
 
     def close(self) -> None:
         """Nothing."""
+
+
+def _open_events(directory: epath.Path, purge_step: int | None) -> SummaryWriter:
+    with _without_torch():
+        from tensorboardX import SummaryWriter
+    return SummaryWriter(str(directory), purge_step=purge_step)
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Inside, `import torch` fails as where there is no PyTorch, unless it was imported before.
+
+    tensorboardX imports it to name a type in its hints, no more: 2 s and 180 MiB at each start.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to stop an import
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
