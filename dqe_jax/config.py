@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -162,6 +164,20 @@ class RunConfig:
         """The fields as a nested dict in alphabetical order, as files and checkpoints hold them."""
         return _in_order(dataclasses.asdict(self))
 
+    def to_json(self) -> str:
+        """The fields as a JSON file holds them, with "-inf" for the number."""
+        flat = {
+            name: "-inf" if x == -math.inf else x for name, x in flatten(self.to_dict()).items()
+        }
+        tree: dict[str, Any] = {}
+        for name, value in flat.items():
+            *sections, last = name.split(".")
+            place = tree
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        return json.dumps(tree, indent=2, allow_nan=False) + "\n"
+
     def to_config_dict(self) -> ConfigDict:
         """The fields as a `ConfigDict`, which config files and flags change."""
         from ml_collections import ConfigDict
@@ -298,7 +314,8 @@ def differences(
       held: a saved one as a nested dict; it may lack fields, and have others.
       roles: of the fields to compare.
     """
-    a, b = flatten(config.to_dict()), flatten(held)
+    a = flatten(config.to_dict())
+    b = {name: -math.inf if x == "-inf" else x for name, x in flatten(held).items()}
     return [
         f"{name}: {a.get(name)!r} (not {b.get(name)!r})"
         for name in sorted(a.keys() | b.keys())

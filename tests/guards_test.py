@@ -82,7 +82,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, cap
     monkeypatch.setattr(loop, "take_step", spoilt)
     with caplog.at_level("WARNING"):
         loop.train_and_evaluate(config, workdir)
-    assert "Step 3: the loss or a gradient is not finite; it is skipped." in caplog.text
+    assert (
+        "Step 3: the loss, a gradient or a parameter is not finite; it is skipped." in caplog.text
+    )
     found = {line["step"]: line["bad_steps"] for line in lines_of(workdir) if "loss" in line}
     assert found == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
     manager = store.open_for_reading(workdir)

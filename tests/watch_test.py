@@ -12,7 +12,6 @@ from etils import epath
 from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
-from dqe_jax.checkpoints.trained import Trained
 from dqe_jax.evaluation.watch import watch
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -71,14 +70,14 @@ def test_a_checkpoint_that_is_removed_meanwhile(base, trained, tmp_path, monkeyp
     workdir = epath.Path(tmp_path / "copy")
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "watch-validation", ignore_errors=True)
-    read = Trained.read_params
+    restore = store.restore
 
-    def gone(self):
-        if self.step == 2:
+    def gone(manager, step, **like):
+        if step == 2:
             shutil.rmtree(workdir / "checkpoints" / "2")
-        return read(self)
+        return restore(manager, step, **like)
 
-    monkeypatch.setattr(Trained, "read_params", gone)
+    monkeypatch.setattr(store, "restore", gone)
     with caplog.at_level("WARNING"):
         assert list(follow(base, workdir)) == [4, 6]
     assert "Step 2 was removed before it was evaluated" in caplog.text

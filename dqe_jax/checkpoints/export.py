@@ -29,14 +29,16 @@ def export_run(
       UserError: there is no such checkpoint, its backbone is `tiny`, or `output` is not writable.
     """
     manager = store.open_for_reading(directory)
-    step = store.choose_step(manager, step)
-    meta = store.read_meta(manager, step)
+    step, (meta, params) = store.read_chosen(
+        manager,
+        step,
+        lambda number: (store.read_meta(manager, number), store.restore_params(manager, number)),
+    )
     if meta["config"]["model"]["backbone"] == "tiny":
         raise UserError(
             f"{manager.directory} is of the backbone 'tiny', which has no counterpart in "
             "Hugging Face transformers: export runs of 'clip' or 'blip2'."
         )
-    params = store.restore_params(manager, step)
     written = pathlib.Path(output).expanduser()
     try:
         counts = hugging_face.write(written, params, meta)

@@ -6,28 +6,42 @@ saved between two refreshes of the bank has also `bank_params`, the trained para
 is of. Evaluation reads `params` and `meta` alone.
 
 A checkpoint appears under its name when it is complete; what a killed run has left half-written is
-removed when the run goes on.
+removed when the run goes on. One that was damaged later, on the disk or while it was copied, is set
+aside then, as `<step>.damaged`, and the run goes on from an older one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dqe_jax.config import RunConfig
-from dqe_jax.utils.errors import UserError
+from dqe_jax.distributed import processes
+from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.paths import whole_path
 
 ITEMS = ("params", "opt_state", "bank_params", "meta")
+# What `meta` holds in every checkpoint, and of which types.
+_META: dict[str, tuple[type, ...]] = {
+    "config": (dict,),
+    "tokenizer": (str,),
+    "sizes": (dict, type(None)),
+    "data_state": (object,),
+    "bank_step": (int, type(None)),
+    "train_seconds": (int, float),
+}
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,24 +159,103 @@ def _global(tree: Any) -> Any:
     return multihost_utils.host_local_array_to_global_array(tree, mesh, spec)
 
 
-def choose_step(manager: ocp.CheckpointManager, step: int | None) -> int:
-    """`step`, or the newest step if it is None.
+class DamagedError(UserError):
+    """A checkpoint is not what was saved."""
+
+
+@contextlib.contextmanager
+def told_damaged(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Raises a `DamagedError` for what goes wrong while a checkpoint is read."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except PermissionError as error:
+        raise UserError(
+            f"the checkpoint of step {step} in {manager.directory} cannot be read "
+            f"({error.strerror}): make it readable."
+        ) from error
+    except Exception as error:  # Orbax and TensorStore raise many types
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise DamagedError(
+            f"the checkpoint of step {step} in {manager.directory} is damaged "
+            f"({reason_of(error)}): copy it again, or take another one by --step."
+        ) from error
+
+
+def read_chosen(
+    manager: ocp.CheckpointManager, step: int | None, read: Callable[[int], T]
+) -> tuple[int, T]:
+    """What `read` gives of a checkpoint: of a step, or of the newest one that is whole.
+
+    With several processes all of them read the same.
+
+    Args:
+      manager: of the run.
+      step: of the checkpoint; None for the newest. One that is damaged is then named in the log and
+        passed over.
+      read: of a step.
+
+    Returns:
+      The step, and what was read.
 
     Raises:
-      UserError: there is no checkpoint of that step.
+      UserError: there is no checkpoint of that step, it is damaged, or none is whole.
     """
-    steps = manager.all_steps()
-    if step is None:
-        return manager.latest_step()
-    if step not in steps:
-        known = ", ".join(map(str, sorted(steps)))
-        raise UserError(f"--step={step}: {manager.directory} has checkpoints of steps {known}.")
-    return step
+    steps = sorted(manager.all_steps(), reverse=True)
+    if step is not None:
+        if step not in steps:
+            known = ", ".join(map(str, reversed(steps)))
+            raise UserError(f"--step={step}: {manager.directory} has checkpoints of steps {known}.")
+        return step, read(step)
+    first = None
+    for candidate in steps:
+        found, problem = None, None
+        try:
+            found = read(candidate)
+        except DamagedError as error:
+            problem = error
+        if processes.all_agree(problem is None):
+            return candidate, cast(T, found)
+        first = first or problem
+        logging.warning("Step %d is passed over: %s", candidate, problem or "it is damaged.")
+    raise UserError(
+        f"none of the {len(steps)} checkpoints in {manager.directory} is whole; the newest one: "
+        f"{first}"
+    )
+
+
+def set_aside(manager: ocp.CheckpointManager, newest: int) -> None:
+    """Renames the checkpoints of steps after `newest`, which are damaged: nothing is lost."""
+    damaged = [step for step in manager.all_steps() if step > newest]
+    if not damaged:
+        return
+    if processes.leads():
+        for step in damaged:
+            path = epath.Path(manager.directory) / str(step)
+            free = path.with_name(f"{step}.damaged")
+            while free.exists():
+                free = free.with_name(free.name + "+")
+            path.rename(free)
+            logging.warning("%s is damaged; it is kept as %s.", path, free.name)
+    processes.wait_for_all("damaged checkpoints")
+    manager.reload()
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON stored with a checkpoint."""
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    """The JSON stored with a checkpoint.
+
+    Raises:
+      DamagedError: it cannot be read, or is not what was saved.
+    """
+    with told_damaged(manager, step):
+        restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        meta = restored["meta"]
+        for name, kinds in _META.items():
+            if not isinstance(meta[name], kinds):
+                raise TypeError(f"meta has a {type(meta[name]).__name__} for {name}")
+        return meta
 
 
 def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str, Any]:
@@ -175,6 +268,9 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str,
 
     Returns:
       The items, as NumPy arrays in every process.
+
+    Raises:
+      DamagedError: they cannot be read.
     """
     # One copy in each process.
     devices = jax.devices() if jax.process_count() > 1 else jax.local_devices()[:1]
@@ -187,12 +283,14 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str,
     args = {
         name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in like.items()
     }
-    found = manager.restore(step, args=ocp.args.Composite(**args))
-    return {name: jax.tree.map(np.asarray, found[name]) for name in like}
+    with told_damaged(manager, step):
+        found = manager.restore(step, args=ocp.args.Composite(**args))
+        return {name: jax.tree.map(np.asarray, found[name]) for name in like}
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int) -> Any:
     """The parameters of a checkpoint as NumPy arrays, whatever their shapes and devices."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     args = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))
-    return jax.tree.map(np.asarray, manager.restore(step, args=args)["params"])
+    with told_damaged(manager, step):
+        return jax.tree.map(np.asarray, manager.restore(step, args=args)["params"])

@@ -33,6 +33,8 @@ class Trained:
       model: as the config and the checkpoint say.
       tokenizer: of the checkpoint.
       devices: to run on.
+      params: of the model, as NumPy arrays.
+      data: digests of the data that the run was trained on, by split; None if they are not known.
     """
 
     config: RunConfig
@@ -42,35 +44,42 @@ class Trained:
     model: DQE
     tokenizer: Tokenizer
     devices: list[jax.Device]
+    params: Any
+    data: dict[str, str] | None
 
     @property
     def directory(self) -> epath.Path:
         """Of the checkpoints."""
         return self.manager.directory
 
-    def read_params(self) -> Any:
-        """The parameters alone, replicated over the devices."""
-        shapes = param_shapes(self.model, self.config.model, self.config.data)
-        params = store.restore(self.manager, self.step, params=shapes)["params"]
-        return mesh.replicate(params, self.devices)
+    def place_params(self) -> Any:
+        """The parameters, replicated over the devices."""
+        return mesh.replicate(self.params, self.devices)
 
 
 def open_trained(
     config: AnyConfig, directory: str | os.PathLike[str], step: int | None = None
 ) -> Trained:
-    """Opens a checkpoint; its parameters are read later.
+    """Opens a checkpoint and reads its parameters.
 
     Args:
       config: must agree with that of the checkpoint in what the model depends on.
       directory: a workdir, or its `checkpoints` directory.
-      step: of the checkpoint; None for the newest.
+      step: of the checkpoint; None for the newest that is whole.
 
     Raises:
       UserError: the config is not allowed, there is no such checkpoint, or it is of another model.
     """
     config = RunConfig.of(config)
     manager = store.open_for_reading(directory)
-    step = store.choose_step(manager, step)
+    devices = mesh.devices_of(config.num_devices)
+    return store.read_chosen(manager, step, lambda n: _open(config, manager, n, devices))[1]
+
+
+def _open(
+    config: RunConfig, manager: ocp.CheckpointManager, step: int, devices: list[jax.Device]
+) -> Trained:
+    """The checkpoint of a step; raises as `open_trained`."""
     meta = store.read_meta(manager, step)
     changed = differences(config, meta["config"], ("model",))
     if changed:
@@ -78,8 +87,19 @@ def open_trained(
             f"the checkpoint in {manager.directory} is of another model; --config differs in "
             f"{'; '.join(changed)}."
         )
-    devices = mesh.devices_of(config.num_devices)
-    words = text_tokens.tokenizer_from_json(meta["tokenizer"])
-    sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
-    model = model_of(config.model, config.data, words, sizes)
-    return Trained(config, meta["config"], manager, step, model, words, devices)
+    with store.told_damaged(manager, step):
+        words = text_tokens.tokenizer_from_json(meta["tokenizer"])
+        sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
+        model = model_of(config.model, config.data, words, sizes)
+    shapes = param_shapes(model, config.model, config.data)
+    return Trained(
+        config=config,
+        trained_by=meta["config"],
+        manager=manager,
+        step=step,
+        model=model,
+        tokenizer=words,
+        devices=devices,
+        params=store.restore(manager, step, params=shapes)["params"],
+        data=meta.get("data"),
+    )

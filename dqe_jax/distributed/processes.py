@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -106,6 +107,13 @@ def wait_for_all(what: str) -> None:
     """Returns when all processes have come here; `what` is the same in all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def all_agree(flag: bool) -> bool:
+    """Whether a flag is true in all processes, which call this together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).all())
 
 
 def leader_first(what: str, fn: Callable[[], T]) -> T:

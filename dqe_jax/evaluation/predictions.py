@@ -35,8 +35,7 @@ from dqe_jax.data.examples import Queries
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.evaluation import protocols, submissions
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import read_json
-from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.files import read_json, write_json
 from dqe_jax.utils.paths import whole_path
 
 PathLike = str | os.PathLike[str]

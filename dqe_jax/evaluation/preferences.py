@@ -19,7 +19,7 @@ from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.splits import Split
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.files import write_json
 
 
 def open_preferences(

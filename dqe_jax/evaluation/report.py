@@ -2,7 +2,7 @@
 
 | file | |
 | --- | --- |
-| `<split>-<step>.json` | metrics and baselines, the protocol, how much of the split was at hand |
+| `<split>-<step>.json` | metrics and baselines; the protocol, the data, how much was at hand |
 | `<split>-<step>.ranked.json` | ids of the (at most 50) best images of each query |
 | `<split>-<step>.png` | some queries and what they found |
 | `<split>-<step>.<file>` | what the benchmark's server takes, for a split without labels |
@@ -20,7 +20,7 @@ from etils import epath
 
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import contact_sheet, protocols, submissions
-from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.files import write_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:  # scoring a file of predictions needs no JAX
@@ -63,6 +63,7 @@ def write_report(
         "split": split.name,
         "step": step,
         "protocol": protocol.name,
+        "data": split.digest,
         "queries": {"used": coverage.queries, "official": coverage.official_queries},
         "gallery": {"used": coverage.gallery, "official": coverage.official_gallery},
         "ranked_images": result.embedded,
@@ -70,14 +71,15 @@ def write_report(
         "baselines": result.baselines,
     }
     queries, ids = split.queries, split.gallery.ids
-    write_json(directory / f"{name}.json", facts)
-    ranked = submissions.rankings(queries, ids, result.rows, RANKED)
-    write_json(directory / f"{name}.ranked.json", ranked, indent=None)
-    drawn = draw(evaluator, result, directory / f"{name}.png", sheet_queries, attributes)
+    # Before anything is written: a full disk must not cost the figures.
     logging.info(
         "%s, step %d: %s; %d images ranked.\n%s",
         *(split.name, step, coverage, result.embedded, table(result, protocol)),
     )
+    write_json(directory / f"{name}.json", facts)
+    ranked = submissions.rankings(queries, ids, result.rows, RANKED)
+    write_json(directory / f"{name}.ranked.json", ranked, indent=None)
+    drawn = draw(evaluator, result, directory / f"{name}.png", sheet_queries, attributes)
     logging.info("Queries on the contact sheet:\n  %s", "\n  ".join(drawn))
     logging.info("Files: %s*", directory / name)
     if not len(evaluator.labelled):

@@ -6,12 +6,14 @@ import os
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
 from dqe_jax.checkpoints.trained import Trained, open_trained
 from dqe_jax.config import AnyConfig, RunConfig, flatten
 from dqe_jax.data import datasets, splits
+from dqe_jax.data.digest import SHOWN
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_texts
 from dqe_jax.distributed import processes
@@ -20,6 +22,7 @@ from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
 from dqe_jax.models.dqe import DQE
+from dqe_jax.utils.files import make_directory
 from dqe_jax.utils.paths import whole_path
 
 
@@ -55,8 +58,9 @@ def evaluate_checkpoint(
     if hp_fashioniq is not None:
         judged = open_preferences(config, opened, hp_fashioniq)
     evaluator = make_evaluator(config, trained.model, words, opened, trained.devices)
-    params = trained.read_params()
-    place = whole_path(output) if output else output_of(trained)
+    place = whole_path(output) if output else output_of(trained, opened)
+    make_directory(place)
+    params = trained.place_params()
     result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
     if judged is not None:
         path = place / f"hp_fashioniq-{step}.json"
@@ -117,10 +121,26 @@ def evaluate_and_report(
     return result
 
 
-def output_of(trained: Trained) -> epath.Path:
-    """Where results go: `eval/`, or a place of its own for what the run was not trained on."""
+def output_of(trained: Trained, split: Split) -> epath.Path:
+    """Where results go: `eval/`, or a place of its own for what the run was not trained on.
+
+    Data that differ from those of the run name the place by their digest.
+
+    Args:
+      trained: the checkpoint.
+      split: that it is evaluated on.
+    """
     names = ("data.dataset", "data.variant", "eval.protocol")
     own, run = (flatten(c) for c in (trained.config.to_dict(), trained.trained_by))
     # A field that the run did not have yet is no difference.
     other = [own[name] for name in names if own[name] != run.get(name, own[name])]
+    if trained.data is None:
+        logging.warning(
+            "The checkpoint in %s does not say on which data it was trained: it is of an older "
+            "version.",
+            trained.directory,
+        )
+    elif not other and trained.data.get(split.name, split.digest) != split.digest:
+        other = [f"data-{split.digest[:SHOWN]}"]
+        logging.info("These are not the data of the run: their digest names the results.")
     return trained.directory.parent / "-".join(["eval", *other])

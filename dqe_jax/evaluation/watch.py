@@ -124,14 +124,13 @@ def _read(
     for attempt in range(RETRIES):
         try:
             trained = open_trained(config, workdir, step)
-            try:
-                return trained, trained.read_params()
-            finally:
-                trained.manager.close()
+            trained.manager.close()
+            return trained, trained.place_params()
         except Exception as error:
             if step not in store.steps_of(workdir):
                 return None
-            if isinstance(error, UserError) or attempt == RETRIES - 1:
+            told = isinstance(error, UserError) and not isinstance(error, store.DamagedError)
+            if told or attempt == RETRIES - 1:
                 raise
             time.sleep(poll_s)
     return None

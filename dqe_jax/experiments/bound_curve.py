@@ -34,7 +34,7 @@ from dqe_jax.experiments.ablation.record import METRICS, read_log
 from dqe_jax.experiments.ablation.runs import told_unwritable, train_or_read
 from dqe_jax.experiments.ablation.scores import markdown_table, score
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.files import write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 

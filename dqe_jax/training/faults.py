@@ -79,15 +79,23 @@ class Guard:
 
     def _look(self) -> int:
         step, control = self._waiting.popleft()
-        stop, bad = (int(x) for x in jax.device_get((control.stop, control.bad_in_a_row)))
+        seen = jax.device_get((control.stop, control.bad_in_a_row, control.whole))
+        stop, bad, whole = (int(x) for x in seen)
+        if not whole:  # never of a step: it takes back what is not finite
+            raise UserError(
+                f"the parameters are not finite at step {step}, as they were at the start: look at "
+                "config.model.weights, or at the checkpoint that the run goes on from."
+            )
         if bad == 1:
-            logging.warning("Step %d: the loss or a gradient is not finite; it is skipped.", step)
+            logging.warning(
+                "Step %d: the loss, a gradient or a parameter is not finite; it is skipped.", step
+            )
         if bad >= self._most:
             newest = self._manager.latest_step()
             kept = "no checkpoint is saved" if newest is None else f"step {newest} is saved"
             raise UserError(
-                f"the loss or a gradient was not finite in {bad} steps in a row, up to step "
-                f"{step}: lower config.optimizer.learning_rate, or look at the data of these steps "
-                f"(config.max_bad_steps is {self._most}); {kept}."
+                f"the loss, a gradient or a parameter was not finite in {bad} steps in a row, up "
+                f"to step {step}: lower config.optimizer.learning_rate, or look at the data of "
+                f"these steps (config.max_bad_steps is {self._most}); {kept}."
             )
         return stop

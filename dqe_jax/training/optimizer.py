@@ -85,6 +85,28 @@ def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite: bool scalar."""
+    return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def take_back(
+    state: optax.ApplyIfFiniteState, before: optax.ApplyIfFiniteState, bad: jax.Array
+) -> optax.ApplyIfFiniteState:
+    """The state as it was before an update that turned out `bad`, which is counted; else as it is.
+
+    Finite gradients can give parameters that are not, at a learning rate that is far too high.
+    """
+    return optax.ApplyIfFiniteState(
+        notfinite_count=jnp.where(bad, before.notfinite_count + 1, state.notfinite_count),
+        last_finite=state.last_finite & ~bad,
+        total_notfinite=jnp.where(bad, before.total_notfinite + 1, state.total_notfinite),
+        inner_state=jax.tree.map(
+            lambda new, old: jnp.where(bad, old, new), state.inner_state, before.inner_state
+        ),
+    )
+
+
 def make_optimizer(
     config: OptimizerConfig,
     total_steps: int,

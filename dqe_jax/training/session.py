@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
+from dqe_jax import __version__
 from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
@@ -51,6 +52,7 @@ class Session:
       batches: an endless iterator over `Batch`, with `get_state` and `set_state`.
       validation: the evaluator of the validation split.
       last: the split of the last evaluation.
+      data: digests of the data that it is trained on, by split.
     """
 
     config: RunConfig
@@ -68,6 +70,7 @@ class Session:
     batches: Any
     validation: RetrievalEvaluator
     last: Split
+    data: dict[str, str]
 
 
 def open_session(
@@ -128,6 +131,7 @@ def open_session(
         batches=batches,
         validation=validation,
         last=last,
+        data={each.name: each.digest for each in (split, held_out)},
     )
 
 
@@ -162,28 +166,62 @@ def _check_best(config: RunConfig, validation: RetrievalEvaluator) -> None:
 def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[TrainState, float]:
     """The state of the newest checkpoint, or a fresh one; and the seconds trained before."""
     config, keeper = session.config, session.keeper
-    split, newest = states.splitter(config.model), manager.latest_step()
-    if newest is None:
+    if manager.latest_step() is None:
         params = setup.init_params(
             session.model, config.model, config.data, config.seed, session.pretrained
         )
         return states.init_state(config, session.optimizer, params, session.devices), 0.0
-    like = {"params": session.params, "opt_state": session.optimizer.saved}
-    meta = store.read_meta(manager, newest)
-    # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
-    rebuilt = keeper is not None and meta["bank_step"] is not None and not keeper.scheduled(newest)
-    if rebuilt:
-        like["bank_params"] = split(session.params)[0]
-    items = store.restore(manager, newest, **like)
+    newest, (meta, items) = store.read_chosen(
+        manager, None, lambda step: _read(session, manager, step)
+    )
+    store.set_aside(manager, newest)
     session.batches.set_state(meta["data_state"])
-    if rebuilt:
-        whole = freeze.merge(items["bank_params"], split(items["params"])[1])
+    if "bank_params" in items:
+        held = states.splitter(config.model)(items["params"])[1]
+        whole = freeze.merge(items["bank_params"], held)
         keeper.refresh(mesh.replicate(whole, session.devices), meta["bank_step"])
     logging.info("Resumed from step %d of %s.", newest, manager.directory)
     state = states.place_state(
         session.optimizer, newest, items["params"], items["opt_state"], session.devices
     )
     return state, meta["train_seconds"]
+
+
+def _read(
+    session: Session, manager: ocp.CheckpointManager, step: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The meta and the items of a checkpoint.
+
+    Raises:
+      UserError: it is of other data, or damaged.
+    """
+    keeper = session.keeper
+    like = {"params": session.params, "opt_state": session.optimizer.saved}
+    meta = store.read_meta(manager, step)
+    _check_data(session, manager, meta.get("data"))
+    # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
+    if keeper is not None and meta["bank_step"] is not None and not keeper.scheduled(step):
+        like["bank_params"] = states.splitter(session.config.model)(session.params)[0]
+    return meta, store.restore(manager, step, **like)
+
+
+def _check_data(
+    session: Session, manager: ocp.CheckpointManager, held: dict[str, str] | None
+) -> None:
+    """Raises a `UserError` if a checkpoint was trained on other data than those of the session."""
+    if held is None:
+        logging.warning(
+            "The checkpoints in %s do not say on which data they were trained: they are of an "
+            "older version.",
+            manager.directory,
+        )
+        return
+    other = [name for name in session.data if held.get(name) != session.data[name]]
+    if other:
+        raise UserError(
+            f"the run in {session.workdir} was trained on other data than those in "
+            f"{session.data_dir} (split {other[0]!r}): name its data, or take another --workdir."
+        )
 
 
 def save(
@@ -211,6 +249,8 @@ def save(
         "data_state": session.batches.get_state(),
         "bank_step": keeper.refreshed_at if banked else None,
         "train_seconds": seconds,
+        "data": session.data,
+        "version": __version__,
     }
     snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
     moments = states.state_to_save(session.optimizer, state.opt_state, session.devices)

@@ -23,6 +23,7 @@ from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import freeze
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import zero
+from dqe_jax.training.optimizer import all_finite, take_back
 from dqe_jax.training.state import Optimizer, TrainState, splitter
 
 Loss = Callable[..., tuple[jax.Array, Metrics]]
@@ -31,15 +32,17 @@ Step = Callable[..., "StepOutput"]
 
 @flax.struct.dataclass
 class Control:
-    """What all processes must see alike to act alike, int32 scalars.
+    """What all processes must see alike to act alike: scalars, int32 but for the last.
 
     Attributes:
       stop: the largest number that any device was told by `stop`: that of a signal, 0 for none.
       bad_in_a_row: steps up to this one, one after the other, that were not finite.
+      whole: bool, whether all parameters that train are finite after the step.
     """
 
     stop: jax.Array
     bad_in_a_row: jax.Array
+    whole: jax.Array
 
 
 @flax.struct.dataclass
@@ -95,8 +98,9 @@ def make_train_step(
 ) -> Step:
     """Makes the per-device step `(state, batch, stop, bank=None) -> StepOutput`.
 
-    All that it closes over is here. A step whose loss or gradients are not finite changes no
-    parameter (`optimizer.skip_unsound`); `bad_steps` counts them. `stop` is int32 `[n]`.
+    All that it closes over is here. A step whose loss, gradients or new parameters are not finite
+    changes no parameter (`optimizer.skip_unsound`, `optimizer.take_back`); `bad_steps` counts them.
+    `stop` is int32 `[n]`.
 
     Args:
       loss_fn: as `method.objective.Objective`, over `mesh.AXIS`.
@@ -127,13 +131,18 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, held, sound=sound, norm=norm)
         if shard_state:
             updates = zero.gather(updates, training)
-        params = freeze.merge(optax.apply_updates(training, updates), frozen)
+        moved = optax.apply_updates(training, updates)
+        if isinstance(opt_state, optax.ApplyIfFiniteState):
+            finite = all_finite(moved)
+            moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, training)
+            opt_state = take_back(opt_state, state.opt_state, ~finite)
+        params = freeze.merge(moved, frozen)
         metrics["grad_norm"] = norm
         bad = jnp.zeros((), jnp.int32)
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             metrics["bad_steps"] = opt_state.total_notfinite
             bad = opt_state.notfinite_count
-        control = Control(lax.pmax(stop.max(), mesh.AXIS), bad)
+        control = Control(lax.pmax(stop.max(), mesh.AXIS), bad, all_finite(moved))
         return StepOutput(TrainState(state.step + 1, params, opt_state), metrics, control)
 
     return step

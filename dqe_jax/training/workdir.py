@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 from typing import TextIO
@@ -14,6 +13,7 @@ from etils import epath
 
 from dqe_jax.config import RunConfig, differences
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_json
 from dqe_jax.utils.paths import is_remote, whole_path
 
 LOCK = "trainer.lock"
@@ -51,10 +51,6 @@ def claim_workdir(
         raise UserError(
             f"--workdir: cannot write to {path} ({error.strerror}); name a writable directory."
         ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file} is not JSON ({error}); remove it or take another --workdir."
-        ) from error
     return path, lock
 
 
@@ -64,16 +60,16 @@ def _write_config(file: epath.Path, config: RunConfig) -> None:
     Raises:
       UserError: something was trained here by another config.
     """
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
-    held = file.read_text() if file.exists() else ""
-    if held and _has_trained(file.parent):
-        changed = differences(config, json.loads(held))
+    text = config.to_json()
+    if file.exists() and _has_trained(file.parent):
+        held = read_json(file, dict, "remove it or take another --workdir")
+        changed = differences(config, held)
         if changed:
             raise UserError(
                 f"{file.parent} holds a run of another config; it differs in {'; '.join(changed)}: "
                 "take another --workdir, or the config of that run."
             )
-    if held != text:
+    if not file.exists() or file.read_bytes() != text.encode():
         new = file.with_name("config.json.new")
         new.write_text(text)
         new.replace(file)  # at once: a watcher may read it, and this process be killed

@@ -1,10 +1,12 @@
-"""Reads files that a user names: what is wrong with one ends in a sentence that names it."""
+"""Reads and writes files: what is wrong with one ends in a sentence that names it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+import tempfile
 from typing import TypeVar
 
 from etils import epath
@@ -77,3 +79,51 @@ def read_json(path: epath.Path, kind: type[Json], advice: str = "get the file ag
         words = "a list of records" if kind is list else "an object"
         raise UserError(f"{path} must hold {words}; {advice}.")
     return content
+
+
+def finite(content: object) -> object:
+    """What JSON can hold: numbers that are not finite become None, tuples lists."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return content
+
+
+def write_json(path: epath.Path, content: object, indent: int | None = 2) -> None:
+    """Writes a JSON file and makes its directory; see `finite`.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(finite(content), indent=indent, allow_nan=False) + "\n")
+    except OSError as error:
+        raise cannot_write(path.parent, error) from error
+
+
+def make_directory(path: epath.Path) -> None:
+    """Makes a directory for results, and sees that files can be written there.
+
+    Now: minutes later would be late to learn that they cannot be.
+
+    Raises:
+      UserError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not is_remote(path):
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"x")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: epath.Path, error: OSError) -> UserError:
+    """The error for a directory that cannot be written to."""
+    return UserError(
+        f"cannot write to {path} ({error.strerror or error}): name a writable directory."
+    )

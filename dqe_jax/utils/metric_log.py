@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from absl import logging
 from etils import epath
 
+from dqe_jax.utils.files import finite
 from dqe_jax.utils.paths import is_remote
 
 if TYPE_CHECKING:
@@ -62,14 +64,16 @@ class MetricLog:
 
     def steps(self) -> list[int]:
         """Steps of the lines of `metrics.jsonl`."""
-        return [json.loads(x)["step"] for x in self._paths["metrics"].read_text().splitlines()]
+        lines = map(_read_line, self._paths["metrics"].read_bytes().split(b"\n"))
+        return [int(str(values["step"])) for values in lines if values is not None]
 
     def close(self) -> None:
         """Flushes."""
         self._events.close()
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        line = json.dumps({"step": step, **values}) + "\n"
+        # Numbers that are not finite are no JSON.
+        line = json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n"
         if self._held is None:
             with self._paths[name].open("a") as file:
                 file.write(line)
@@ -118,15 +122,26 @@ def _without_torch() -> Iterator[None]:
 
 
 def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
-    """The lines that stay, see `MetricLog`; a half-written last line does not."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            values = json.loads(line)
-            early = step is None or values["step"] <= step
-        except (json.JSONDecodeError, KeyError):
+    """The lines that stay, see `MetricLog`; a half-written or damaged line does not."""
+    kept, damaged = [], 0
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        values = _read_line(line)
+        if values is None:
+            damaged += bool(line.strip())
             continue
         written_anew = again and any(name.startswith(again) for name in values)
-        if early and not written_anew:
-            kept.append(line)
+        if (step is None or values["step"] <= step) and not written_anew:
+            kept.append(line.decode())
+    if damaged > 1:  # a run that was killed leaves one
+        logging.warning("%s: %d lines are damaged; they are dropped.", path, damaged)
     return kept
+
+
+def _read_line(line: bytes) -> dict[str, object] | None:
+    """The content of a line, with a `step`; None if it is no line of a log."""
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(values, dict) and type(values.get("step")) is int
+    return values if sound else None

@@ -30,7 +30,7 @@ from dqe_jax.experiments.ablation.record import (
 from dqe_jax.experiments.ablation.variants import BASE, choose_variants, variant_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.files import write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 

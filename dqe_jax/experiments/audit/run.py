@@ -22,7 +22,7 @@ from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.training.bank import make_bank_keeper
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.json_file import write_json
+from dqe_jax.utils.files import make_directory, write_json
 from dqe_jax.utils.paths import whole_path
 
 
@@ -67,12 +67,12 @@ def audit_checkpoint(
     trained = open_trained(config, directory, step)
     opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
     rows = candidates.sample_queries(opened, queries, config.seed)
-    place = whole_path(output) if output else output_of(trained)
-    _make_directory(place)
+    place = whole_path(output) if output else output_of(trained, opened)
+    make_directory(place)
     # Filling the bank mines nothing yet.
     banked = config.with_changes({"negatives.pool": "bank", "negatives.mining": "step"})
     text = encode_texts(trained.tokenizer, opened)
-    params = trained.read_params()
+    params = trained.place_params()
     found = draws.audit(
         make_bank_keeper(banked, trained.model, opened, text, trained.devices),
         params,
@@ -111,20 +111,6 @@ def _checked_lowers(negatives: NegativesConfig, lowers: Sequence[float] | None) 
             f"below the upper one, {upper:g}."
         )
     return found
-
-
-def _make_directory(path: epath.Path) -> None:
-    """Makes the directory of the results now: minutes later would be late to learn it cannot be.
-
-    Raises:
-      UserError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path} ({error.strerror}): name a writable directory."
-        ) from error
 
 
 def _log(facts: Mapping[str, Any], of: int, path: epath.Path) -> None:
