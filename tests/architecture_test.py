@@ -31,6 +31,7 @@ CONSTANT_CALLS = (
     # Sizes of a variant of a backbone.
     "_variant",
     "collections.namedtuple",
+    "dataclasses.replace",
     "config_flags.DEFINE_config_file",
     "dict",
     "flags.DEFINE_bool",

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import compiled_once, small_config
 
 from dqe_jax.data import splits
 from dqe_jax.data.examples import Queries
@@ -30,6 +29,7 @@ from dqe_jax.experiments.audit.candidates import CLASSES
 from dqe_jax.experiments.audit.run import audit_checkpoint
 from dqe_jax.method import mining
 from dqe_jax.method.settings import NegativesConfig
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 

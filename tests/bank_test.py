@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
@@ -18,6 +17,7 @@ from dqe_jax.data.tokenizer import train_word_tokenizer
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import setup
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.training.bank import make_bank_keeper
 from dqe_jax.training.bank_programs import rows_of_device

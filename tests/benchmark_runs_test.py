@@ -8,43 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import standins
-from small_runs import compiled_once
 
-from configs import circo, cirr, common, fiq, triplets
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.evaluation import predictions
 from dqe_jax.evaluation.run import evaluate_checkpoint
+from dqe_jax.testing import standins
+from dqe_jax.testing.small_runs import (
+    BENCHMARK_SIZE,
+    compiled_once,
+    small_benchmark_config,
+)
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = 16
 MAKERS = {
     "fashioniq": standins.small_fashioniq,
     "cirr": standins.small_cirr,
     "circo": standins.small_circo,
     "triplets": standins.small_triplets,
 }
-
-
-def tiny(config, data, **changes):
-    """The config with a model of seconds."""
-    common.make_smoke(config)
-    model = config.model
-    model.backbone, model.frozen, model.dtype, model.scan_layers = "tiny", (), "float32", False
-    model.weights = ""
-    model.tiny.patch_size, model.tiny.cell_size = 8, 4
-    model.tiny.image_depth = model.tiny.text_depth = 0
-    model.attributes.width, model.attributes.heads = 32, 4
-    config.data.image_size, config.data.max_length = SIZE, 12
-    config.data.data_dir = str(data)
-    config.total_steps = config.eval_every = config.checkpoint_every = 2
-    config.batch.references, config.num_devices = 4, 2
-    config.update_from_flattened_dict(changes)
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +42,7 @@ def base(tmp_path_factory):
         builder = make_builder(
             dataset,
             str(base / "data"),
-            image_size=SIZE,
+            image_size=BENCHMARK_SIZE,
             preprocess={"fashioniq": "target_pad", "triplets": "pad"}.get(dataset, "squash"),
             raw_dir=str(base / "raw" / dataset),
             splits=tuple(datasets.DATASETS[dataset].splits),
@@ -74,7 +60,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def fashioniq_run(base):
-    config = tiny(fiq.get_config(), base / "data")
+    config = small_benchmark_config("fiq:smoke", base / "data")
     return config, base / "fiq", loop.train_and_evaluate(config, base / "fiq")
 
 
@@ -95,7 +81,7 @@ def test_fashioniq(base, fashioniq_run):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     assert any("validation/R@10/dress" in line for line in lines)
 
-    config = tiny(fiq.get_config(), base / "data", **{"eval.protocol": "val"})
+    config = small_benchmark_config("fiq:smoke", base / "data", **{"eval.protocol": "val"})
     evaluate_checkpoint(config, workdir, split="val")
     assert read(workdir / "eval" / "validation-2.json") == report  # not overwritten
     report = read(workdir / "eval-val" / "validation-2.json")
@@ -135,7 +121,7 @@ def test_hp_fashioniq(base, fashioniq_run):
         "preferred set": ["1", "2", "1"],
     }
     half["retrieved_set1"][1] = {"img_path": [sets[0][0][:-8] + "9999.jpg"] * 5, "user_score": "1"}
-    standins.write_json(base / "hpfiq.json", {"user_1": {"question_set_1": half}})
+    write_json(base / "hpfiq.json", {"user_1": {"question_set_1": half}})
     evaluate_checkpoint(
         config, workdir, split="val", output=base / "hp", hp_fashioniq=base / "hpfiq.json"
     )
@@ -149,7 +135,7 @@ def test_hp_fashioniq(base, fashioniq_run):
 
 @pytest.fixture(scope="module")
 def cirr_run(base):
-    config = tiny(cirr.get_config(), base / "data")
+    config = small_benchmark_config("cirr:smoke", base / "data")
     return config, base / "cirr", loop.train_and_evaluate(config, base / "cirr")
 
 
@@ -195,7 +181,7 @@ def read_json_list(base, dataset, name):
 
 def test_circo_by_the_model_of_cirr(base, cirr_run):
     _, workdir, _ = cirr_run
-    config = tiny(circo.get_config(), base / "data")
+    config = small_benchmark_config("circo:smoke", base / "data")
     evaluate_checkpoint(config, workdir, split="val", output=base / "circo")
     report = read(base / "circo" / "validation-2.json")
     assert report["protocol"] == "circo"
@@ -215,7 +201,7 @@ def test_circo_by_the_model_of_cirr(base, cirr_run):
 def test_predictions_are_scored_by_the_binary(base):
     queries = read(base / "raw" / "circo" / "annotations" / "val.json")
     perfect = {str(q["id"]): q["gt_img_ids"] for q in queries}
-    standins.write_json(base / "perfect.json", perfect)
+    write_json(base / "perfect.json", perfect)
     command = [
         *(sys.executable, "-m", "dqe_jax.evaluate", "--config=configs/circo.py", "--split=val"),
         *(f"--predictions={base / 'perfect.json'}", f"--raw_dir={base / 'raw' / 'circo'}"),
@@ -230,7 +216,7 @@ def test_predictions_are_scored_by_the_binary(base):
 
 
 def test_triplets(base):
-    config = tiny(triplets.get_config("tiny"), base / "data")
+    config = small_benchmark_config("triplets:tiny,smoke", base / "data")
     metrics = loop.train_and_evaluate(config, base / "triplets")
     assert metrics["queries"] == 10
     assert metrics["R@50"] == 1.0  # the gallery has 24 images: lists end there
@@ -243,7 +229,7 @@ def test_triplets(base):
 def test_rankings_do_not_depend_on_devices(base, cirr_run):
     _, workdir, _ = cirr_run
     for devices in (1, 8):
-        config = tiny(cirr.get_config(), base / "data", num_devices=devices)
+        config = small_benchmark_config("cirr:smoke", base / "data", num_devices=devices)
         evaluate_checkpoint(config, workdir, split="test1", output=base / f"on{devices}")
     for name in ("cirr_recall", "cirr_recall_subset", "ranked"):
         one, other = (read(base / f"on{devices}" / f"test-2.{name}.json") for devices in (1, 8))
@@ -255,8 +241,7 @@ def test_captions_in_both_orders(base):
     from dqe_jax.data.text import encode_texts, encode_wordings
     from dqe_jax.data.tokenizer import train_word_tokenizer
 
-    config = tiny(fiq.get_config(), base / "data")
-    data = RunConfig.of(config).data
+    data = RunConfig.of(small_benchmark_config("fiq:smoke", base / "data")).data
     assert data.captions == "random"
     builder = datasets.open_dataset(data)
     split = splits.open_split(data, builder, "train")

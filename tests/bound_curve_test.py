@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import compiled_once, small_config
 
 from configs import shapes
 from dqe_jax.config import RunConfig, flatten
 from dqe_jax.experiments import bound_curve
 from dqe_jax.experiments.bound_curve import Point
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 

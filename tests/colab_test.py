@@ -16,13 +16,14 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
-import standins
 from IPython.core.inputtransformer2 import TransformerManager
 
 from configs import fiq_clip
 from dqe_jax.data import preparation
 from dqe_jax.data.builders.benchmarks import make_builder
+from dqe_jax.testing import standins
 from dqe_jax.training.loop import train_and_evaluate
+from dqe_jax.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "launch" / "colab"
@@ -224,8 +225,8 @@ def some_of_fashioniq(raw, count):
         records = json.loads(captions.read_text())[:count]
         named = {record[role] for record in records for role in ("candidate", "target")}
         images = [image for image in json.loads(split.read_text()) if image in named]
-        standins.write_json(raw / "captions" / names[0], records)
-        standins.write_json(raw / "image_splits" / names[1], images)
+        write_json(raw / "captions" / names[0], records)
+        write_json(raw / "image_splits" / names[1], images)
         for image in images:
             standins.write_photo(raw / "images" / f"{image}.jpg", size=(20, 30))
 

@@ -15,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
+from dqe_jax.cli.config_files import load_config
 from dqe_jax.config import RunConfig, check_batch, fields
 from dqe_jax.data import datasets
 from dqe_jax.models import build, setup
@@ -89,6 +90,36 @@ def test_every_combination_of_variants_is_a_config(name, variants):
     assert backwards.to_dict() == config.to_dict()
     spaced = config_of(name, variants.replace(",", " , "))
     assert spaced.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "variants"),
+    [
+        ("shapes", "shapes", ""),
+        ("shapes:hard,smoke", "shapes", "hard,smoke"),
+        ("configs/fiq.py:smoke", "fiq", "smoke"),
+        (str(FOLDER / "cirr.py"), "cirr", ""),
+    ],
+)
+def test_a_config_is_loaded_by_what_a_user_types(typed, name, variants, tmp_path, monkeypatch):
+    expected = config_of(name, variants)
+    for directory in (ROOT, tmp_path):
+        monkeypatch.chdir(directory)
+        config = load_config(typed)
+        assert config.to_dict() == expected.to_dict()
+    with pytest.raises(AttributeError, match="total_step"):
+        config.total_step = 3
+
+
+def test_a_config_of_the_working_directory_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    text = "from configs import common\n\n\ndef get_config():\n    config = common.get_config()\n"
+    (folder / "shapes.py").write_text(f"{text}    config.seed = 77\n    return config\n")
+    assert load_config("shapes").seed == 77
+    with pytest.raises(UserError, match=r"no config 'nothing': name a file, or one of circo, cirr"):
+        load_config("nothing")
 
 
 @pytest.mark.parametrize("name", NAMES)

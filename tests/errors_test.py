@@ -8,12 +8,12 @@ import types
 from pathlib import Path
 
 import pytest
-from small_runs import run_config, small_config
 
 from configs import fashion_products, shapes
 from dqe_jax.config import RunConfig, fields, flatten
 from dqe_jax.data import splits
 from dqe_jax.data.index import make_index
+from dqe_jax.testing.small_runs import run_config, small_config
 from dqe_jax.training import loop
 from dqe_jax.training import workdir as workdirs
 from dqe_jax.utils.errors import UserError

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import compiled_once, small_config
 
 from dqe_jax.data import datasets
 from dqe_jax.data.examples import gallery_split
 from dqe_jax.evaluation.run import evaluate_checkpoint
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 

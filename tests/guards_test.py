@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import splits
 from dqe_jax.distributed import interrupts
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.training import workdir as workdirs
 from dqe_jax.utils.errors import UserError

@@ -2,118 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs import common
 from dqe_jax.config import RunConfig
 from dqe_jax.models import build as models
 from dqe_jax.models import freeze, layers, setup, summary
-from dqe_jax.models.blip2 import Blip2Sizes
-from dqe_jax.models.clip import ClipSizes
-from dqe_jax.models.encoder import VisionSizes
 from dqe_jax.models.weights.stacking import stack_layers
-
-VOCAB, LENGTH, SIZE = 20, 8, 32
-R, Q = 2, 3
-NAMES = ("color", "shape", "size")
-
-VISION = VisionSizes(
-    image_size=SIZE,
-    patch_size=16,
-    width=16,
-    depth=2,
-    heads=2,
-    mlp_dim=32,
-    activation="quick_gelu",
-    epsilon=1e-5,
-    pre_norm=True,
-    patch_bias=False,
+from dqe_jax.testing.small_models import (
+    ATTRIBUTE_WIDTH,
+    ATTRIBUTES,
+    BACKBONES,
+    EMBED_DIM,
+    END,
+    LENGTH,
+    SIZE,
+    build_small_model,
+    small_model_config,
 )
-END = VOCAB - 1
 
-# What a small model of each backbone needs beside the fields that all share: a row for every entry
-# of BACKBONES, with fields of the config, sizes, and the tokens of a gallery embedding.
-BACKBONES = {
-    "tiny": {
-        "tokens": 1,
-        "fields": {
-            "patch_size": 16,
-            "width": 16,
-            "heads": 2,
-            "image_depth": 1,
-            "text_depth": 1,
-            "composer_depth": 1,
-            "token_dim": 4,
-            "embed_dim": 8,
-        },
-    },
-    "clip": {
-        "tokens": 1,
-        "fields": {"composer_width": 16, "composer_depth": 1, "composer_heads": 2},
-        "sizes": ClipSizes(
-            vision=VISION,
-            text_width=16,
-            text_depth=2,
-            text_heads=2,
-            text_mlp_dim=32,
-            text_activation="quick_gelu",
-            text_epsilon=1e-5,
-            vocab_size=VOCAB,
-            max_length=LENGTH,
-            embed_dim=8,
-            end_id=END,
-        ),
-    },
-    "blip2": {
-        "tokens": 4,
-        "fields": {},
-        "sizes": Blip2Sizes(
-            vision=dataclasses.replace(VISION, pre_norm=False, patch_bias=True, activation="gelu"),
-            width=16,
-            depth=3,
-            heads=2,
-            mlp_dim=32,
-            num_queries=4,
-            vocab_size=VOCAB,
-            max_length=LENGTH,
-            embed_dim=8,
-        ),
-    },
-}
-DIM, WIDTH = 8, 12  # of the embeddings of all rows, and of the attribute features
+R, Q = 2, 3
 
 
 @pytest.fixture(params=sorted(models.BACKBONES), scope="module")
 def backbone(request):
-    assert request.param in BACKBONES, f"give the backbone {request.param!r} a row in this file"
+    assert request.param in BACKBONES, f"give {request.param!r} a row in dqe_jax/testing"
     return request.param
-
-
-def small_config(backbone="tiny", **changes):
-    config = common.get_config()
-    config.model.backbone = backbone
-    config.model.attributes.update(names=NAMES, width=WIDTH)
-    config.data.image_size, config.data.max_length = SIZE, LENGTH
-    for name, value in BACKBONES[backbone]["fields"].items():
-        config.model[backbone][name] = value
-    config.update_from_flattened_dict(changes)
-    return RunConfig.of(config)
-
-
-def build(config):
-    return models.build_model(
-        config.model,
-        vocab_size=VOCAB,
-        max_length=LENGTH,
-        image_size=config.data.image_size,
-        sizes=BACKBONES[config.model.backbone].get("sizes"),
-    )
 
 
 def trained(params, seed=1):
@@ -156,14 +73,14 @@ def entry_points(model):
 @pytest.fixture(scope="module")
 def initial(backbone):
     """Parameters before training."""
-    config = small_config(backbone)
-    return setup.init_params(build(config), config.model, config.data)
+    config = small_model_config(backbone)
+    return setup.init_params(build_small_model(config), config.model, config.data)
 
 
 @pytest.fixture(scope="module")
 def model(backbone, initial):
     """The model, parameters as after training, and both entry points."""
-    module = build(small_config(backbone))
+    module = build_small_model(small_model_config(backbone))
     return module, trained(initial), *entry_points(module)
 
 
@@ -172,19 +89,19 @@ def flat_inputs():
     return np.repeat(reference, Q, axis=0), text.reshape(R * Q, LENGTH), target
 
 
-def test_every_row_of_this_file_is_a_backbone():
+def test_every_small_model_is_of_a_backbone():
     assert set(BACKBONES) == set(models.BACKBONES)
 
 
 def test_shapes_types_and_unit_norms(model, backbone):
     _, params, query, gallery = model
     reference, text, _ = flat_inputs()
-    dim = DIM
+    dim = EMBED_DIM
     out, images = query(params, reference, text), gallery(params, reference)
     assert out.embedding.shape == (R * Q, dim)
-    assert out.attribute_weights.shape == (R * Q, len(NAMES))
-    assert out.attribute_features.shape == (R * Q, len(NAMES), WIDTH)
-    assert images.shape == (R * Q, BACKBONES[backbone]["tokens"], dim)
+    assert out.attribute_weights.shape == (R * Q, len(ATTRIBUTES))
+    assert out.attribute_features.shape == (R * Q, len(ATTRIBUTES), ATTRIBUTE_WIDTH)
+    assert images.shape == (R * Q, BACKBONES[backbone].tokens, dim)
     assert out.embedding.dtype == out.attribute_weights.dtype == images.dtype == jnp.float32
     for embedding in (out.embedding, images):
         np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, atol=1e-5)
@@ -265,8 +182,8 @@ def test_padding_of_the_batch_does_not_matter(model):
 
 def test_bfloat16_is_close_to_float32_over_the_same_parameters(model, backbone):
     _, params, query, gallery = model
-    config = small_config(backbone, **{"model.dtype": "bfloat16"})
-    half_model = build(config)
+    config = small_model_config(backbone, **{"model.dtype": "bfloat16"})
+    half_model = build_small_model(config)
     half_query, half_gallery = entry_points(half_model)
     reference, text, _ = flat_inputs()
     shapes = jax.eval_shape(lambda: setup.init_params(half_model, config.model, config.data))
@@ -284,8 +201,8 @@ def test_bfloat16_is_close_to_float32_over_the_same_parameters(model, backbone):
 
 
 def test_temperature(backbone):
-    config = small_config(backbone, **{"model.initial_tau": 0.05})
-    module = build(config)
+    config = small_model_config(backbone, **{"model.initial_tau": 0.05})
+    module = build_small_model(config)
     image, text = np.zeros((1, SIZE, SIZE, 3), np.uint8), np.ones((1, 1, LENGTH), np.int32)
 
     @jax.jit
@@ -316,7 +233,9 @@ def test_the_temperature_of_a_pass_is_the_model_s(model):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_attribute_weights(model, backbone, activation):
-    module = build(small_config(backbone, **{"model.attributes.activation": activation}))
+    module = build_small_model(
+        small_model_config(backbone, **{"model.attributes.activation": activation})
+    )
     reference, text, _ = flat_inputs()
     weights = entry_points(module)[0](model[1], reference, text).attribute_weights
     assert ((weights > 0) & (weights < 1)).all()
@@ -328,8 +247,8 @@ def test_attribute_weights(model, backbone, activation):
 
 def test_without_attributes_the_model_is_the_plain_composer(model, backbone, initial):
     query = model[2]
-    config = small_config(backbone, **{"model.attributes.enabled": False})
-    module = build(config)
+    config = small_model_config(backbone, **{"model.attributes.enabled": False})
+    module = build_small_model(config)
     shapes = jax.eval_shape(lambda: setup.init_params(module, config.model, config.data))
     assert set(initial) - set(shapes) == {"attributes"}
     bare = {name: value for name, value in initial.items() if name in shapes}
@@ -360,8 +279,8 @@ def test_what_an_untrained_query_is(model, backbone, initial):
 def test_dropout_only_in_training(model, backbone):
     if backbone == "clip":
         pytest.skip("CLIP has no dropout")
-    config = small_config(backbone, **{f"model.{backbone}.dropout": 0.5})
-    module, params = build(config), model[1]
+    config = small_model_config(backbone, **{f"model.{backbone}.dropout": 0.5})
+    module, params = build_small_model(config), model[1]
 
     @jax.jit
     def train(key):
@@ -439,7 +358,7 @@ def test_remat_and_scan_change_nothing(model, backbone, remat, scan):
         pytest.skip("for pretrained backbones")
     _, params, query, gallery = model
     changes = {"model.remat": remat, "model.scan_layers": scan}
-    module = build(small_config(backbone, **changes))
+    module = build_small_model(small_model_config(backbone, **changes))
     same = stack_layers(params) if scan else params
     reference, text, target = inputs()
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), reference, text, target, False))

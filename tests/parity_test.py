@@ -25,7 +25,7 @@ NAMES = ("clip", "blip2")
 @functools.cache
 def torch_models():
     pytest.importorskip("torch", reason="PyTorch is not installed; the golden files are compared")
-    import torch_models
+    from dqe_jax.testing import torch_models
 
     return torch_models
 
@@ -155,9 +155,9 @@ def test_live(saved):
     [("clip", {"activation": "gelu"}), ("clip", {"end_id": 2}), ("blip2", {"qkv_bias": False})],
 )
 def test_live_variants(name, options, tmp_path):
+    models = torch_models()
     import torch
 
-    models = torch_models()
     make, outputs = models.MODELS[name]
     model = make(**options)
     model.save_pretrained(tmp_path)
@@ -178,9 +178,9 @@ def test_live_variants(name, options, tmp_path):
 
 def test_blip2_with_a_clip_tower(tmp_path):
     """ViT-L/14's kind: a CLIP tower without its last layer, a norm behind it, then the Q-Former."""
+    models = torch_models()
     import torch
 
-    models = torch_models()
     clip, blip2 = models.small_clip(), models.small_blip2()
     image, _ = models.inputs()
     norm = models.randomize(torch.nn.LayerNorm(16), seed=3)
@@ -327,9 +327,9 @@ def test_bfloat16_is_close(name):
 
 
 def test_positions_are_interpolated_as_in_transformers(tmp_path):
+    models = torch_models()
     import torch
 
-    models = torch_models()
     model = models.small_clip()
     model.save_pretrained(tmp_path)
     image, ids = models.inputs(size=48)

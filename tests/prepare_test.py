@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import standins
 from PIL import Image
 
 from configs import circo, cirr, common, fiq, fiq_clip, triplets
@@ -17,8 +16,10 @@ from dqe_jax.data import datasets, preparation, preprocess, splits
 from dqe_jax.data.builders import benchmarks
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.photos import load_photo, load_photos
+from dqe_jax.testing import standins
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "annotations"
@@ -151,8 +152,8 @@ def test_cirr_train_of_the_published_format(tmp_path):
         }
         for i in range(5)
     ]
-    standins.write_json(tmp_path / "raw/cirr/captions/cap.rc2.train.json", records)
-    standins.write_json(tmp_path / "raw/cirr/image_splits/split.rc2.train.json", paths)
+    write_json(tmp_path / "raw/cirr/captions/cap.rc2.train.json", records)
+    write_json(tmp_path / "raw/cirr/image_splits/split.rc2.train.json", paths)
     for path in paths.values():
         standins.write_photo(tmp_path / "raw/img_raw" / path)
     run("--dataset=cirr", "--splits=train", raw=tmp_path / "raw", data=tmp_path / "data")

@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
-from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig, flatten
@@ -20,6 +19,7 @@ from dqe_jax.models import freeze, setup
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 

@@ -9,11 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from PIL import Image
-from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
 from dqe_jax.data import datasets
 from dqe_jax.data.builders import shapes as shapes_builder
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 
 STEPS = 40

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from small_runs import compiled_once, small_config
 
 from dqe_jax.checkpoints import store
 from dqe_jax.evaluation.watch import watch
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_runs import compiled_once, run_config
 
 from dqe_jax.checkpoints import store
-from dqe_jax.cli import benchmark_step
 from dqe_jax.distributed import mesh
 from dqe_jax.models import setup
 from dqe_jax.models.build import build_model
+from dqe_jax.performance import step_benchmark
+from dqe_jax.testing.small_runs import compiled_once, run_config
 from dqe_jax.training import loop, optimizer, zero
 from dqe_jax.training import state as states
 from dqe_jax.training.step import make_step
@@ -137,16 +137,16 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
     config = config_of(base, **SHARDED)
     model = build_model(
         config.model,
-        vocab_size=benchmark_step.VOCABULARY,
+        vocab_size=step_benchmark.VOCABULARY,
         max_length=config.data.max_length,
         image_size=config.data.image_size,
     )
-    params = setup.init_params(model, config)
+    params = setup.init_params(model, config.model, config.data)
     made = states.make_optimizer(config, params, 4)
     step = make_step(config, model, made, devices()[:4])
     state = states.init_state(config, made, params, devices()[:4])
     assert made.bytes_of_device() < 0.5 * sum(2 * x.nbytes for x in jax.tree.leaves(params))
-    batch = mesh.shard(benchmark_step.random_batch(config), 4)
+    batch = mesh.shard(step_benchmark.random_batch(config), 4)
     compilations = []
     for _ in range(3):
         caplog.clear()

@@ -7,11 +7,15 @@ says `from configs import common`: `provide` makes that work from a wheel too.
 
 from __future__ import annotations
 
+import runpy
 import sys
 import types
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 import dqe_jax
+from dqe_jax.utils.errors import UserError
 
 FOLDER = "configs"
 
@@ -50,6 +54,25 @@ def find(value: str) -> str:
         if file.is_file():
             return f"{file}{colon}{variants}"
     return value
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config that `--config=NAME` gives. It is locked: a field that it lacks cannot be set.
+
+    Args:
+      name: a path or a name, perhaps with variants after a colon: "shapes:smoke".
+
+    Raises:
+      UserError: there is no such config.
+    """
+    provide()
+    path, colon, variants = find(name).partition(":")
+    if not Path(path).is_file():
+        raise UserError(
+            f"there is no config {path!r}: name a file, or one of {', '.join(known())}."
+        )
+    config = runpy.run_path(path)["get_config"](*([variants] if colon else []))
+    return config.lock()
 
 
 def provide() -> None:

@@ -1,14 +1,25 @@
-"""Stand-in photos for real and made annotation files: the benchmarks' own are not public domain."""
+"""Stand-in photos for real and made annotation files: the benchmarks' own are not public domain.
+
+`fashioniq`, `cirr` and `circo` take the published annotation files and give a raw directory with
+a photo of each image; `small_fashioniq` and the like make the annotation files too, a few queries
+each. `python -m dqe_jax.prepare --raw_dir=DIR` takes such a directory.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
+from dqe_jax.utils.files import write_json
 
-def write_photo(path, key=None, size=(5, 7)):
-    """A small picture that depends on its key alone; by default on its name."""
+
+def write_photo(path: Path, key: str | None = None, size: tuple[int, int] = (5, 7)) -> None:
+    """Writes a picture of random colours that depend on its key alone; by default on its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256((key or path.stem).encode()).digest()
     width, height = size
@@ -17,7 +28,12 @@ def write_photo(path, key=None, size=(5, 7)):
     image.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
 
 
-def fashioniq(source, raw, layout="images/{id}.png", splits=("train", "val", "test")):
+def fashioniq(
+    source: Path,
+    raw: Path,
+    layout: str = "images/{id}.png",
+    splits: Sequence[str] = ("train", "val", "test"),
+) -> None:
     """The annotation files of `source`, with a photo of each image of the lists of `splits`."""
     for folder in ("captions", "image_splits"):
         shutil.copytree(source / folder, raw / folder)
@@ -29,7 +45,7 @@ def fashioniq(source, raw, layout="images/{id}.png", splits=("train", "val", "te
                 write_photo(path)
 
 
-def cirr(source, raw, splits=("val", "test1")):
+def cirr(source: Path, raw: Path, splits: Sequence[str] = ("val", "test1")) -> None:
     """CIRR's files, with the photos of these splits at their published paths."""
     shutil.copytree(source, raw, dirs_exist_ok=True)
     for split in splits:
@@ -38,8 +54,12 @@ def cirr(source, raw, splits=("val", "test1")):
             write_photo(raw / "img_raw" / path)
 
 
-def circo(source, raw, distractors=100):
-    """CIRCO's files, a list of the images they name and of some others, and their photos."""
+def circo(source: Path, raw: Path, distractors: int = 100) -> int:
+    """CIRCO's files, a list of the images they name and of some others, and their photos.
+
+    Returns:
+      How many images there are.
+    """
     (raw / "annotations").mkdir(parents=True)
     named = set(range(1, distractors + 1))
     for split in ("val", "test"):
@@ -54,7 +74,12 @@ def circo(source, raw, distractors=100):
     return len(images)
 
 
-def small_fashioniq(raw, count=12, images=40, categories=("dress", "shirt", "toptee")):
+def small_fashioniq(
+    raw: Path,
+    count: int = 12,
+    images: int = 40,
+    categories: Sequence[str] = ("dress", "shirt", "toptee"),
+) -> None:
     """A made FashionIQ: `count` queries and `images` images a category and split."""
     for category in categories:
         for split in ("train", "val", "test"):
@@ -70,12 +95,7 @@ def small_fashioniq(raw, count=12, images=40, categories=("dress", "shirt", "top
                 write_photo(raw / "images" / f"{image}.jpg", size=(20, 30))
 
 
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def small_cirr(raw, count=8, images=60):
+def small_cirr(raw: Path, count: int = 8, images: int = 60) -> None:
     """A made CIRR of `count` queries and `images` images a split; test1 without labels."""
     for split, folder in (("train", "train/7"), ("val", "dev"), ("test1", "test1")):
         names = [f"{split}-{i}-{i % 4}-img{i % 2}" for i in range(images)]
@@ -94,7 +114,7 @@ def small_cirr(raw, count=8, images=60):
             write_photo(raw / "img_raw" / path, size=(20, 14))
 
 
-def small_circo(raw, images=70):
+def small_circo(raw: Path, images: int = 70) -> None:
     """A made CIRCO of 5 labelled queries and 4 others."""
     ids = [1000 + 7 * i for i in range(images)]
     aspects = ("addition", "negation")
@@ -115,7 +135,7 @@ def small_circo(raw, images=70):
         write_photo(raw / "unlabeled2017" / image["file_name"], size=(18, 18))
 
 
-def small_triplets(raw, images=24, count=30):
+def small_triplets(raw: Path, images: int = 24, count: int = 30) -> None:
     """A catalogue in two folders with a triplets.csv: several targets, attributes, splits."""
     names = [f"{'ab'[i % 2]}/{i:03d}.jpg" for i in range(images)]
     lines = ["reference,text,text_2,target,split,attributes,kind"]

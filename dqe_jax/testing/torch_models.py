@@ -1,26 +1,32 @@
 """Small models of `transformers` with random weights, and what PyTorch computes with them.
 
-Needs PyTorch. `python -m tests.torch_models` writes the golden files, with which the same
-comparison runs where PyTorch is not installed.
+Needs PyTorch. `write_golden(pathlib.Path("tests/golden"))` writes the golden files, with which the
+same comparison runs where PyTorch is not installed.
 """
 
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
 from safetensors.numpy import save_file
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 SIZE, END = 32, 49
 
 
-def small_clip(activation="quick_gelu", end_id=END, **vision):
-    """A `CLIPModel` of a few thousand parameters."""
+def small_clip(
+    activation: str = "quick_gelu", end_id: int = END, **vision: Any
+) -> transformers.CLIPModel:
+    """A `CLIPModel` of a few thousand parameters; `vision` changes its image tower."""
+    import transformers
+
     text = dict(
         hidden_size=24,
         intermediate_size=40,
@@ -49,8 +55,10 @@ def small_clip(activation="quick_gelu", end_id=END, **vision):
     return randomize(transformers.CLIPModel(config))
 
 
-def small_blip2(qkv_bias=True):
+def small_blip2(qkv_bias: bool = True) -> transformers.Blip2ForImageTextRetrieval:
     """A `Blip2ForImageTextRetrieval` of a few thousand parameters."""
+    import transformers
+
     vision = dict(
         hidden_size=16,
         intermediate_size=32,
@@ -79,8 +87,10 @@ def small_blip2(qkv_bias=True):
     return randomize(transformers.Blip2ForImageTextRetrieval(config))
 
 
-def randomize(model, seed=0, scale=0.2):
+def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> Any:
     """Every parameter gets values: some start at zero, which would hide mistakes."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -89,7 +99,15 @@ def randomize(model, seed=0, scale=0.2):
     return model.eval()
 
 
-def inputs(texts=4, images=3, size=SIZE, vocab=50, end=END, length=10, seed=0):
+def inputs(
+    texts: int = 4,
+    images: int = 3,
+    size: int = SIZE,
+    vocab: int = 50,
+    end: int = END,
+    length: int = 10,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 and token ids of texts of different lengths, padded with 0."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (images, size, size, 3), np.uint8)
@@ -100,14 +118,20 @@ def inputs(texts=4, images=3, size=SIZE, vocab=50, end=END, length=10, seed=0):
     return image, ids
 
 
-def pixels(image):
+def pixels(image: np.ndarray) -> torch.Tensor:
     """What the vision towers of `transformers` get of images uint8."""
-    x = (image.astype(np.float32) / 255 - MEAN) / STD
+    import torch
+
+    x = (image.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
-def clip_outputs(model, image, ids, **kwargs):
-    """What `CLIPModel` gives, by the names that the tests use; tensors."""
+def clip_outputs(
+    model: transformers.CLIPModel, image: np.ndarray, ids: np.ndarray, **kwargs: Any
+) -> dict[str, torch.Tensor]:
+    """What `CLIPModel` gives, by the names that the tests use; `kwargs` go to its image tower."""
+    import torch
+
     ids = torch.from_numpy(ids)
     # The mask is that of a tokenizer: up to and with the end of the text.
     ends = (ids == model.config.text_config.eos_token_id).int().argmax(1)
@@ -127,11 +151,15 @@ def clip_outputs(model, image, ids, **kwargs):
     }
 
 
-def blip2_outputs(model, image, ids):
-    """What the three paths of `Blip2ForImageTextRetrieval` give; tensors.
+def blip2_outputs(
+    model: transformers.Blip2ForImageTextRetrieval, image: np.ndarray, ids: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """What the three paths of `Blip2ForImageTextRetrieval` give.
 
     The multimodal path takes the first texts, one for each image.
     """
+    import torch
+
     ids = torch.from_numpy(ids)
     mask = (ids > 0).long()
     tokens = model.vision_model(pixels(image)).last_hidden_state
@@ -165,19 +193,18 @@ def blip2_outputs(model, image, ids):
 MODELS = {"clip": (small_clip, clip_outputs), "blip2": (small_blip2, blip2_outputs)}
 
 
-def main():
+def write_golden(directory: pathlib.Path) -> None:
+    """Writes each small model, its inputs and its outputs: the files of `tests/golden/`."""
+    import torch
+
     for name, (make, outputs_of) in MODELS.items():
         model = make()
-        model.save_pretrained(GOLDEN / name)
+        model.save_pretrained(directory / name)
         image, ids = inputs()
         with torch.no_grad():
             outputs = outputs_of(model, image, ids)
         arrays = {key: np.ascontiguousarray(x.numpy()) for key, x in outputs.items()}
         save_file(
             arrays | {"input_image": image, "input_ids": ids},
-            GOLDEN / f"{name}_outputs.safetensors",
+            directory / f"{name}_outputs.safetensors",
         )
-
-
-if __name__ == "__main__":
-    main()
