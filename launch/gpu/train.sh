@@ -5,6 +5,7 @@
 #
 # Variables:
 #   VENV           virtual environment                              default: .venv of this checkout
+#   EXTRA          what is installed: gpu (CUDA 12) or gpu13         default: gpu
 #   MAX_RESTARTS   how often training goes on after SIGTERM ended
 #                  it (exit code 143); other errors always end it   default: 0
 # With MAX_RESTARTS, Ctrl-C or `kill -TERM -- -PID` end it: they reach training and this script.
@@ -15,7 +16,7 @@ need_config
 
 VENV=${VENV:-${root}/.venv}
 MAX_RESTARTS=${MAX_RESTARTS:-0}
-need_venv "${VENV}" gpu
+need_venv "${VENV}" "${EXTRA:-gpu}"
 
 train=("${VENV}/bin/python" -m dqe_jax.main "${args[@]}")
 if [ "${MAX_RESTARTS}" -eq 0 ]; then
