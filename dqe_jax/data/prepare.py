@@ -71,9 +71,20 @@ def prepare_benchmark(
     builder = _open_builder(make, overwrite=overwrite, needed=wanted if splits else ())
     download = {} if beam_runner is None else _beam_fields(beam_runner, beam_options)
     preparation.prepare(builder, **download)
+    found = _report(builder, max_missing)
+    logging.info("Use it with --data_dir=%s.", data_dir)
+    return found
+
+
+def _report(builder: Benchmark, max_missing: float | None) -> dict[str, Any]:
+    """Writes and logs what is at hand.
+
+    Raises:
+      UserError: too much is missing.
+    """
     found = preparation.report(builder)
     complaints = preparation.write_report(builder, found, max_missing)
-    logging.info("%s in %s:\n%s", dataset, builder.data_dir, preparation.table(found))
+    logging.info("%s in %s:\n%s", builder.name, builder.data_dir, preparation.table(found))
     for line in preparation.examples_of(found):
         logging.info("  %s", line)
     logging.info("Report: %s", builder.data_path / preparation.REPORT)
@@ -82,7 +93,6 @@ def prepare_benchmark(
             f"{'; '.join(complaints)}: add the files and run again with --overwrite, or accept it "
             "with --max_missing (what is prepared stays)."
         )
-    logging.info("Use it with --data_dir=%s.", data_dir)
     return found
 
 

@@ -25,7 +25,10 @@ def write_photo(path: Path, key: str | None = None, size: tuple[int, int] = (5, 
     width, height = size
     pixels = (digest * (width * height * 3 // len(digest) + 1))[: width * height * 3]
     image = Image.frombytes("RGB", size, pixels)
-    image.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+    if path.suffix == ".jpg":
+        image.save(path, quality=95)
+    else:
+        image.save(path)
 
 
 def fashioniq(
@@ -66,12 +69,20 @@ def circo(source: Path, raw: Path, distractors: int = 100) -> int:
         shutil.copy(source / f"{split}.json", raw / "annotations")
         for query in json.loads((source / f"{split}.json").read_text()):
             named |= {query["reference_img_id"], *query.get("gt_img_ids", ())}
-    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in sorted(named)]
-    file = raw / "annotations" / "image_info_unlabeled2017.json"
-    file.write_text(json.dumps({"images": images}))
-    for image in images:
-        write_photo(raw / "COCO2017_unlabeled" / "unlabeled2017" / image["file_name"])
-    return len(images)
+    _list_coco(raw, sorted(named))
+    for image in named:
+        write_photo(raw / "COCO2017_unlabeled" / "unlabeled2017" / _coco_file(image))
+    return len(named)
+
+
+def _coco_file(image: int) -> str:
+    return f"{image:012d}.jpg"
+
+
+def _list_coco(raw: Path, images: Sequence[int]) -> None:
+    """COCO's list of these images."""
+    listed = [{"id": image, "file_name": _coco_file(image)} for image in images]
+    write_json(raw / "annotations" / "image_info_unlabeled2017.json", {"images": listed})
 
 
 def small_fashioniq(
@@ -129,10 +140,9 @@ def small_circo(raw: Path, images: int = 70) -> None:
                 record["semantic_aspects"] = list(aspects[: 1 + i % 2])
             records.append(record)
         write_json(raw / "annotations" / f"{split}.json", records)
-    listed = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids]
-    write_json(raw / "annotations" / "image_info_unlabeled2017.json", {"images": listed})
-    for image in listed:
-        write_photo(raw / "unlabeled2017" / image["file_name"], size=(18, 18))
+    _list_coco(raw, ids)
+    for image in ids:
+        write_photo(raw / "unlabeled2017" / _coco_file(image), size=(18, 18))
 
 
 def small_triplets(raw: Path, images: int = 24, count: int = 30) -> None:

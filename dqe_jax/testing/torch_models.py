@@ -122,7 +122,8 @@ def pixels(image: np.ndarray) -> torch.Tensor:
     """What the vision towers of `transformers` get of images uint8."""
     import torch
 
-    x = (image.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    mean, std = (np.asarray(x, np.float32) for x in (MEAN, STD))
+    x = (image.astype(np.float32) / 255 - mean) / std
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 

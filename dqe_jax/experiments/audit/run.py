@@ -10,12 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from etils import epath
 
-from dqe_jax.checkpoints.trained import open_trained
+from dqe_jax.checkpoints.trained import Trained, open_trained
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
+from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_texts
 from dqe_jax.evaluation.run import output_of
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
@@ -69,30 +71,46 @@ def audit_checkpoint(
     rows = candidates.sample_queries(opened, queries, config.seed)
     place = whole_path(output) if output else output_of(trained, opened)
     make_directory(place)
-    # Filling the bank mines nothing yet.
-    banked = config.with_changes({"negatives.pool": "bank", "negatives.mining": "step"})
-    text = encode_texts(trained.tokenizer, opened)
-    params = trained.place_params()
-    found = draws.audit(
-        make_bank_keeper(banked, trained.model, opened, text, trained.devices),
-        params,
-        trained.step,
-        split=opened,
-        rows=rows,
-        negatives=config.negatives,
-        rules=rules,
-        lowers=lowers,
-        seed=config.seed,
-        devices=trained.devices,
-    )
-    sample = {"split": opened.name, "step": trained.step, "queries": len(rows)}
-    facts = {"dataset": config.data.dataset, **sample, "seed": config.seed}
-    facts |= {"negatives": config.to_dict()["negatives"], **found}
+    facts = {
+        "dataset": config.data.dataset,
+        "split": opened.name,
+        "step": trained.step,
+        "queries": len(rows),
+        "seed": config.seed,
+        "negatives": config.to_dict()["negatives"],
+        **_measure(trained, opened, rows, rules, lowers),
+    }
     path = place / f"audit-{opened.name}-{trained.step}.json"
     write_json(path, facts)
     path.with_suffix(".png").write_bytes(figure.draw(facts))
     _log(facts, len(opened.queries), path)
     return facts
+
+
+def _measure(
+    trained: Trained,
+    split: Split,
+    rows: np.ndarray,
+    rules: Sequence[str],
+    lowers: Sequence[float],
+) -> dict[str, Any]:
+    """What `draws.audit` finds for the queries at these positions, int `[B]`."""
+    # Filling the bank mines nothing yet.
+    banked = {"negatives.pool": "bank", "negatives.mining": "step"}
+    config = trained.config.with_changes(banked)
+    text = encode_texts(trained.tokenizer, split)
+    return draws.audit(
+        make_bank_keeper(config, trained.model, split, text, trained.devices),
+        trained.place_params(),
+        trained.step,
+        split=split,
+        rows=rows,
+        negatives=trained.config.negatives,
+        rules=rules,
+        lowers=lowers,
+        seed=config.seed,
+        devices=trained.devices,
+    )
 
 
 def _checked_lowers(negatives: NegativesConfig, lowers: Sequence[float] | None) -> list[float]:

@@ -1,1 +1,1 @@
-"""What `plan.py` is made of: chips, programs of a config, and facts of compiled programs."""
+"""Will it fit: chips, the programs of a config, and facts of compiled programs."""
