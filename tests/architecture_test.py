@@ -24,7 +24,7 @@ WITHOUT_JAX = (
 )
 ONLY_JAX = ("method",)  # of all third-party packages, and what describes its arrays
 DESCRIBES_ARRAYS = ("flax.struct", "jaxtyping")
-CONFIG_IMPORTS = ("__future__", "ml_collections", "configs")
+CONFIG_IMPORTS = ("__future__", "ml_collections", "configs", "dqe_jax.config")
 # Calls that only build a value: free to run when a module is imported. So are classes (CapWords)
 # and methods of a string literal.
 CONSTANT_CALLS = (

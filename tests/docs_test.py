@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from dqe_jax.cli.commands import COMMANDS
+from dqe_jax.cli.config_files import known as config_names
 from dqe_jax.config import fields as config_fields
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,10 +43,12 @@ DOCUMENTS = documents()
 @functools.cache
 def flags_of(module: str) -> frozenset[str]:
     """The flags of the command that a door of dqe_jax opens, from its source."""
-    door = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-    command = re.search(r'run\("([\w ]+)"', door)
-    file = f"cli/{COMMANDS[command[1]][0]}.py" if command else f"{module.split('.')[-1]}.py"
-    tree = ast.parse((ROOT / "dqe_jax" / file).read_text(encoding="utf-8"))
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    command = re.search(r'^    run\("([\w ]+)"', source, flags=re.M)
+    if command:
+        file = f"dqe_jax/cli/{COMMANDS[command[1]][0]}.py"
+        source = (ROOT / file).read_text(encoding="utf-8")
+    tree = ast.parse(source)
     return frozenset(
         node.args[0].value
         for node in ast.walk(tree)
@@ -67,8 +70,14 @@ def is_open(value: str) -> bool:
 
 
 def words_of(text: str) -> Iterator[tuple[str, list[str]]]:
-    """The module and the arguments of each `-m dqe_jax.X ...`."""
+    """The module and the arguments of each `-m dqe_jax.X ...` and `dqe-jax X ...`."""
     joined = re.sub(r"\\\s*\n\s*", " ", text)
+    longest = sorted(COMMANDS, key=len, reverse=True)
+    joined = re.sub(
+        rf"(?<![\w/.-])dqe-jax ({'|'.join(longest)})(?= --)",
+        lambda match: f"-m dqe_jax.cli.{COMMANDS[match[1]][0]}",
+        joined,
+    )
     for match in re.finditer(r"-m\s+(dqe_jax[\w.]*)([^\n`]*)", joined):
         arguments = re.split(r"\s(?:#|\|\|?|&&?|;|>)(?:\s|$)", match[2] + " ")[0]
         arguments = re.sub(r"[\[\]()]", " ", arguments)  # optional ones
@@ -90,7 +99,7 @@ def commands(text: str) -> Iterator[str]:
             name = argument.removeprefix("--").split("=")[0].rstrip(".,:")
             if name.startswith("config."):
                 continue  # `fields` checks it
-            known = flags_of(module)
+            known = flags_of(module) | {"help", "helpfull", "version"}  # which all have
             if name not in known and not (name.startswith("no") and name[2:] in known):
                 yield f"{module} has no flag --{name}"
 
@@ -102,6 +111,8 @@ def config_files(text: str) -> Iterator[str]:
         path, _, variants = value.rstrip(".,;:").partition(":")
         if is_open(path):
             continue
+        if path in config_names():
+            path = f"configs/{path}.py"
         if not (ROOT / path).is_file() or not path.startswith("configs/"):
             yield f"there is no config {path}"
             continue
@@ -199,6 +210,8 @@ ACCEPTED = [
     (commands, f"python -m dqe_jax.main {SHAPES} && other --flag"),
     (config_files, "--config=configs/shapes.py:hard,smoke and --config=$CONFIG or --config=FILE"),
     (config_files, "`configs/shapes.py:hard`, --config=configs/shapes.py[:hard]"),
+    (config_files, "--config=shapes:smoke"),
+    (commands, "dqe-jax train --config=shapes --workdir=DIR\ndqe-jax benchmark step --rounds=3"),
     (fields, "--config.negatives.lower=0.1 --config.seed=3, or `config.optimizer`, `config.json`"),
     (fields, "`config.data.lexicon` names it"),
     (links, "# A b-c: d!\n[x](#a-b-c-d) [y](pyproject.toml) [z](https://a.b/c#d)"),
@@ -210,6 +223,8 @@ REFUSED = [
     (commands, f"python -m dqe_jax.main {SHAPES} \\\n  --split=test"),
     (commands, f"python3 -m dqe_jax.evaluate [--stop_at=3] {SHAPES}"),
     (config_files, "--config=configs/none.py"),
+    (config_files, "--config=shapes:easy"),
+    (commands, "dqe-jax benchmark step --queries=3"),
     (config_files, "--config=configs/shapes.py:easy"),
     (config_files, "see `configs/shapes.py:smoke,tiny`"),
     (config_files, "--config shapes.py"),

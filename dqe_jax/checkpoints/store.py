@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from types import NoneType
 from typing import Any, TypeVar, cast
 
 import jax
@@ -36,9 +37,9 @@ ITEMS = ("params", "opt_state", "bank_params", "meta")
 _META: dict[str, tuple[type, ...]] = {
     "config": (dict,),
     "tokenizer": (str,),
-    "sizes": (dict, type(None)),
+    "sizes": (dict, NoneType),
     "data_state": (object,),
-    "bank_step": (int, type(None)),
+    "bank_step": (int, NoneType),
     "train_seconds": (int, float),
 }
 T = TypeVar("T")
