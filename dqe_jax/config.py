@@ -27,6 +27,7 @@ from dqe_jax.utils.fields import (
     fields_of,
     flag,
     integer,
+    number,
     one_of,
     positive,
     rate,
@@ -51,7 +52,9 @@ class OptimizerConfig:
     b1: float = field(0.9, "First beta of AdamW.", rate())
     b2: float = field(0.98, "Second beta of AdamW.", rate())
     weight_decay: float = field(0.05, "Decay of matrices.", weight(1_000))
-    clip_norm: float = field(1.0, "Norm to which gradients are clipped.", positive(1_000_000_000))
+    clip_norm: float = field(
+        1.0, "Norm to which gradients are clipped.", number(1e-6, 1_000_000_000)
+    )
     warmup_steps: int = field(
         100, "Steps of linear warm-up, at most half of the run.", integer(0, MOST_STEPS)
     )

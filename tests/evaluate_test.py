@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+<<<<<<< ours
+=======
+from absl import flags
+from absl.testing import flagsaver
+from small_runs import compiled_once, import_binary, run_config, small_config
+>>>>>>> theirs
 
 from dqe_jax.data import datasets
 from dqe_jax.data.examples import gallery_split
@@ -56,7 +62,7 @@ def evaluate(base, *arguments):
 
 
 def gallery_size(base, split):
-    builder = datasets.open_dataset(small_config(base / "prepared").data)
+    builder = datasets.open_dataset(run_config(base / "prepared").data)
     return builder.info.splits[gallery_split(split)].num_examples
 
 

@@ -231,7 +231,11 @@ def test_choices_are_those_of_the_tables():
             ("model.initial_tau", 1e5),
             ("model.tiny.pixel_std", 1e-40),
         ),
-        *(("negatives.sample_temperature", 1e-40), ("negatives.sample_temperature", -0.1)),
+        *(
+            ("negatives.sample_temperature", 1e-40),
+            ("negatives.sample_temperature", -0.1),
+            ("optimizer.clip_norm", 1e-40),
+        ),
     ],
 )
 def test_what_a_field_may_not_be(name, value):
