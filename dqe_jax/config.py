@@ -205,14 +205,16 @@ def fields() -> Mapping[str, Field]:
     return {one.name: one for one in fields_of(RunConfig)}
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of a config as `{"data.image_size": 64, ...}`; tuples become lists, as in JSON."""
-    flat = {}
-    for key, value in config.items():
+    flat: dict[str, Any] = {}
+    waiting = [(str(key), value) for key, value in reversed(list(config.items()))]
+    while waiting:  # without recursion: a damaged file may be nested without end
+        name, value = waiting.pop()
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            waiting += [(f"{name}.{key}", inside) for key, inside in reversed(list(value.items()))]
         else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, (tuple, list)) else value
+            flat[name] = list(value) if isinstance(value, (tuple, list)) else value
     return flat
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from configs import shapes
@@ -388,7 +389,7 @@ def test_another_config_in_the_same_workdir(finished, base, changes, equal, sent
 
 def test_a_half_written_report_is_not_taken_for_a_result(finished, base):
     workdir, _, _, runs = finished
-    config = variant_config(config_of(base), "attributes", 0, 4)
+    config = variant_config(RunConfig.of(config_of(base)), "attributes", 0, 4)
     directory = workdir / "attributes-steps-0"
     assert record.held_metrics(config, directory) == runs[1].metrics
     report = directory / "eval" / "test-4.json"
@@ -396,10 +397,43 @@ def test_a_half_written_report_is_not_taken_for_a_result(finished, base):
     try:
         report.write_text(whole[: len(whole) // 2])
         assert record.held_metrics(config, directory) is None
+        for damaged in DAMAGED_REPORTS:
+            report.write_bytes(damaged)
+            assert record.held_metrics(config, directory) is None
     finally:
         report.write_text(whole)
-    config.eval.split = "validation"
-    assert record.held_metrics(config, directory) is None
+    other = config.with_changes({"eval.split": "validation"})
+    assert record.held_metrics(other, directory) is None
+
+
+DAMAGED_REPORTS = (
+    *(b"", b"\xff\xfe", b"[]", b"{}", b"3", b"[" * 100_000, b'{"protocol": "plain"}'),
+    *(b'{"protocol": "plain", "metrics": [1]}', b'{"protocol": "plain", "metrics": {"R@1": "x"}}'),
+    b'{"protocol": ["plain"], "metrics": {"R@1": 0.5}}',
+)
+DAMAGED_LINES = (b"\xff\xfe", b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"[" * 100_000, b"{")
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_LINES)
+@pytest.mark.parametrize("name", ["metrics", "timing"])
+def test_a_log_that_is_damaged(tmp_path, name, damaged):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "validation/R@1": null}\n{"step": 2}\n')
+    (tmp_path / "timing.jsonl").write_text('{"step": 2, "train_seconds": 1.5}\n')
+    log = record.read_log(epath.Path(tmp_path))
+    assert record.training_times(log) == [(2, 1.5)]
+    assert record.validation_metrics(log) == {}
+    with (tmp_path / f"{name}.jsonl").open("ab") as file:
+        file.write(damaged + b"\n")
+    with pytest.raises(UserError, match=rf"{name}\.jsonl is not the log of a run: remove"):
+        record.read_log(epath.Path(tmp_path))
+
+
+def test_times_of_training_that_are_none(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    for damaged in ('{"step": 2, "train_seconds": "1"}', '{"step": 2}', ""):
+        (tmp_path / "timing.jsonl").write_text(damaged + "\n")
+        with pytest.raises(UserError, match=r"timing\.jsonl is not the log of a run"):
+            record.read_log(epath.Path(tmp_path))
 
 
 # -------------------------------------------------------------------------------------- the errors
@@ -415,8 +449,18 @@ def test_too_few_seeds(tmp_path):
         run_ablation(shapes.get_config(), tmp_path, variants=("infonce",), seeds=0)
 
 
-def test_times_that_are_none(tmp_path):
-    (tmp_path / "times.json").write_text('{"full": {}}')
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b'{"full": {}}', b"", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"infonce": 3}'),
+        b'{"infonce": {"seconds": "1", "steps": 2}}',
+        b'{"infonce": {"seconds": 1.5, "steps": [2]}}',
+        b'{"infonce": {"seconds": 0, "steps": 2}}',
+        b'{"infonce": {"seconds": 1.5, "steps": 2}, "full": null}',
+    ],
+)
+def test_times_that_are_none(tmp_path, content):
+    (tmp_path / "times.json").write_bytes(content)
     with pytest.raises(UserError, match=r"times\.json holds no times"):
         run_ablation(shapes.get_config(), tmp_path, variants=("infonce",), seeds=1, equal=("time",))
 

@@ -1,15 +1,19 @@
 """Every error that a user can make is one sentence, with status 2, before training starts."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from configs import fashion_products, shapes
+from dqe_jax.cli import command_line
 from dqe_jax.config import RunConfig, fields, flatten
 from dqe_jax.data import splits
 from dqe_jax.data.index import make_index
@@ -215,3 +219,84 @@ def test_workdir(prepared_dir, tmp_path):
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
         workdirs.claim_workdir(tmp_path / "run", config)
+
+
+CONFIGS_THAT_FAIL = {
+    "raise RuntimeError('of the file')": "RuntimeError: of the file",
+    "raise OSError('no such disk')": "no such disk",
+    "open('/no/such/list')": "/no/such/list",
+    "1 / 0": "ZeroDivisionError: division by zero",
+    "raise SystemExit(3)": "SystemExit: 3",
+    "import sys; sys.exit()": "SystemExit",
+    "class Odd(Exception):\n  pass\nraise Odd()": "Odd",
+    "def f(): f()\nf()": "RecursionError",
+    "assert False": "AssertionError",
+    "x = {}['colour']": "colour",
+    "nothing.here": "nothing",
+    "raise StopIteration": "StopIteration",
+    "raise MemoryError": "MemoryError",
+    "raise BaseExceptionGroup('several', [ValueError('a')])": "several",
+    "raise UnicodeDecodeError('utf-8', b'a', 0, 1, 'odd')": "odd",
+    "raise ValueError('one\\ntwo')": "two",
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("code", "words"), CONFIGS_THAT_FAIL.items())
+def test_a_config_file_that_raises(code, words, inside, tmp_path, capsys):
+    """While it is loaded, or by get_config: a sentence with the file and what it said."""
+    file = tmp_path / "mine.py"
+    body = "def get_config():\n" + textwrap.indent(code, "  ") if inside else code
+    file.write_text(body + "\n")
+    sentence = in_process(f"--config={file}", capsys=capsys)
+    assert str(file) in sentence
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("None", "other than None"), ("3", "int, not a ConfigDict"), ("{'seed': 0}", "dict, not a")],
+)
+def test_a_config_file_that_gives_no_config(given, words, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def get_config():\n  return {given}\n")
+    sentence = in_process(f"--config={file}", capsys=capsys)
+    assert words in sentence
+
+
+def in_process(*arguments, capsys, name="train"):
+    """The sentence of a command that is called here, with its flags in place of other commands'."""
+    for module, own in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("dqe_jax."):
+            for flag in list(own):  # delattr takes from `own`
+                if flag.name in flags.FLAGS:
+                    delattr(flags.FLAGS, flag.name)
+    sys.modules.pop(f"dqe_jax.cli.{name}", None)
+    module = importlib.import_module(f"dqe_jax.cli.{name}")
+    before = sys.argv
+    sys.argv = ["dqe-jax", *arguments]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(module, sys.argv)
+    finally:
+        sys.argv = before
+        flags.FLAGS.unparse_flags()
+    assert ended.value.code == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence.startswith("error: ")
+    assert len(sentence) < 400
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("prepare", ["--dataset=cirr", "--raw_dir=x", "--max_missing=nan"], "--max_missing=nan"),
+        ("evaluate", [SMOKE, "--watch", "--workdir=x", "--patience_s=nan"], "--patience_s=nan"),
+        ("evaluate", [SMOKE, "--watch", "--workdir=x", "--poll_s=nan"], "--poll_s=nan"),
+        ("evaluate", [SMOKE, "--watch", "--workdir=x", "--poll_s=inf"], "poll_s"),
+        ("plan", [SMOKE, "--topology="], "--topology=: give a chip and the shape of a slice"),
+    ],
+)
+def test_flags_that_no_limit_refuses(name, arguments, words, capsys):
+    assert words in in_process(*arguments, capsys=capsys, name=name)

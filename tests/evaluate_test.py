@@ -1,6 +1,8 @@
 """The evaluation binary gives what training's own evaluation gave, on any number of devices."""
 
+import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -8,18 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-<<<<<<< ours
-=======
-from absl import flags
-from absl.testing import flagsaver
-from small_runs import compiled_once, import_binary, run_config, small_config
->>>>>>> theirs
+from etils import epath
 
 from dqe_jax.data import datasets
 from dqe_jax.data.examples import gallery_split
+from dqe_jax.evaluation import report
+from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import evaluate_checkpoint
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import compiled_once, run_config, small_config
 from dqe_jax.training import loop
+from dqe_jax.utils import files
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,9 @@ def test_an_earlier_step_on_validation_from_a_directory_of_checkpoints(run):
         ({"output": "{run}/config.json/x"}, {}, r"cannot write to .*config\.json"),
     ],
 )
-def test_errors(run, values, changes, sentence):
+def test_errors(run, values, changes, sentence, monkeypatch):
+    """Before anything is computed: that nothing can be written too."""
+    monkeypatch.setattr(RetrievalEvaluator, "run", lambda *_, **__: pytest.fail("it evaluates"))
     base, workdir, _ = run
     filled = {
         name: value.format(base=base, run=workdir) if isinstance(value, str) else value
@@ -127,6 +129,40 @@ def test_errors(run, values, changes, sentence):
     }
     with pytest.raises(UserError, match=sentence):
         evaluate_checkpoint(small_config(base / "prepared", **changes), **filled)
+
+
+def test_a_disk_that_is_full_is_seen_first(run, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    base, workdir, _ = run
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(RetrievalEvaluator, "run", lambda *_, **__: pytest.fail("it evaluates"))
+    with pytest.raises(UserError, match=r"cannot write to .*out \(No space left on device\)"):
+        evaluate_checkpoint(small_config(base / "prepared"), workdir, output=tmp_path / "out")
+
+
+def test_the_figures_are_told_though_they_cannot_be_written(run, monkeypatch, tmp_path, caplog):
+    def full(path, *_, **__):
+        raise files.cannot_write(path.parent, OSError(errno.ENOSPC, "No space left on device"))
+
+    base, workdir, metrics = run
+    monkeypatch.setattr(report, "write_json", full)
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(UserError, match=r"cannot write to .*\(No space left on device\)"),
+    ):
+        evaluate_checkpoint(small_config(base / "prepared"), workdir, output=tmp_path)
+    assert f"{metrics['R@10']:.4f}" in caplog.text
+    assert "reference_only" in caplog.text
+
+
+def test_results_are_json(tmp_path):
+    """NaN and Infinity are none, though Python writes them."""
+    content = {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf, "d": "NaN"}, "e": True}
+    files.write_json(epath.Path(tmp_path / "x.json"), content)
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": [None, [1.5, None]], "b": {"c": None, "d": "NaN"}, "e": True}
 
 
 @pytest.mark.parametrize(

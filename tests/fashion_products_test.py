@@ -5,8 +5,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import pathlib
 import random
+import signal
 import statistics
 import struct
 import tarfile
@@ -619,6 +621,42 @@ def test_damaged_archive(tmp_path):
         (raw / "images.tar").write_bytes(damaged)
         with pytest.raises(errors.UserError, match="not a complete uncompressed tar"):
             prepare(raw, tmp_path / "prepared")
+
+
+ENDLESS = {"pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", path)}
+
+
+@pytest.fixture
+def alarm():
+    """Ends a test that waits for a file without an end."""
+
+    def ring(*_):
+        raise TimeoutError("it would wait for ever")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("make", ENDLESS.values(), ids=ENDLESS.keys())
+def test_files_without_an_end(tmp_path, alarm, make):
+    """A photo of that kind counts as lost; a table or an archive is an error."""
+    rows = made_rows()
+    raw = write(tmp_path / "raw", rows, made_photos(rows), tar=False)
+    photo = raw / "images" / f"{rows[3][0]}.jpg"
+    photo.unlink()
+    make(photo)
+    builder = prepare(raw, tmp_path / "prepared", max_bad_fraction=0.1)
+    lost = builder.info.metadata["lost"]
+    assert lost == {rows[3][0]: f"images/{rows[3][0]}.jpg is no regular file"}
+    make(raw / "images.tar")
+    with pytest.raises(errors.UserError, match=r"images\.tar is not .*no regular file"):
+        prepare(raw, tmp_path / "prepared")
+    (raw / "styles.csv").unlink()
+    make(raw / "styles.csv")
+    check_error(raw, tmp_path, "styles.csv")
 
 
 def test_empty_split(tmp_path):

@@ -1,12 +1,14 @@
 """What a machine or bad data can do to a run: one sentence each, and nothing saved is lost."""
 
+import contextlib
 import dataclasses
 import errno
 import json
-import math
 import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,9 +20,11 @@ from dqe_jax.config import RunConfig
 from dqe_jax.data import splits
 from dqe_jax.distributed import interrupts
 from dqe_jax.testing.small_runs import compiled_once, small_config
-from dqe_jax.training import loop
+from dqe_jax.training import loop, session
 from dqe_jax.training import workdir as workdirs
 from dqe_jax.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -50,36 +54,64 @@ def steps_of(workdir):
     return store.steps_of(epath.Path(workdir))
 
 
-def test_losses_that_are_not_finite_end_the_run(base, monkeypatch):
-    config = RunConfig.of(config_of(base, max_bad_steps=3))
-    endless = dataclasses.replace(config.loss, in_batch=math.inf)
-    config = dataclasses.replace(config, loss=endless)
-    monkeypatch.setattr(RunConfig, "of", lambda config: config)  # which would refuse it
-    with pytest.raises(
-        UserError,
-        match=r"not finite in 3 steps in a row, up to step 3: lower config\.optimizer\.learning_"
-        r"rate.*max_bad_steps is 3\); (no checkpoint|step 2) is saved",
-    ):
-        loop.train_and_evaluate(config, base / "diverged")
-
-
-def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, caplog):
-    """Step 3 has weights of intent that are no numbers: nothing moves but the counts."""
-    config, workdir = config_of(base, keep_checkpoints=9, checkpoint_every=1), base / "skipped"
+def spoil(monkeypatch, bad):
+    """Gives the steps that are `bad` weights of intent that are no numbers."""
     take, count = loop.take_step, iter(range(1, 100))
 
     def spoilt(session, state, stop):
         class Batches:
             def __next__(self):
                 batch = next(session.batches)
-                if next(count) == 3:
+                if bad(next(count)):
                     batch = batch.replace(mentions=np.full_like(batch.mentions, np.nan))
                 return batch
 
-        changed = dataclasses.replace(session, batches=Batches())
-        return take(changed, state, stop)
+        return take(dataclasses.replace(session, batches=Batches()), state, stop)
 
     monkeypatch.setattr(loop, "take_step", spoilt)
+
+
+def test_losses_that_are_not_finite_end_the_run(base, monkeypatch):
+    spoil(monkeypatch, lambda step: True)
+    with pytest.raises(
+        UserError,
+        match=r"not finite in 3 steps in a row, up to step 3: lower config\.optimizer\.learning_"
+        r"rate.*max_bad_steps is 3\); (no checkpoint|step 2) is saved",
+    ):
+        loop.train_and_evaluate(config_of(base, max_bad_steps=3), base / "diverged")
+
+
+def test_parameters_that_are_not_finite_are_never_kept(base, monkeypatch):
+    """Finite gradients give them, at a learning rate that float32 cannot hold."""
+    config = RunConfig.of(config_of(base, max_bad_steps=3, **{"optimizer.warmup_steps": 0}))
+    fast = dataclasses.replace(config.optimizer, learning_rate=1e300)
+    config = dataclasses.replace(config, optimizer=fast)
+    monkeypatch.setattr(RunConfig, "of", lambda config: config)  # which would refuse it
+    workdir = base / "infinite"
+    with pytest.raises(UserError, match=r"a parameter was not finite in 3 steps in a row, up to"):
+        loop.train_and_evaluate(config, workdir)
+    manager = store.open_for_reading(workdir)
+    assert steps_of(workdir) == [2]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(store.restore_params(manager, 2)))
+
+
+def test_parameters_that_start_as_no_numbers(base, monkeypatch):
+    init = session.setup.init_params
+
+    def spoilt(*arguments):
+        params = init(*arguments)
+        return params | {"log_scale": params["log_scale"] * np.nan}
+
+    monkeypatch.setattr(session.setup, "init_params", spoilt)
+    with pytest.raises(UserError, match=r"not finite at step 1, as they were at the start"):
+        loop.train_and_evaluate(config_of(base), base / "nan")
+    assert steps_of(base / "nan") == []
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(base, monkeypatch, caplog):
+    """Step 3 has weights of intent that are no numbers: nothing moves but the counts."""
+    config, workdir = config_of(base, keep_checkpoints=9, checkpoint_every=1), base / "skipped"
+    spoil(monkeypatch, lambda step: step == 3)
     with caplog.at_level("WARNING"):
         loop.train_and_evaluate(config, workdir)
     assert (
@@ -133,16 +165,21 @@ def test_the_config_of_a_run_is_written_at_once(tmp_path, monkeypatch):
     assert (path / "config.json").read_text() == whole
 
 
-def test_a_full_disk(base, tmp_path):
-    """A disk of 12 MB: the run says so, keeps what it has, and goes on when there is space."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(tmp_path)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
+@contextlib.contextmanager
+def small_disk(path):
+    """A disk of 12 MB at a directory."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_a_full_disk(base, tmp_path):
+    """The run says so, keeps what it has, and goes on when there is space."""
+    with small_disk(tmp_path):
         config = config_of(base, total_steps=24, keep_checkpoints=99, eval_every=0)
         workdir = tmp_path / "run"
         with pytest.raises(
@@ -160,8 +197,30 @@ def test_a_full_disk(base, tmp_path):
         loop.train_and_evaluate(config, workdir)
         assert steps_of(workdir) == list(range(2, 25, 2))
         assert [line["step"] for line in lines_of(workdir)] == list(range(1, 25))
-    finally:
-        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_told_in_one_sentence(base, tmp_path):
+    """Orbax, asyncio and TensorStore would add a traceback for each array that is not written."""
+    changes = {"total_steps": 24, "keep_checkpoints": 99, "eval_every": 0, "checkpoint_every": 2}
+    changes |= {"num_devices": 1, "model.tiny.image_depth": 0, "model.tiny.text_depth": 0}
+    changes["data.prepared_dir"] = base / "prepared"
+    with small_disk(tmp_path):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"),
+                f"--workdir={tmp_path / 'run'}",
+                *(f"--config.{name}={value}" for name, value in changes.items()),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 2
+    said = done.stderr.replace("\r", "\n").partition("Ready after ")[2].splitlines()[1:]
+    (sentence,) = [line for line in said if line.strip() and not line.startswith("train: ")]
+    assert sentence.startswith("error: cannot write to ")
 
 
 def test_a_data_directory_that_vanishes(base, monkeypatch):

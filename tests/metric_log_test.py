@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -131,13 +133,53 @@ def test_a_last_line_without_its_newline_is_kept(workdir):
     assert [line["step"] for line in lines(workdir)] == [1, 2]
 
 
-def test_values_that_are_not_finite_can_be_read_back(workdir):
+def test_values_that_are_not_finite_become_null(workdir):
+    """NaN and Infinity are no JSON, though Python writes and reads them."""
     log = MetricLog(workdir)
-    log.write(1, {"loss": float("nan")})
+    log.write(1, {"loss": float("nan"), "tau": float("inf"), "least": -float("inf"), "mean": 1.5})
     log.close()
     MetricLog(workdir, resume_step=1).close()
-    (line,) = lines(workdir)
-    assert line["loss"] != line["loss"]
+    text = (workdir / "metrics.jsonl").read_text()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found == {"step": 1, "loss": None, "tau": None, "least": None, "mean": 1.5}
+
+
+DAMAGED_LINES = {
+    "binary": b'{"step": 1, "loss": "\xff"}',
+    "a list": b"[1]",
+    "no step": b'{"loss": 1.0}',
+    "a step that is none": b'{"step": "1", "loss": 1.0}',
+    "a step that is a list": b'{"step": [1]}',
+    "nested": b"[" * 100_000,
+    "a long number": b'{"step": ' + b"1" * 10_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_LINES.values(), ids=DAMAGED_LINES.keys())
+def test_a_damaged_line_is_dropped(workdir, damaged):
+    write(workdir, [1, 2])
+    path = workdir / "metrics.jsonl"
+    path.write_bytes(damaged + b"\n" + path.read_bytes() + damaged + b"\n")
+    log = MetricLog(workdir, resume_step=None, again="")
+    assert log.steps() == [1, 2]
+    log.close()
+    assert [line["step"] for line in lines(workdir)] == [1, 2]
+
+
+def test_a_full_disk_is_an_error_of_the_caller(workdir, monkeypatch):
+    """Not a traceback of a thread, after which the next numbers wait for ever."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = MetricLog(workdir)
+    log.write(1, {"loss": 0.5})
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.flush", full)
+    for step in range(2, 40):
+        log.write(step, {"loss": 0.5})
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    assert threading.active_count() == 1
 
 
 def test_tensorboard_has_the_numbers(workdir):

@@ -232,6 +232,40 @@ def test_a_damaged_index_is_named(smoke, tmp_path):
         read_index(builder, "test_gallery")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ids": "abc"},
+        {"ids": [1, 2, 3]},
+        {"ids": ["a"]},
+        {"photo": [0, 1, 3]},
+        {"photo": [0, 1, -1]},
+        {"photo": [0, 1, 2**40]},
+        {"photo": [[0], [1], [2]]},
+        {"photo": "012"},
+        {"missing": ["is missing"]},
+        {"missing": {"9": "is missing"}},
+        {"missing": {"1": 2}},
+        {"pools": []},
+        {"pools": {"a": [7]}},
+        {"pools": {"a": 1}},
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"[]",
+    ],
+)
+def test_an_index_of_wrong_content_is_named(tmp_path, changes):
+    builder = types.SimpleNamespace(data_path=tmp_path, data_dir=str(tmp_path))
+    index = make_index([gallery_record(0), gallery_record(1), gallery_record(2)])
+    file = tmp_path / "index" / "test_gallery.json"
+    file.parent.mkdir()
+    if isinstance(changes, dict):
+        changes = json.dumps(json.loads(index.to_json()) | changes).encode()
+    file.write_bytes(changes)
+    with pytest.raises(UserError, match=r"test_gallery\.json is missing or damaged \(\w+\)"):
+        read_index(builder, "test_gallery")
+
+
 def test_truth_may_be_unknown():
     record = query_record(0, 0, 1) | {"valid": []}
     split = made_split([record], [gallery_record(0), gallery_record(1)])

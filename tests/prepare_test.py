@@ -27,11 +27,11 @@ SIZE = 16
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published annotations are not here")
 
 
-def run(*arguments, raw, data, status=0, size=SIZE):
+def run(*arguments, raw, data, status=0, size=SIZE, timeout=600):
     """The binary in a process of its own; what it printed."""
     command = [sys.executable, "-m", "dqe_jax.prepare", f"--raw_dir={raw}", f"--data_dir={data}"]
     command += [f"--image_size={size}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == status, done.stderr
     return done.stderr
 
@@ -449,8 +449,33 @@ def test_a_damaged_report_is_named(tmp_path):
     builder = types.SimpleNamespace(data_path=tmp_path)
     assert preparation.read_complaints(builder) is None
     (tmp_path / preparation.REPORT).write_text("{")
-    with pytest.raises(UserError, match=r"preparation\.json is damaged"):
-        preparation.read_complaints(builder)
+    damaged = (b"{", b"", b"\xff\xfe", b"[]", b"{}", b"[" * 100_000)
+    for content in (*damaged, b'{"complaints": "text"}', b'{"complaints": [3]}'):
+        (tmp_path / preparation.REPORT).write_bytes(content)
+        with pytest.raises(UserError, match=r"preparation\.json is damaged .*run dqe_jax.prepare"):
+            preparation.read_complaints(builder)
+
+
+ENDLESS = {"pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", path)}
+
+
+@pytest.mark.parametrize("make", ENDLESS.values(), ids=ENDLESS.keys())
+def test_files_without_an_end(tmp_path, make):
+    """A photo of that kind counts as unreadable; a file of annotations is an error."""
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    standins.small_fashioniq(raw, count=3, images=6)
+    photo = raw / "images" / "DVAL0005.jpg"
+    photo.unlink()
+    make(photo)
+    run("--dataset=fashioniq", "--max_missing=0.5", raw=raw, data=data, timeout=120)
+    report = report_of(data, "fashioniq", f"{SIZE}px-target_pad")
+    assert report["missing"]["validation_gallery"] == {"DVAL0005": "is no regular file"}
+    captions = raw / "captions" / "cap.dress.val.json"
+    captions.unlink()
+    make(captions)
+    over = ("--dataset=fashioniq", "--overwrite")
+    error = run(*over, raw=raw, data=data, timeout=120, status=2).splitlines()[-1]
+    assert "cap.dress.val.json cannot be read: it is no regular file" in error
 
 
 def test_the_defaults_are_those_of_the_configs():

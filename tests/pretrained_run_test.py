@@ -106,8 +106,8 @@ def run(base, request):
 
 def params_of(workdir, step=None):
     manager = store.open_for_reading(workdir)
-    step = store.choose_step(manager, step)
-    return flatten_dict(store.restore_params(manager, step), sep="/"), manager, step
+    step, params = store.read_chosen(manager, step, lambda n: store.restore_params(manager, n))
+    return flatten_dict(params, sep="/"), manager, step
 
 
 def test_a_run_starts_from_the_weights_and_keeps_what_is_frozen(run):

@@ -837,7 +837,9 @@ def test_scoring_circo_files(tmp_path):
         same(got, expected, besides=["top1_is_reference"])
     circo = {"dataset": "circo"}
     fails(tmp_path, content | {"0": [5, "005"]}, "image twice", **circo)
-    fails(tmp_path, content | {"0": ["x"]}, "without a list of image ids (integers)", **circo)
+    for wrong in ("x", -5, "-5", "\u0665", "\u00b2", "1" * 21, 10**20, 5.0, True, None, [5]):
+        bad = content | {"0": [wrong]}
+        fails(tmp_path, bad, "without a list of image ids (integers)", **circo)
     fails(tmp_path, {k: v for k, v in content.items() if k != "0"}, "'0'", **circo)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 
 import numpy as np
@@ -252,3 +254,37 @@ def test_an_attribute_without_a_section_is_named(default):
 )
 def test_captions_are_joined(captions, text):
     assert join_captions(captions) == text
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe[color]", bytes(range(256)), b"[color]\nred, \xe9"])
+def test_a_lexicon_that_is_no_text(tmp_path, content):
+    path = tmp_path / "words.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"words\.txt is not UTF-8 \(byte \d+\)"):
+        lexicon.load_lexicon(str(path))
+
+
+# ------------------------------------------------------------------------- tokenizers with code
+
+
+def test_code_that_comes_with_a_tokenizer_never_runs(tmp_path, monkeypatch):
+    """Whatever stands on stdin: nobody is asked."""
+    mark = tmp_path / "it ran"
+    (tmp_path / "mine.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\n\n\n"
+        "class Mine(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "mine"}')
+    words = text_tokens.train_word_tokenizer(["a red one"], 6)
+    (tmp_path / "tokenizer.json").write_text(words.to_str())
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(
+        UserError, match=r"no tokenizer could be loaded from .*contains custom code"
+    ):
+        text_tokens.pretrained_tokenizer(tmp_path, 6)
+    assert not mark.exists()

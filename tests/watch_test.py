@@ -83,6 +83,23 @@ def test_a_checkpoint_that_is_removed_meanwhile(base, trained, tmp_path, monkeyp
     assert "Step 2 was removed before it was evaluated" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        *((None, "cannot be read"), (b"\xff\xfe", "is not UTF-8"), (b"[" * 100_000, "is not JSON")),
+        *((b"[]", "must hold an object"), (b"{}", "has no total_steps")),
+        (b'{"total_steps": "6"}', "has no total_steps"),
+    ],
+)
+def test_a_damaged_config_of_the_run(base, trained, tmp_path, content, words):
+    shutil.copytree(trained, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").unlink()
+    if content is not None:
+        (tmp_path / "copy" / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"config\.json {words}"):
+        follow(base, epath.Path(tmp_path / "copy"))
+
+
 def test_patience(base, tmp_path):
     with pytest.raises(UserError, match=r"no new checkpoint in .*nothing for 0 s"):
         follow(base, epath.Path(tmp_path / "nothing"), patience_s=0.05)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+from typing import Any
 
+import orbax.checkpoint as ocp
 from absl import logging
 
 from dqe_jax.checkpoints import store
 from dqe_jax.models.weights import hugging_face
+from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
 
 
@@ -29,11 +32,7 @@ def export_run(
       UserError: there is no such checkpoint, its backbone is `tiny`, or `output` is not writable.
     """
     manager = store.open_for_reading(directory)
-    step, (meta, params) = store.read_chosen(
-        manager,
-        step,
-        lambda number: (store.read_meta(manager, number), store.restore_params(manager, number)),
-    )
+    step, (meta, params) = store.read_chosen(manager, step, lambda number: _read(manager, number))
     if meta["config"]["model"]["backbone"] == "tiny":
         raise UserError(
             f"{manager.directory} is of the backbone 'tiny', which has no counterpart in "
@@ -48,3 +47,13 @@ def export_run(
         ) from error
     logging.info("%s, step %d: %d tensors, and %d of our own.", written, step, *counts)
     return written
+
+
+def _read(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], Any]:
+    """The meta and the parameters of a checkpoint; raises as `store.read_meta`."""
+    meta = store.read_meta(manager, step)
+    with store.told_damaged(manager, step):
+        backbone = meta["config"]["model"]["backbone"]
+        if backbone in size_files.SIZES:
+            size_files.from_json(backbone, meta["sizes"])
+    return meta, store.restore_params(manager, step)

@@ -30,6 +30,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import processes
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import read_json
 from dqe_jax.utils.paths import whole_path
 
 ITEMS = ("params", "opt_state", "bank_params", "meta")
@@ -77,6 +78,7 @@ def open_for_training(workdir: epath.Path, config: RunConfig) -> ocp.CheckpointM
     if config.keep_period:
         rules.append(policies.EveryNSteps(config.keep_period))
     if best:
+        _set_metrics_aside(workdir / "checkpoints", best)
         rules.append(
             policies.BestN(
                 get_metric_fn=lambda found: found[best],
@@ -91,6 +93,34 @@ def open_for_training(workdir: epath.Path, config: RunConfig) -> ocp.CheckpointM
         best_fn=(lambda found: found[best]) if best else None,
     )
     return ocp.CheckpointManager(workdir / "checkpoints", item_names=ITEMS, options=options)
+
+
+def _set_metrics_aside(root: epath.Path, best: str) -> None:
+    """Moves damaged metrics out of their checkpoints, whose models may well be whole.
+
+    Without them a checkpoint is not the best one; with them Orbax would not open the directory.
+    """
+    if processes.leads() and root.is_dir():
+        for step in ocp.utils.checkpoint_steps(root):
+            held = root / str(step) / "metrics"
+            if held.is_dir() and not _has_number(held / "metrics", best):
+                aside = _free(root / f"{step}.metrics.damaged")
+                held.rename(aside)
+                logging.warning("%s is damaged; it is kept as %s.", held, aside.name)
+    processes.wait_for_all("damaged metrics")
+
+
+def _has_number(file: epath.Path, name: str) -> bool:
+    with contextlib.suppress(UserError):
+        return isinstance(read_json(file, dict).get(name), (int, float))
+    return False
+
+
+def _free(path: epath.Path) -> epath.Path:
+    """The path, or one with `+` behind it where there is something already."""
+    while path.exists():
+        path = path.with_name(path.name + "+")
+    return path
 
 
 def open_for_reading(directory: str | os.PathLike[str]) -> ocp.CheckpointManager:
@@ -235,9 +265,7 @@ def set_aside(manager: ocp.CheckpointManager, newest: int) -> None:
     if processes.leads():
         for step in damaged:
             path = epath.Path(manager.directory) / str(step)
-            free = path.with_name(f"{step}.damaged")
-            while free.exists():
-                free = free.with_name(free.name + "+")
+            free = _free(path.with_name(f"{step}.damaged"))
             path.rename(free)
             logging.warning("%s is damaged; it is kept as %s.", path, free.name)
     processes.wait_for_all("damaged checkpoints")
@@ -256,6 +284,8 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         for name, kinds in _META.items():
             if not isinstance(meta[name], kinds):
                 raise TypeError(f"meta has a {type(meta[name]).__name__} for {name}")
+        if not isinstance(meta.get("data"), (dict, NoneType)):  # older ones have none
+            raise TypeError(f"meta has a {type(meta['data']).__name__} for data")
         return meta
 
 

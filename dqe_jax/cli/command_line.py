@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging as python_logging
+import math
 import os
 import pathlib
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,11 +22,13 @@ from ml_collections import config_flags
 from dqe_jax import __version__
 from dqe_jax.cli import config_files
 from dqe_jax.config import fields
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import is_of_disk
 from dqe_jax.utils.paths import look_anew
 
 _HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
 _NAME_ALONE = re.compile(r"""[\\'"]*(?P<name>\w+)[\\'"]*""")
+_PARSING = "Error whilst parsing config file"
 _OLD_NEWS = (
     "OpenCV is not installed",  # an optional speed-up
     "CheckpointManagerOptions.read_only=True",  # what evaluation asks for
@@ -100,6 +106,18 @@ def log_plainly() -> None:
     logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_news)  # of the handler: for all libraries
+    sys.unraisablehook = functools.partial(_tell_unraisable, sys.unraisablehook)
+    warnings.filterwarnings("ignore", "coroutine '(async_serialize|Store)", RuntimeWarning)
+
+
+def _tell_unraisable(tell: Callable[[Any], object], told: Any) -> None:
+    """Tells an error that nobody can catch, but not those of TensorStore after a failed save.
+
+    It goes on writing when Orbax has closed the event loop that waited: with a traceback for each
+    array, before the one sentence for all of them.
+    """
+    if not (told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"):
+        tell(told)
 
 
 def default_workdir(*suffixes: str) -> str:
@@ -110,31 +128,69 @@ def default_workdir(*suffixes: str) -> str:
 
 
 def _is_news(record: python_logging.LogRecord) -> bool:
-    """Keeps dqe_jax's own lines, and the warnings of libraries but those of `_OLD_NEWS`."""
-    if any(text in record.getMessage() for text in _OLD_NEWS):
+    """Keeps dqe_jax's own lines, and the warnings of libraries but those of `_OLD_NEWS`.
+
+    What cannot be written is told once, by `training.faults`, not by each thread that writes.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if any(text in record.getMessage() for text in _OLD_NEWS) or (error and is_of_disk(error)):
         return False
     own = (record.pathname or "").startswith(os.path.dirname(os.path.dirname(__file__)))
     return own or record.levelno >= python_logging.WARNING
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses flags; a config file that fails to load ends in one sentence too."""
+    """Parses flags; a config file that fails to load, however, ends in one sentence too."""
     try:
         rest = flags.FLAGS(list(argv))
-        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+        _check_numbers()
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             config = flags.FLAGS["config"].value
-            config.to_dict()  # a missing file is reported only when the config is used
+            if hasattr(config, "to_dict"):  # a missing file is reported only when it is asked
+                config.to_dict()
+            else:
+                raise TypeError(f"get_config() gives {type(config).__name__}, not a ConfigDict")
         return rest
-    except flags.Error as error:
-        end(_sentence(str(error)))
-    except OSError:
-        end(
-            f"--config: no config at {_config_file(argv)!r}; name a file, or one of "
+    except (Exception, SystemExit) as error:  # a config file can raise anything
+        end(_flag_sentence(error, _config_file(argv)))
+
+
+def _check_numbers() -> None:
+    """Raises an error for a flag that is not a number: no limit of absl refuses nan."""
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and math.isnan(value):
+            raise flags.Error(f"--{name}=nan: give a number.")
+
+
+def _flag_sentence(error: BaseException, value: str) -> str:
+    """What went wrong while flags were parsed, `value` of `--config` among them."""
+    file, origin = value.partition(":")[0], _raised_in(error, value.partition(":")[0])
+    if isinstance(error, flags.Error) and (origin is None or _PARSING in str(error)):
+        return _sentence(str(error))
+    if isinstance(error, OSError) and not os.path.exists(file):
+        return (
+            f"--config: no config at {value!r}; name a file, or one of "
             f"{', '.join(config_files.known())}."
         )
-    except (ImportError, SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
-        end(f"--config: {_sentence(str(error.args[0] if error.args else error))}")
-    raise AssertionError  # `end` does not return
+    fields = (AttributeError, KeyError, TypeError, ValueError)  # of a field that is not there
+    if isinstance(error, fields) and origin is None:
+        return f"--config: {_sentence(str(error.args[0] if error.args else error))}"
+    origin = origin or error
+    # Of files that the config itself does not find, the library tells below its heading.
+    said = str(origin).splitlines()[-1].strip() if isinstance(error, OSError) else reason_of(origin)
+    kind = type(origin).__name__
+    return f"--config: {file} fails ({kind if said in ('', kind) else f'{kind}: {said}'})."
+
+
+def _raised_in(error: BaseException | None, file: str) -> BaseException | None:
+    """The error that the code of a file raised, or what that called; None if it raised none."""
+    while error is not None:
+        codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+        if any(os.path.abspath(code.co_filename) == os.path.abspath(file) for code in codes):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _config_file(argv: Sequence[str]) -> str:
@@ -154,7 +210,7 @@ def _sentence(text: str) -> str:
     if name:
         return f"the config has no field {name['name']!r}."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    head, failed, _ = lines[0].partition("Error whilst parsing config file")
+    head, failed, _ = lines[0].partition(_PARSING)
     # The message then ends in the last line of a traceback: "ValueError: what is wrong".
     return head + (lines[-1].partition(": ")[2] or lines[-1]) if failed else lines[0]
 

@@ -43,7 +43,7 @@ _HP_FASHIONIQ = flags.DEFINE_string(
 _WATCH = flags.DEFINE_bool(
     "watch", False, "Follow the --workdir: evaluate each new checkpoint, until training is done."
 )
-_POLL_S = flags.DEFINE_float("poll_s", 30.0, "Seconds between looks of --watch.", 0.0)
+_POLL_S = flags.DEFINE_float("poll_s", 30.0, "Seconds between looks of --watch.", 0.0, 1e6)
 _PATIENCE_S = flags.DEFINE_float(
     "patience_s", 0.0, "Seconds without a new checkpoint after which --watch fails; 0: never.", 0.0
 )

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dqe_jax.performance.planning import chips
 
-    topologies = [chips.parse_topology(name) for name in _TOPOLOGY.value]
+    topologies = [chips.parse_topology(name) for name in _TOPOLOGY.value or [""]]
     options = _read_options(_OPTIONS.value)
     chips.prepare_environment(topologies)
     from dqe_jax.performance.planning.run import plan_config  # now that JAX may be imported

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,10 +38,17 @@ def digest_of(builder: tfds.core.DatasetBuilder, split: str) -> str:
     """
     both = hashlib.sha256()
     for stored in (split, gallery_split(split, builder.info.splits)):
-        path = path_of(builder, stored)
-        held = path.read_text().strip() if path.exists() else ""
-        both.update((held or write_digest(builder, stored)).encode())
+        both.update((_read(path_of(builder, stored)) or write_digest(builder, stored)).encode())
     return both.hexdigest()[:32]
+
+
+def _read(path: epath.Path) -> str:
+    """The digest that a file holds; "" if it is not there, or damaged."""
+    try:
+        held = path.read_bytes().strip()
+    except OSError:
+        return ""
+    return held.decode() if re.fullmatch(rb"[0-9a-f]{64}", held) else ""
 
 
 def write_digest(builder: tfds.core.DatasetBuilder, stored: str) -> str:

@@ -49,14 +49,26 @@ class GalleryIndex:
 
 
 def from_json(text: str) -> GalleryIndex:
-    """The index that `to_json` gave."""
+    """The index that `to_json` gave.
+
+    Raises:
+      Exception: it did not give it; of many types.
+    """
     content = json.loads(text)
-    return GalleryIndex(
+    found = GalleryIndex(
         ids=content["ids"],
         photo=np.array(content["photo"], np.int32),
         missing={int(row): reason for row, reason in content["missing"].items()},
         pools={name: np.array(rows, np.int32) for name, rows in content["pools"].items()},
     )
+    rows = [found.photo, np.array([*found.missing], np.int32), *found.pools.values()]
+    if not all(x.ndim == 1 and ((x >= 0) & (x < len(found))).all() for x in rows):
+        raise ValueError("rows that the gallery does not have")
+    if len(found.photo) != len(found) or not isinstance(found.ids, list):
+        raise ValueError("not a photo for each id")
+    if not all(isinstance(text, str) for text in (*found.ids, *found.missing.values())):
+        raise TypeError("ids and reasons are texts")
+    return found
 
 
 def make_index(records: list[dict[str, Any]]) -> GalleryIndex:
@@ -111,8 +123,8 @@ def read_index(builder: tfds.core.DatasetBuilder, split: str) -> GalleryIndex:
     """
     path = path_of(builder, split)
     try:
-        return from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return from_json(path.read_text(encoding="utf-8"))
+    except Exception as error:  # a damaged file can be wrong in any way
         raise UserError(
             f"{path} is missing or damaged ({type(error).__name__}); remove {builder.data_dir} and "
             "prepare the data set again."

@@ -30,6 +30,7 @@ from dqe_jax.data.annotations.schema import (
 )
 from dqe_jax.data.examples import GALLERY, gallery_split
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import read_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:
@@ -276,11 +277,14 @@ def read_complaints(builder: tfds.core.DatasetBuilder) -> list[str] | None:
     if not path.exists():
         return None
     try:
-        return list(json.loads(path.read_text())["complaints"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        complaints = read_json(path, dict).get("complaints")
+    except UserError as error:
         raise UserError(
             f"{path} is damaged ({reason_of(error)}); run dqe_jax.prepare again."
         ) from error
+    if not isinstance(complaints, list) or not all(isinstance(text, str) for text in complaints):
+        raise UserError(f"{path} is damaged (it lacks complaints); run dqe_jax.prepare again.")
+    return complaints
 
 
 def leftovers(builder: tfds.core.DatasetBuilder) -> list[str]:

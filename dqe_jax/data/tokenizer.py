@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.quiet import import_transformers
 
 # Any of these makes a directory one of a tokenizer.
 FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -59,11 +60,11 @@ def pretrained_tokenizer(origin: str | os.PathLike[str], max_length: int) -> Tok
     Raises:
       UserError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer  # slow to import, and only pretrained backbones need it
-
     try:
         # A directory may name code of its own: it is never run, nor is anybody asked.
-        loaded = AutoTokenizer.from_pretrained(os.fspath(origin), trust_remote_code=False)
+        loaded = import_transformers().AutoTokenizer.from_pretrained(
+            os.fspath(origin), trust_remote_code=False
+        )
         tokenizer = loaded.backend_tokenizer
     except Exception as error:
         raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from typing import Any
 
 import jax
@@ -22,7 +24,8 @@ from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
 from dqe_jax.models.dqe import DQE
-from dqe_jax.utils.files import make_directory
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import make_directory, read_json
 from dqe_jax.utils.paths import whole_path
 
 
@@ -124,12 +127,14 @@ def evaluate_and_report(
 def output_of(trained: Trained, split: Split) -> epath.Path:
     """Where results go: `eval/`, or a place of its own for what the run was not trained on.
 
-    Data that differ from those of the run name the place by their digest.
+    Data that differ from those of the run name the place by their digest. Where the run does not
+    know those of a split, the first that it was evaluated on count as its own.
 
     Args:
       trained: the checkpoint.
       split: that it is evaluated on.
     """
+    parent = trained.directory.parent
     names = ("data.dataset", "data.variant", "eval.protocol")
     own, run = (flatten(c) for c in (trained.config.to_dict(), trained.trained_by))
     # A field that the run did not have yet is no difference.
@@ -140,7 +145,21 @@ def output_of(trained: Trained, split: Split) -> epath.Path:
             "version.",
             trained.directory,
         )
-    elif not other and trained.data.get(split.name, split.digest) != split.digest:
-        other = [f"data-{split.digest[:SHOWN]}"]
+    known = None if other or trained.data is None else trained.data.get(split.name)
+    held = (
+        _digests_in(parent / "-".join(["eval", *other]), split.name) if known is None else {known}
+    )
+    if held - {split.digest}:
+        other.append(f"data-{split.digest[:SHOWN]}")
         logging.info("These are not the data of the run: their digest names the results.")
-    return trained.directory.parent / "-".join(["eval", *other])
+    return parent / "-".join(["eval", *other])
+
+
+def _digests_in(directory: epath.Path, split: str) -> set[str]:
+    """Digests of the data that reports of a split say they are of; older ones say nothing."""
+    found = set()
+    for path in directory.glob(f"{split}-*.json") if directory.is_dir() else ():
+        if re.fullmatch(rf"{split}-\d+\.json", path.name):
+            with contextlib.suppress(UserError):
+                found.add(read_json(path, dict).get("data"))
+    return {digest for digest in found if isinstance(digest, str)}

@@ -7,7 +7,6 @@ those of training. What is logged there is not evaluated again when the watcher 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -20,8 +19,10 @@ from dqe_jax.checkpoints import store
 from dqe_jax.checkpoints.trained import Trained, open_trained
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
-from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
+from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator, output_of
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_json
 from dqe_jax.utils.metric_log import MetricLog
 from dqe_jax.utils.paths import whole_path
 
@@ -43,7 +44,8 @@ def watch(
       config: of the run.
       workdir: of the run; need not exist yet.
       split: to evaluate on, by any name of it.
-      output: where the files of the last checkpoint's report go; None for `<workdir>/eval`.
+      output: where the files of the last checkpoint's report go; None for that of
+        `run.output_of`.
       poll_s: seconds between looks.
       patience_s: seconds without a new checkpoint after which to give up; 0 for never.
 
@@ -51,15 +53,16 @@ def watch(
       Metrics by step, of the checkpoints evaluated here.
 
     Raises:
-      UserError: no data, another model, or no new checkpoint for `patience_s`.
+      UserError: no data, other data than those of the run, another model, or no new checkpoint for
+        `patience_s`.
     """
     config = RunConfig.of(config)
     split = datasets.split_of(config.data.dataset, split)
     workdir = whole_path(workdir)
-    place = whole_path(output) if output else workdir / "eval"
     opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
     log = MetricLog(workdir / f"watch-{split}", resume_step=None, again="")
-    seen, found, evaluator = set(log.steps()), {}, None
+    seen, found = set(log.steps()), {}
+    evaluator: RetrievalEvaluator | None = None
     logging.info("Following %s: %d checkpoints were evaluated before.", workdir, len(seen))
     try:
         for step in _new_steps(workdir, seen, poll_s, patience_s):
@@ -72,6 +75,8 @@ def watch(
                 continue
             trained, params = read
             if evaluator is None:
+                _check_data(trained, opened)
+                place = whole_path(output) if output else output_of(trained, opened)
                 words, devices = trained.tokenizer, trained.devices
                 evaluator = make_evaluator(config, trained.model, words, opened, devices)
             if step >= _total_steps(workdir):
@@ -85,6 +90,16 @@ def watch(
         log.close()
     logging.info("Training is done; %d checkpoints were evaluated here.", len(found))
     return found
+
+
+def _check_data(trained: Trained, split: splits.Split) -> None:
+    """Raises a `UserError` if the data are not those of the run: one log is of one data set."""
+    held = (trained.data or {}).get(split.name, split.digest)
+    if held != split.digest:
+        raise UserError(
+            f"the run in {trained.directory.parent} has other data than {split.name} here: --watch "
+            "follows a run on its own; evaluate it without --watch."
+        )
 
 
 def _new_steps(
@@ -138,4 +153,8 @@ def _read(
 
 def _total_steps(workdir: epath.Path) -> int:
     """Steps of the whole run, which the trainer says when it starts."""
-    return json.loads((workdir / "config.json").read_text())["total_steps"]
+    path = workdir / "config.json"
+    total = read_json(path, dict, "copy it from the run again").get("total_steps")
+    if type(total) is not int:
+        raise UserError(f"{path} has no total_steps: copy it from the run again.")
+    return total

@@ -150,7 +150,10 @@ def run_curve(
 
 def means_of_drawn(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means of `DRAWN` over the lines of a run's log that have them."""
-    columns = {name: [line[key] for line in log if key in line] for name, key in DRAWN.items()}
+    columns = {
+        name: [x for x in (line.get(key) for line in log) if type(x) in (int, float)]
+        for name, key in DRAWN.items()
+    }
     return {name: statistics.fmean(values) for name, values in columns.items() if values}
 
 

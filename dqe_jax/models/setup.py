@@ -19,7 +19,7 @@ from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
 from dqe_jax.models.weights.stacking import stack_layers
 from dqe_jax.models.weights.transfer import fit
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 
 BACKBONE = "backbone/"
 # Tokens of the shortest text of a pretrained backbone: its start, a word, its end.
@@ -75,9 +75,7 @@ def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) 
     if named:
         tokenizer = text_tokens.pretrained_tokenizer(named, length)
     elif pretrained.tokenizer:
-        tokenizer = text_tokens.tokenizer_from_json(pretrained.tokenizer)
-        padding = tokenizer.padding
-        text_tokens.set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
+        tokenizer = _converted_tokenizer(pretrained.tokenizer, length, pretrained.origin)
     elif pretrained.source is not None:
         tokenizer = text_tokens.pretrained_tokenizer(pretrained.source.directory, length)
     else:
@@ -99,6 +97,19 @@ def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) 
             "pads with 0; name it in config.model.tokenizer."
         )
     return tokenizer
+
+
+def _converted_tokenizer(text: str, length: int, origin: str) -> Tokenizer:
+    """The tokenizer that came with converted weights."""
+    try:
+        tokenizer = text_tokens.tokenizer_from_json(text)
+        padding = tokenizer.padding
+        return text_tokens.set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise UserError(
+            f"config.model.weights: the tokenizer in {origin} is damaged ({reason_of(error)}); "
+            "convert the weights again."
+        ) from error
 
 
 def model_of(config: ModelConfig, data: DataConfig, tokenizer: Tokenizer, sizes: Any = None) -> DQE:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 from collections.abc import Iterator
 
 import jax
@@ -16,10 +15,7 @@ from dqe_jax.checkpoints import store
 from dqe_jax.distributed.interrupts import Interrupted
 from dqe_jax.training.step import Control
 from dqe_jax.utils.errors import UserError, reason_of
-
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# What libraries say of a full disk, in errors of their own.
-FULL = ("No space left on device", "Disk quota exceeded")
+from dqe_jax.utils.files import is_of_disk
 
 
 @contextlib.contextmanager
@@ -42,7 +38,7 @@ def _in_a_sentence(error: Exception, workdir: epath.Path, data_dir: epath.Path) 
     kept = f"step {steps[-1]} is saved" if steps else "nothing is saved yet"
     if not data_dir.is_dir():
         sentence = f"the data in {data_dir} is gone: {kept}; put it back"
-    elif getattr(error, "errno", None) in CANNOT_WRITE or any(w in str(error) for w in FULL):
+    elif is_of_disk(error):
         sentence = (
             f"cannot write to {workdir} ({reason_of(error)}): {kept}; free space or make it "
             "writable"

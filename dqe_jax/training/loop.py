@@ -27,7 +27,7 @@ from dqe_jax.training.optimizer import make_schedule
 from dqe_jax.training.session import Session, open_session, restore_or_init, save
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import StepOutput
-from dqe_jax.training.workdir import claim_workdir
+from dqe_jax.training.workdir import claim_workdir, write_config
 from dqe_jax.utils.metric_log import MetricLog, NoLog
 
 
@@ -72,6 +72,8 @@ def train_and_evaluate(
             contextlib.closing(store.open_for_training(path, config)) as manager,
         ):
             state, seconds = restore_or_init(session, manager)
+            if processes.leads():
+                write_config(path, config)
             return _train(session, state, manager, Stopwatch(seconds), began, stop_at)
     finally:
         if lock is not None:
@@ -173,33 +175,32 @@ def run_steps(
     config, keeper, start, measured = session.config, session.keeper, int(state.step), {}
     guard = Guard(config.max_bad_steps, manager)
     reporter = _Reporter(session, log, stopwatch, start)
-    for step in range(start + 1, end + 1):
-        refreshed = keeper is not None and keeper.due(step - 1)
-        if refreshed:
-            keeper.refresh(state.params, step - 1)
-        output = take_step(session, state, interrupts.seen)
-        state = output.state
-        reporter.bar.update()
-        stop, last = guard.check(step, output.control), step == end
-        # On both sides of a refresh, to show how far the bank had aged.
-        due = keeper is not None and keeper.due(step)
-        if step % config.log_every == 0 or last or refreshed or due:
-            reporter.write(step, output.metrics)
-        evaluate = config.eval_every > 0 and (step % config.eval_every == 0 or last)
-        saving = step % config.checkpoint_every == 0 or last or stop > 0
-        if evaluate or saving:
-            jax.block_until_ready(state)
-            with stopwatch.pause() as seconds:
-                found = _validate(session, state, log, reporter.bar) if evaluate else None
-                measured = measured if found is None else found
-                if saving:
-                    stop = max(stop, guard.check_all())  # nothing unsound is saved
-                    save(session, manager, state, seconds, found)
-        if stop:
-            reporter.bar.close()
-            manager.wait_until_finished()
-            raise Interrupted(stop, step)
-    reporter.bar.close()
+    with reporter.bar:  # also closed by an error, whose sentence has a line of its own
+        for step in range(start + 1, end + 1):
+            refreshed = keeper is not None and keeper.due(step - 1)
+            if refreshed:
+                keeper.refresh(state.params, step - 1)
+            output = take_step(session, state, interrupts.seen)
+            state = output.state
+            reporter.bar.update()
+            stop, last = guard.check(step, output.control), step == end
+            # On both sides of a refresh, to show how far the bank had aged.
+            due = keeper is not None and keeper.due(step)
+            if step % config.log_every == 0 or last or refreshed or due:
+                reporter.write(step, output.metrics)
+            evaluate = config.eval_every > 0 and (step % config.eval_every == 0 or last)
+            saving = step % config.checkpoint_every == 0 or last or stop > 0
+            if evaluate or saving:
+                jax.block_until_ready(state)
+                with stopwatch.pause() as seconds:
+                    found = _validate(session, state, log, reporter.bar) if evaluate else None
+                    measured = measured if found is None else found
+                    if saving:
+                        stop = max(stop, guard.check_all())  # nothing unsound is saved
+                        save(session, manager, state, seconds, found)
+            if stop:
+                manager.wait_until_finished()
+                raise Interrupted(stop, step)
     return state, measured
 
 

@@ -52,7 +52,7 @@ class Session:
       batches: an endless iterator over `Batch`, with `get_state` and `set_state`.
       validation: the evaluator of the validation split.
       last: the split of the last evaluation.
-      data: digests of the data that it is trained on, by split.
+      data: digests of the splits that it is trained and evaluated on, by their names.
     """
 
     config: RunConfig
@@ -131,7 +131,7 @@ def open_session(
         batches=batches,
         validation=validation,
         last=last,
-        data={each.name: each.digest for each in (split, held_out)},
+        data={each.name: each.digest for each in (split, held_out, last)},
     )
 
 
@@ -216,7 +216,10 @@ def _check_data(
             manager.directory,
         )
         return
-    other = [name for name in session.data if held.get(name) != session.data[name]]
+    # Another last split may have been asked for meanwhile.
+    other = [
+        name for name in session.data if held.get(name, session.data[name]) != session.data[name]
+    ]
     if other:
         raise UserError(
             f"the run in {session.workdir} was trained on other data than those in "

@@ -24,6 +24,9 @@ def claim_workdir(
 ) -> tuple[epath.Path, TextIO | None]:
     """Makes the workdir, keeps other trainers out of it and writes `config.json` there.
 
+    What a trained run holds stays as it is: whether it may go on is known later, see
+    `write_config`.
+
     Args:
       workdir: of the run.
       config: of the run.
@@ -45,7 +48,10 @@ def claim_workdir(
             lock = lock_workdir(path) if alone else None
             if lock is not None:
                 stack.enter_context(lock)
-            _write_config(file, config)
+            if _has_trained(path) and file.exists():
+                _check_config(file, config)
+            else:
+                write_config(path, config)
             stack.pop_all()  # all is well: the lock stays
     except OSError as error:
         raise UserError(
@@ -54,21 +60,24 @@ def claim_workdir(
     return path, lock
 
 
-def _write_config(file: epath.Path, config: RunConfig) -> None:
-    """Writes the config if it is not there.
+def _check_config(file: epath.Path, config: RunConfig) -> None:
+    """Raises a `UserError` if something was trained here by another config."""
+    held = read_json(file, dict, "remove it or take another --workdir")
+    changed = differences(config, held)
+    if changed:
+        raise UserError(
+            f"{file.parent} holds a run of another config; it differs in {'; '.join(changed)}: "
+            "take another --workdir, or the config of that run."
+        )
+
+
+def write_config(workdir: epath.Path, config: RunConfig) -> None:
+    """Writes `config.json`, unless it says the same; fields that are free to differ may.
 
     Raises:
-      UserError: something was trained here by another config.
+      OSError: it cannot be written.
     """
-    text = config.to_json()
-    if file.exists() and _has_trained(file.parent):
-        held = read_json(file, dict, "remove it or take another --workdir")
-        changed = differences(config, held)
-        if changed:
-            raise UserError(
-                f"{file.parent} holds a run of another config; it differs in {'; '.join(changed)}: "
-                "take another --workdir, or the config of that run."
-            )
+    file, text = workdir / "config.json", config.to_json()
     if not file.exists() or file.read_bytes() != text.encode():
         new = file.with_name("config.json.new")
         new.write_text(text)

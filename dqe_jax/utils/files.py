@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,9 @@ from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.paths import is_remote
 
 Json = TypeVar("Json", list, dict)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# What libraries say of a full disk, in errors of their own.
+FULL = ("No space left on device", "Disk quota exceeded")
 
 
 def is_regular(path: str | os.PathLike[str]) -> bool:
@@ -120,6 +124,11 @@ def make_directory(path: epath.Path) -> None:
                 file.write(b"x")
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether an error says that something cannot be written: for want of space, or of rights."""
+    return getattr(error, "errno", None) in CANNOT_WRITE or any(w in str(error) for w in FULL)
 
 
 def cannot_write(path: epath.Path, error: OSError) -> UserError:

@@ -6,20 +6,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 from etils import epath
 
+from dqe_jax.utils.events import EventFile
 from dqe_jax.utils.files import finite
 from dqe_jax.utils.paths import is_remote
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
 
 
 class MetricLog:
@@ -52,7 +48,7 @@ class MetricLog:
             new.replace(path)
         # TensorBoard drops what an earlier attempt wrote at or after this step.
         purged = None if resume_step is None else resume_step + 1
-        self._events = _open_events(directory / "events", purged)
+        self._events = EventFile(directory / "events", purged)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends a line `{"step": step, ...}` and the same numbers to TensorBoard."""
@@ -64,7 +60,7 @@ class MetricLog:
 
     def steps(self) -> list[int]:
         """Steps of the lines of `metrics.jsonl`."""
-        lines = map(_read_line, self._paths["metrics"].read_bytes().split(b"\n"))
+        lines = map(read_line, self._paths["metrics"].read_bytes().split(b"\n"))
         return [int(str(values["step"])) for values in lines if values is not None]
 
     def close(self) -> None:
@@ -80,10 +76,9 @@ class MetricLog:
         else:
             self._held[name] += line
             self._paths[name].write_text(self._held[name])
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                # TensorBoard allows no @ in a name.
-                self._events.add_scalar(key.replace("@", "_at_"), value, step)
+        numbers = {key: x for key, x in values.items() if isinstance(x, (int, float))}
+        # TensorBoard allows no @ in a name.
+        self._events.write(step, {key.replace("@", "_at_"): x for key, x in numbers.items()})
 
 
 class NoLog:
@@ -99,33 +94,11 @@ class NoLog:
         """Nothing."""
 
 
-def _open_events(directory: epath.Path, purge_step: int | None) -> SummaryWriter:
-    with _without_torch():
-        from tensorboardX import SummaryWriter
-    return SummaryWriter(str(directory), purge_step=purge_step)
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    """Inside, `import torch` fails as where there is no PyTorch, unless it was imported before.
-
-    tensorboardX imports it to name a type in its hints, no more: 2 s and 180 MiB at each start.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to stop an import
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
 def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
     """The lines that stay, see `MetricLog`; a half-written or damaged line does not."""
     kept, damaged = [], 0
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        values = _read_line(line)
+        values = read_line(line)
         if values is None:
             damaged += bool(line.strip())
             continue
@@ -137,8 +110,8 @@ def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
     return kept
 
 
-def _read_line(line: bytes) -> dict[str, object] | None:
-    """The content of a line, with a `step`; None if it is no line of a log."""
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """The content of a line, with an integer `step`; None if it is no line of a log."""
     try:
         values = json.loads(line.decode())
     except (ValueError, RecursionError):

@@ -93,6 +93,8 @@ class Photos:
         if self._tar.exists():
             self._offsets = {}
             try:
+                if not is_regular(self._tar):
+                    raise OSError("it is no regular file")
                 # "r:" refuses compression, which has no random access.
                 with self._tar.open("rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
                     for member in tar:

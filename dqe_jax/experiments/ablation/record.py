@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ from etils import epath
 from dqe_jax.config import RunConfig, differences
 from dqe_jax.evaluation import protocols
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_bytes, read_json
+from dqe_jax.utils.metric_log import read_line
 
 EQUAL = ("steps", "time")
 # Columns of the tables, and metrics of the plot, of those that the data set has.
@@ -56,13 +57,18 @@ def held_metrics(config: RunConfig, directory: epath.Path) -> dict[str, float] |
     """The final metrics of a run of this config, if it is complete."""
     report = directory / "eval" / f"{config.eval.split}-{config.total_steps}.json"
     try:
-        trained = json.loads((directory / "config.json").read_text())
-        found = json.loads(report.read_text())
-    except (OSError, json.JSONDecodeError):  # not there, or the run was killed as it wrote
+        trained = read_json(directory / "config.json", dict)
+        found = read_json(report, dict)
+    except UserError:  # not there, or the run was killed as it wrote
         return None
     protocol = protocols.protocol_of(config.data.dataset, config.eval.protocol).name
-    same = not differences(config, trained) and found["protocol"] == protocol
-    return found["metrics"] if same else None
+    same = not differences(config, trained) and found.get("protocol") == protocol
+    metrics = found.get("metrics")
+    return metrics if same and isinstance(metrics, dict) and _are_numbers(metrics) else None
+
+
+def _are_numbers(metrics: Mapping[str, Any]) -> bool:
+    return all(type(value) in (int, float) for value in metrics.values())
 
 
 def read_log(directory: epath.Path) -> list[dict[str, Any]]:
@@ -71,23 +77,25 @@ def read_log(directory: epath.Path) -> list[dict[str, Any]]:
     Raises:
       UserError: it is not there, or does not hold them.
     """
-    path = directory / "timing.jsonl"
-    try:
-        log = [
-            json.loads(line)
-            for file in (directory / "metrics.jsonl", path)
-            for line in file.read_text().splitlines()
-        ]
-        if training_times(log):
-            return log
-    except (OSError, json.JSONDecodeError):
-        pass
-    raise UserError(f"{path} is not the log of a run: remove {directory} to train it again.")
+    log = []
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        path = directory / name
+        try:
+            lines = [read_line(line) for line in read_bytes(path).split(b"\n") if line.strip()]
+        except UserError:
+            lines = [None]
+        if None in lines or (name == "timing.jsonl" and not training_times(lines)):
+            raise UserError(
+                f"{path} is not the log of a run: remove {directory} to train it again."
+            )
+        log += lines
+    return log
 
 
 def training_times(log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """Steps, and the seconds of training that they had taken, of each line that says so."""
-    return [(line["step"], line["train_seconds"]) for line in log if "train_seconds" in line]
+    name = "train_seconds"
+    return [(line["step"], line[name]) for line in log if type(line.get(name)) in (int, float)]
 
 
 def validation_metrics(log: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
@@ -95,6 +103,6 @@ def validation_metrics(log: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, 
     found: dict[int, dict[str, float]] = {}
     for line in log:
         for key in METRICS:
-            if f"validation/{key}" in line:
+            if type(line.get(f"validation/{key}")) in (int, float):
                 found.setdefault(line["step"], {})[key] = line[f"validation/{key}"]
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ from dqe_jax.experiments.ablation.record import (
 from dqe_jax.experiments.ablation.variants import BASE, choose_variants, variant_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import write_json
+from dqe_jax.utils.files import read_json, write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
@@ -180,12 +179,20 @@ def _read_times(path: epath.Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        times = json.loads(path.read_text())
-        if all({"seconds", "steps"} <= set(times[v]) for v in {BASE, *times}):
-            return times
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path} holds no times of an ablation: remove it to measure them again.")
+        times = read_json(path, dict)
+    except UserError:
+        times = {}
+    if not all(_is_time(times.get(variant)) for variant in {BASE, *times}):
+        raise UserError(f"{path} holds no times of an ablation: remove it to measure them again.")
+    return times
+
+
+def _is_time(value: object) -> bool:
+    """Whether it says how long a variant trains, and how many steps."""
+    if not isinstance(value, dict):
+        return False
+    seconds, steps = value.get("seconds"), value.get("steps")
+    return type(seconds) in (int, float) and seconds > 0 and type(steps) is int and steps > 0
 
 
 def _write_whole(path: epath.Path, content: Any) -> None:

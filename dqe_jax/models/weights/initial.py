@@ -8,7 +8,6 @@ the tokenizer.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.source import Source, open_source
 from dqe_jax.models.weights.transfer import layout_of, read_backbone
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import read_json
 from dqe_jax.utils.paths import whole_path
 
 FACTS, PARAMS = "weights.json", "params"
@@ -85,29 +85,38 @@ def open_pretrained(config: ModelConfig) -> Pretrained:
         return Pretrained(backbone, named)
     facts = epath.Path(origin).expanduser() / FACTS
     if facts.exists():
-        content = _read_facts(facts)
-        if content["backbone"] != backbone:
+        kind, held, tokenizer = _read_facts(facts)
+        if kind != backbone:
             raise UserError(
-                f"config.model.weights: {origin} holds weights of {content['backbone']!r}; "
+                f"config.model.weights: {origin} holds weights of {kind!r}; "
                 f"config.model.backbone is {backbone!r}."
             )
-        held = size_files.from_json(backbone, content["sizes"])
         if named not in (None, held):
             raise UserError(
                 f"config.model.weights: {origin} is not of config.model.{backbone}.variant "
                 f"{variant!r}; 'auto' takes the sizes of the weights."
             )
-        return Pretrained(backbone, held, origin, content.get("tokenizer"))
+        return Pretrained(backbone, held, origin, tokenizer)
     source = open_source(origin)
     sizes = named or size_files.from_hugging_face(backbone, source.config, origin)
     layout_of(source, backbone, sizes)  # raises now what reading would raise later
     return Pretrained(backbone, sizes, origin, source=source)
 
 
-def _read_facts(file: epath.Path) -> dict[str, Any]:
+def _read_facts(file: epath.Path) -> tuple[str, Any, str | None]:
+    """Backbone, sizes and tokenizer of converted weights.
+
+    Raises:
+      UserError: the file does not hold them.
+    """
+    advice = "convert the weights again"
+    content = read_json(file, dict, advice)
+    backbone, tokenizer = content.get("backbone"), content.get("tokenizer")
     try:
-        content = json.loads(file.read_text())
-        content["backbone"], content["sizes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}); convert the weights again.") from error
-    return content
+        if not isinstance(backbone, str) or backbone not in size_files.SIZES:
+            raise ValueError(f"backbone is {backbone!r:.40}")
+        if not isinstance(tokenizer, str | None):
+            raise ValueError("tokenizer is no text")
+        return backbone, size_files.from_json(backbone, content["sizes"]), tokenizer
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read ({reason_of(error)}); {advice}.") from error

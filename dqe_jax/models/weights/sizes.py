@@ -1,18 +1,25 @@
-"""Sizes of a pretrained backbone: from a Hugging Face config, and as JSON."""
+"""Sizes of a pretrained backbone: from a Hugging Face config, and as JSON.
+
+Files are not trusted: a size that no model has would only exhaust memory.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import ACTIVATIONS, VisionSizes
+from dqe_jax.models.settings import MOST_DEPTH, MOST_HEADS, MOST_PIXELS, MOST_WIDTH
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.fields import Check, flag, integer, number, one_of
+from dqe_jax.utils.quiet import import_transformers
 
 SIZES = {"clip": ClipSizes, "blip2": Blip2Sizes}
 MODEL_TYPES = {"clip": "clip", "blip-2": "blip2"}
+MOST_LENGTH, MOST_WORDS = 10_000, 10_000_000
 
 
 def to_json(sizes: Any) -> dict[str, Any]:
@@ -20,10 +27,76 @@ def to_json(sizes: Any) -> dict[str, Any]:
     return dataclasses.asdict(sizes)
 
 
-def from_json(backbone: str, content: Mapping[str, Any]) -> Any:
-    """Sizes that `to_json` wrote."""
-    fields = dict(content)
-    return SIZES[backbone](**(fields | {"vision": VisionSizes(**fields["vision"])}))
+def from_json(backbone: str, content: Any) -> Any:
+    """Sizes that `to_json` wrote; the content of a file is anything.
+
+    Raises:
+      ValueError: it did not write them, or one is far too large; the text names it.
+    """
+    try:
+        fields = dict(content)
+        vision = VisionSizes(**fields["vision"])
+        sizes = SIZES[backbone](**(fields | {"vision": vision}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"sizes are not those of {backbone}: {reason_of(error)}") from error
+    _check_all("sizes.vision", vision, but=())
+    _check_all("sizes", sizes, but=("vision",))
+    _check_heads(sizes)
+    return sizes
+
+
+def _check_all(place: str, sizes: Any, but: Sequence[str]) -> None:
+    """Raises a `ValueError` for the first size that is not allowed; leaves those of `but` out."""
+    for own in dataclasses.fields(sizes):
+        if own.name not in but:
+            _checked(f"{place}.{own.name}", own.name, getattr(sizes, own.name))
+
+
+def _checked(told: str, name: str, value: Any) -> Any:
+    """The value of a size, a field of `VisionSizes`, `ClipSizes` or `Blip2Sizes`.
+
+    Raises:
+      ValueError: it is not allowed; the text calls it `told`.
+    """
+    check = _check_of(name.removeprefix("text_"))
+    try:
+        check.read(value)
+    except ValueError:
+        raise ValueError(f"{told} is {value!r:.40}: it must be {check.words}") from None
+    return value
+
+
+def _check_of(name: str) -> Check:
+    """What a size may be."""
+    if name in ("pre_norm", "patch_bias", "qkv_bias"):
+        return flag()
+    if name == "activation":
+        return one_of(*ACTIVATIONS)
+    if name == "epsilon":
+        return number(0, 1)
+    most = {
+        **dict.fromkeys(("image_size", "patch_size"), MOST_PIXELS),
+        **dict.fromkeys(("depth", "cross_every"), MOST_DEPTH),
+        "heads": MOST_HEADS,
+        **dict.fromkeys(("width", "embed_dim"), MOST_WIDTH),
+        "mlp_dim": 8 * MOST_WIDTH,
+        **dict.fromkeys(("max_length", "num_queries"), MOST_LENGTH),
+        **dict.fromkeys(("vocab_size", "end_id"), MOST_WORDS),
+    }
+    return integer(0 if name == "end_id" else 1, most[name])
+
+
+def _check_heads(sizes: Any) -> None:
+    """Raises a `ValueError` for a tower whose channels do not divide into its attention heads."""
+    vision = sizes.vision
+    text = (
+        (sizes.width, sizes.heads)
+        if isinstance(sizes, Blip2Sizes)
+        else (sizes.text_width, sizes.text_heads)
+    )
+    for width, heads in ((vision.width, vision.heads), text):
+        if width % heads:  # transformers 4 lets it pass
+            raise ValueError(f"{width} channels do not divide into {heads} attention heads")
 
 
 def backbone_of(config: Mapping[str, Any], origin: str) -> str:
@@ -33,7 +106,7 @@ def backbone_of(config: Mapping[str, Any], origin: str) -> str:
       UserError: it is of no model that is known here.
     """
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(
             f"weights {origin}: its config.json has model_type {kind!r}; known are "
             f"{', '.join(MODEL_TYPES)}."
@@ -58,7 +131,9 @@ def from_hugging_face(backbone: str, config: Mapping[str, Any], origin: str) -> 
             f"is {backbone!r}."
         )
     try:
-        return {"clip": _clip, "blip2": _blip2}[backbone](dict(config), origin)
+        sizes = {"clip": _clip, "blip2": _blip2}[backbone](dict(config), origin)
+        _check_heads(sizes)
+        return sizes
     except UserError:
         raise
     except Exception as error:  # transformers checks fields, by errors of many kinds
@@ -76,71 +151,79 @@ def _activation(name: str, origin: str) -> str:
     return name
 
 
-def _side(value: Any) -> int:
-    return value if isinstance(value, int) else value[0]
+def _sizes(section: Any, place: str, **names: str) -> dict[str, Any]:
+    """Sizes by our names for them, of a section of a config; `names` has theirs.
+
+    Raises:
+      ValueError: one is not allowed; the text has its name in the file.
+    """
+    return {
+        ours: _checked(f"{place}{theirs}", ours, _first(getattr(section, theirs)))
+        for ours, theirs in names.items()
+    }
+
+
+def _first(value: Any) -> Any:
+    """Of a size for each axis, or of several ids, the first one."""
+    return value[0] if isinstance(value, (list, tuple)) else value
 
 
 def _vision(config: Any, origin: str, **kind: bool) -> VisionSizes:
-    if config.hidden_size % config.num_attention_heads:  # transformers 4 lets it pass
-        raise ValueError(
-            f"{config.hidden_size} channels do not divide into {config.num_attention_heads} "
-            "attention heads"
-        )
-    return VisionSizes(
-        image_size=_side(config.image_size),
-        patch_size=_side(config.patch_size),
-        width=config.hidden_size,
-        depth=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        mlp_dim=config.intermediate_size,
-        activation=_activation(config.hidden_act, origin),
-        epsilon=config.layer_norm_eps,
-        **kind,
+    sizes = _sizes(
+        config,
+        "vision_config.",
+        image_size="image_size",
+        patch_size="patch_size",
+        width="hidden_size",
+        depth="num_hidden_layers",
+        heads="num_attention_heads",
+        mlp_dim="intermediate_size",
+        epsilon="layer_norm_eps",
     )
+    return VisionSizes(**sizes, activation=_activation(config.hidden_act, origin), **kind)
 
 
 def _clip(config: dict[str, Any], origin: str) -> ClipSizes:
-    from transformers import CLIPConfig  # slow to import; fills in what the file leaves out
-
-    config = CLIPConfig.from_dict(config)
-    text, end = config.text_config, config.text_config.eos_token_id
+    config = import_transformers().CLIPConfig.from_dict(config)  # with what the file leaves out
+    text = _sizes(
+        config.text_config,
+        "text_config.",
+        text_width="hidden_size",
+        text_depth="num_hidden_layers",
+        text_heads="num_attention_heads",
+        text_mlp_dim="intermediate_size",
+        text_epsilon="layer_norm_eps",
+        vocab_size="vocab_size",
+        max_length="max_position_embeddings",
+        end_id="eos_token_id",
+    )
     return ClipSizes(
         vision=_vision(config.vision_config, origin, pre_norm=True, patch_bias=False),
-        text_width=text.hidden_size,
-        text_depth=text.num_hidden_layers,
-        text_heads=text.num_attention_heads,
-        text_mlp_dim=text.intermediate_size,
-        text_activation=_activation(text.hidden_act, origin),
-        text_epsilon=text.layer_norm_eps,
-        vocab_size=text.vocab_size,
-        max_length=text.max_position_embeddings,
-        embed_dim=config.projection_dim,
-        end_id=end if isinstance(end, int) else end[0],
+        text_activation=_activation(config.text_config.hidden_act, origin),
+        **text,
+        **_sizes(config, "", embed_dim="projection_dim"),
     )
 
 
 def _blip2(config: dict[str, Any], origin: str) -> Blip2Sizes:
-    from transformers import Blip2Config
-
-    config = Blip2Config.from_dict(config)
-    former = config.qformer_config
+    config = import_transformers().Blip2Config.from_dict(config)
+    former = _sizes(
+        config.qformer_config,
+        "qformer_config.",
+        width="hidden_size",
+        depth="num_hidden_layers",
+        heads="num_attention_heads",
+        mlp_dim="intermediate_size",
+        epsilon="layer_norm_eps",
+        cross_every="cross_attention_frequency",
+        vocab_size="vocab_size",
+        max_length="max_position_embeddings",
+    )
+    vision = config.vision_config
+    bias = _sizes(vision, "vision_config.", qkv_bias="qkv_bias")
     return Blip2Sizes(
-        vision=_vision(
-            config.vision_config,
-            origin,
-            pre_norm=False,
-            patch_bias=True,
-            qkv_bias=config.vision_config.qkv_bias,
-        ),
-        width=former.hidden_size,
-        depth=former.num_hidden_layers,
-        heads=former.num_attention_heads,
-        mlp_dim=former.intermediate_size,
-        activation=_activation(former.hidden_act, origin),
-        epsilon=former.layer_norm_eps,
-        cross_every=former.cross_attention_frequency,
-        num_queries=config.num_query_tokens,
-        vocab_size=former.vocab_size,
-        max_length=former.max_position_embeddings,
-        embed_dim=config.image_text_hidden_size,
+        vision=_vision(vision, origin, pre_norm=False, patch_bias=True, **bias),
+        activation=_activation(config.qformer_config.hidden_act, origin),
+        **former,
+        **_sizes(config, "", num_queries="num_query_tokens", embed_dim="image_text_hidden_size"),
     )

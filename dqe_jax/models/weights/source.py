@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -12,9 +11,11 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 once it is imported
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import is_regular, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -105,7 +106,8 @@ def open_source(origin: str) -> Source:
         raise UserError(_no_pickle(path))
     files = _files_of_index(path) if path.name.endswith(".json") else _names_in(path)
     config = path.parent / "config.json"
-    return Source(origin, files, _read_json(config) if config.exists() else {}, path.parent)
+    held = read_json(epath.Path(config), dict) if config.exists() else {}
+    return Source(origin, files, held, path.parent)
 
 
 def _no_pickle(path: pathlib.Path) -> str:
@@ -121,6 +123,8 @@ def _nothing_in(path: pathlib.Path) -> str:
 
 def _names_in(path: pathlib.Path) -> dict[str, pathlib.Path]:
     try:
+        if not is_regular(path):
+            raise OSError("it is no regular file")
         with safe_open(path, framework="np") as opened:
             return dict.fromkeys(opened.keys(), path)
     except (SafetensorError, OSError) as error:
@@ -128,8 +132,8 @@ def _names_in(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _files_of_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    index = _read_json(path).get("weight_map")
-    if not isinstance(index, dict):
+    index = read_json(epath.Path(path), dict).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise UserError(f"{path} has no weight_map: it is not an index of safetensors shards.")
     files: dict[str, pathlib.Path] = {}
     for shard in sorted(set(index.values())):
@@ -145,16 +149,6 @@ def _files_of_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
             )
         files |= {name: file for name in expected}
     return files
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); get it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; get it again.")
-    return content
 
 
 def _from_hub(model_id: str) -> pathlib.Path:
