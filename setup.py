@@ -56,8 +56,8 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
-        # 1.0 puts another interface under the same name.
-        "orbax-checkpoint>=0.11.17,<1",
+        # 1.0 puts another interface under this name; before 0.11.20 half-written checkpoints stay.
+        "orbax-checkpoint>=0.11.20,<1",
         "pillow>=10.1",
         "safetensors>=0.4.1",
         "tensorboardX>=2.6.1",

@@ -14,6 +14,7 @@ import pytest
 pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = {"apache_beam", "torch"}  # an extra; what the tests of `dqe_jax.testing` compare with
 IMPORTS = """
 import warnings
 warnings.filterwarnings("error", module=r"(dqe_jax|configs)\\b")
@@ -50,7 +51,7 @@ def imported() -> set[str]:
 
 def test_whatever_is_imported_is_declared():
     distributions = importlib.metadata.packages_distributions()
-    names, packages = imported() - {"apache_beam"}, declared()  # Beam is an extra
+    names, packages = imported() - OPTIONAL, declared()
     assert len(names) > 15
     for name in names:
         found = {normal(x) for x in distributions.get(name, [name.replace("_", "-")])}

@@ -113,7 +113,8 @@ def params_of(workdir, step=None):
 def test_a_run_starts_from_the_weights_and_keeps_what_is_frozen(run):
     name, config, workdir, _ = run
     params, manager, step = params_of(workdir)
-    held = flatten_dict(initial.open_pretrained(config.model).read(), sep="/")
+    model = RunConfig.of(config).model
+    held = flatten_dict(initial.open_pretrained(model).read(), sep="/")
     parts = parts_of(name)
     kept, moved = 0, 0
     for path, x in held.items():
@@ -180,7 +181,7 @@ def test_export(run, tmp_path):
     assert config["vision_config"]["image_size"] == 72
     # What was exported is a source of weights itself.
     again = initial.open_pretrained(
-        config_of(tmp_path.parent, name, **{"model.weights": str(tmp_path)}).model
+        RunConfig.of(config_of(tmp_path.parent, name, **{"model.weights": str(tmp_path)})).model
     )
     assert flatten_dict(again.read(), sep="/").keys() <= {
         path.removeprefix("backbone/") for path in params
