@@ -44,11 +44,11 @@ class Compute:
 
 
 def flash_takes(
-    q: Float[Array, "B L heads size"],
-    k: Float[Array, "B S heads size"],
-    mask: Bool[Array, "B S"] | None,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    mask: jax.Array | jax.ShapeDtypeStruct | None,
 ) -> bool:
-    """Whether cuDNN's flash attention takes these queries and keys.
+    """Whether cuDNN's flash attention takes queries `[B, L, heads, size]`, keys `[B, S, ...]`.
 
     It wants half precision, head sizes that are multiples of 8 up to 128, and, to train with a
     mask, even lengths.
