@@ -147,14 +147,16 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
     state = states.init_state(config, made, params, devices()[:4])
     assert made.bytes_of_device() < 0.5 * sum(2 * x.nbytes for x in jax.tree.leaves(params))
     batch = mesh.shard(step_benchmark.random_batch(config), 4)
+    stop = np.zeros((4, 1), np.int32)
     compilations = []
     for _ in range(3):
         caplog.clear()
         before = state
         with jax.log_compiles(), caplog.at_level("WARNING"):
-            state, metrics = step(state, batch)
+            output = step(state, batch, stop)
+            state = output.state
         compilations.append(sum("XLA compilation" in r.getMessage() for r in caplog.records))
         assert all(x.is_deleted() for x in jax.tree.leaves(before) if x.ndim)
     assert compilations[0] >= 1
     assert compilations[1:] == [0, 0]
-    assert np.isfinite(metrics["grad_norm"])
+    assert np.isfinite(output.metrics["grad_norm"])

@@ -44,9 +44,9 @@ class Compute:
 
 
 def flash_takes(
-    q: jax.Array | jax.ShapeDtypeStruct,
-    k: jax.Array | jax.ShapeDtypeStruct,
-    mask: jax.Array | jax.ShapeDtypeStruct | None,
+    q: Array | jax.ShapeDtypeStruct,
+    k: Array | jax.ShapeDtypeStruct,
+    mask: Array | jax.ShapeDtypeStruct | None,
 ) -> bool:
     """Whether cuDNN's flash attention takes queries `[B, L, heads, size]`, keys `[B, S, ...]`.
 
