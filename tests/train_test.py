@@ -157,6 +157,6 @@ def test_it_learns(base, monkeypatch):
     validation = next(line for line in lines if "validation/R@1" in line)
     assert np.mean(losses[:2]) > 2.2
     assert np.mean(losses[-10:]) < 1.5
-    assert validation["validation/R@1"] > 0.15
+    assert validation["validation/R@1"] > 0.1
     assert validation["validation/R@10"] > 0.9
     assert validation["validation/top1_is_reference"] < 0.6
