@@ -296,6 +296,12 @@ def in_process(*arguments, capsys, name="train"):
         ("evaluate", [SMOKE, "--watch", "--workdir=x", "--poll_s=nan"], "--poll_s=nan"),
         ("evaluate", [SMOKE, "--watch", "--workdir=x", "--poll_s=inf"], "poll_s"),
         ("plan", [SMOKE, "--topology="], "--topology=: give a chip and the shape of a slice"),
+        (
+            "audit",
+            [SMOKE, "--workdir=x", "--sweep=0,nan"],
+            "--sweep=0,nan: lower quantiles must be",
+        ),
+        ("ablate", [SMOKE, "--lowers=0,nan"], "--lowers=0,nan: lower quantiles must be"),
     ],
 )
 def test_flags_that_no_limit_refuses(name, arguments, words, capsys):

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import statistics
 import struct
@@ -628,15 +629,19 @@ ENDLESS = {"pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", pat
 
 @pytest.fixture
 def alarm():
-    """Ends a test that waits for a file without an end."""
+    """Ends a test that waits for a file without an end, or reads one until the memory is full."""
 
     def ring(*_):
         raise TimeoutError("it would wait for ever")
 
     before = signal.signal(signal.SIGALRM, ring)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (4 << 30), limits[1]))
     signal.alarm(60)
     yield
     signal.alarm(0)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
     signal.signal(signal.SIGALRM, before)
 
 

@@ -1,4 +1,4 @@
-"""Configs whose runs take seconds, and programs that are compiled once."""
+"""Configs whose runs take seconds, programs that are compiled once, and when runs agree."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
@@ -78,3 +80,32 @@ def compiled_once(directory: str | os.PathLike[str]) -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def assert_params_agree(one: Any, other: Any, *, learning_rate: float) -> None:
+    """Asserts that runs of a few steps with other numbers of devices have the same parameters.
+
+    Within 1e-5; biases of keys within the learning rate. The softmax of attention does not change
+    with them: their true gradient is 0, and they follow the rounding of sums.
+
+    Args:
+      one: parameters of a run.
+      other: of the other run.
+      learning_rate: of both, at most 1e-3.
+    """
+    first, second = (flatten_dict(params, sep="/") for params in (one, other))
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        tolerance = np.where(_is_bias_of_keys(path, value), learning_rate, 1e-5)
+        apart = np.abs(np.asarray(value, np.float64) - second[path])
+        assert (apart <= tolerance).all(), f"{path}: {apart.max()} apart"
+
+
+def _is_bias_of_keys(path: str, value: np.ndarray) -> np.ndarray:
+    """Which numbers of a parameter are biases of keys (`layers.Attention`), bool of its shape."""
+    found = np.zeros(np.shape(value), bool)
+    if path.endswith("/qkv/bias"):
+        found[len(value) // 3 : 2 * len(value) // 3] = True
+    if path.endswith("/key_value/bias"):
+        found[: len(value) // 2] = True
+    return found

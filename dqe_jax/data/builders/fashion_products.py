@@ -62,6 +62,7 @@ from dqe_jax.data.builders.fashion_raw import (
 )
 from dqe_jax.data.builders.fashion_texts import ATTRIBUTES
 from dqe_jax.utils import errors
+from dqe_jax.utils.files import is_regular
 
 # Columns that gallery records state besides, where the file has them.
 EXTRA_COLUMNS = ("masterCategory", "subCategory", "year")
@@ -286,7 +287,7 @@ def make_builder(
             "photos by --data_dir."
         )
     styles = directory / "styles.csv"
-    if not styles.is_file():
+    if not styles.exists() or not is_regular(styles):
         raise errors.UserError(
             f"{directory} has no styles.csv; copy the data set's table there, or give another "
             "directory by --data_dir."
