@@ -78,6 +78,7 @@ setup(
             "beartype>=0.18",
             "import-linter>=2.3",
             "ipykernel>=7",
+            "mypy>=1.15",
             "nbclient>=0.11",
             "nbformat>=5.11",
             "pytest>=8",

@@ -34,6 +34,7 @@ from dqe_jax.utils.fields import (
     text,
     weight,
 )
+from dqe_jax.utils.files import JsonObject
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -163,7 +164,7 @@ class RunConfig:
         made = _made(flatten(config if isinstance(config, Mapping) else config.to_dict()))
         return config if isinstance(config, RunConfig) else made
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The fields as a nested dict in alphabetical order, as files and checkpoints hold them."""
         return _in_order(dataclasses.asdict(self))
 
@@ -172,7 +173,7 @@ class RunConfig:
         flat = {
             name: "-inf" if x == -math.inf else x for name, x in flatten(self.to_dict()).items()
         }
-        tree: dict[str, Any] = {}
+        tree: JsonObject = {}
         for name, value in flat.items():
             *sections, last = name.split(".")
             place = tree
@@ -187,16 +188,15 @@ class RunConfig:
 
         return ConfigDict(self.to_dict())
 
-    def with_changes(self, changes: Mapping[str, Any]) -> RunConfig:
+    def with_changes(self, changes: Mapping[str, object]) -> RunConfig:
         """The config with other values, `{"negatives.rule": "qure", ...}`; raises as `of`."""
-        return _made(flatten(self.to_dict()) | changes)
+        return _made({**flatten(self.to_dict()), **changes})
 
 
-def _in_order(tree: Any) -> Any:
+def _in_order(tree: JsonObject) -> JsonObject:
     """A nested dict with its keys in alphabetical order."""
-    if not isinstance(tree, dict):
-        return tree
-    return {key: _in_order(tree[key]) for key in sorted(tree)}
+    ordered = ((key, tree[key]) for key in sorted(tree))
+    return {key: _in_order(x) if isinstance(x, dict) else x for key, x in ordered}
 
 
 @functools.cache
@@ -205,9 +205,9 @@ def fields() -> Mapping[str, Field]:
     return {one.name: one for one in fields_of(RunConfig)}
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Mapping[str, object]) -> dict[str, object]:
     """All fields of a config as `{"data.image_size": 64, ...}`; tuples become lists, as in JSON."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     waiting = [(str(key), value) for key, value in reversed(list(config.items()))]
     while waiting:  # without recursion: a damaged file may be nested without end
         name, value = waiting.pop()
@@ -218,14 +218,14 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _made(flat: Mapping[str, Any]) -> RunConfig:
+def _made(flat: Mapping[str, object]) -> RunConfig:
     """The config with these fields, checked; raises as `RunConfig.of`."""
     made = build(RunConfig, _checked(flat))
     _check_together(made)
     return made
 
 
-def _checked(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(flat: Mapping[str, object]) -> dict[str, object]:
     """The values of all fields in their types.
 
     Raises:
@@ -309,7 +309,7 @@ def check_batch(config: RunConfig, num_devices: int, num_processes: int = 1) -> 
 
 def differences(
     config: RunConfig,
-    held: Mapping[str, Any],
+    held: Mapping[str, object],
     roles: Sequence[Role] = ("compute", "model", "start"),
 ) -> list[str]:
     """Fields in which a config differs from one that was saved, as `name: 1 (not 2)`.

@@ -120,7 +120,7 @@ def test_full_size(name, variant, tmp_path):
     import transformers
 
     its_sizes = VARIANTS[name][variant]
-    fields = hugging_face.config_of(name, its_sizes)
+    fields = hugging_face.config_of(its_sizes)
     kind, config = {
         "clip": (transformers.CLIPModel, transformers.CLIPConfig),
         "blip2": (transformers.Blip2ForImageTextRetrieval, transformers.Blip2Config),
@@ -261,7 +261,7 @@ def test_gradients(saved):
 
     ours = flatten_dict(jax.jit(jax.grad(loss))(params), sep="/")
     theirs = dict(model.named_parameters())
-    layout = rules.LAYOUTS[name][0](module.sizes)
+    layout = rules.layouts_of(module.sizes)[0]
     largest = 0.0
     for rule in layout.rules:
         gradients = [theirs[n].grad for n in rule.names]

@@ -335,7 +335,7 @@ def test_variants_are_the_published_sizes():
 @pytest.mark.core
 def test_a_config_json_of_our_sizes_gives_them_back(backbone):
     for held in VARIANTS[backbone].values():
-        config = hugging_face.config_of(backbone, held)
+        config = hugging_face.config_of(held)
         if config is None:
             assert held.vision.pre_norm
             assert backbone == "blip2"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any
 
 import orbax.checkpoint as ocp
 from absl import logging
 
 from dqe_jax.checkpoints import store
+from dqe_jax.method.arrays import Params
 from dqe_jax.models.weights import hugging_face
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject
 
 
 def export_run(
@@ -49,7 +50,7 @@ def export_run(
     return written
 
 
-def _read(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], Any]:
+def _read(manager: ocp.CheckpointManager, step: int) -> tuple[JsonObject, Params]:
     """The meta and the parameters of a checkpoint; raises as `store.read_meta`."""
     meta = store.read_meta(manager, step)
     with store.told_damaged(manager, step):

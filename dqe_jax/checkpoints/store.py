@@ -17,7 +17,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
-from typing import Any, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import jax
 import numpy as np
@@ -29,8 +29,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import processes
+from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import read_json
+from dqe_jax.utils.files import JsonObject, read_json
 from dqe_jax.utils.paths import whole_path
 
 ITEMS = ("params", "opt_state", "bank_params", "meta")
@@ -46,6 +47,12 @@ _META: dict[str, tuple[type, ...]] = {
 T = TypeVar("T")
 
 
+class _Saved(Protocol):
+    """What Orbax says of a checkpoint."""
+
+    step: int
+
+
 @dataclasses.dataclass(frozen=True)
 class OnSchedule:
     """Keeps the newest `keep` of the checkpoints of steps that are multiples of `every`.
@@ -56,7 +63,7 @@ class OnSchedule:
     keep: int
     every: int
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[_Saved], *, context: object) -> Sequence[bool]:
         """Whether each checkpoint, oldest first, is kept."""
         del context
         planned = [i for i, info in enumerate(checkpoints) if info.step % self.every == 0]
@@ -153,11 +160,11 @@ def steps_of(workdir: epath.Path) -> list[int]:
 def save(
     manager: ocp.CheckpointManager,
     step: int,
-    params: Any,
-    opt_state: Any,
-    meta: dict[str, Any],
+    params: Params,
+    opt_state: Tree,
+    meta: JsonObject,
     *,
-    bank_params: Any = None,
+    bank_params: Params | None = None,
     metrics: dict[str, float] | None = None,
 ) -> None:
     """Saves a checkpoint, asynchronously: device memory is copied before this returns.
@@ -181,7 +188,7 @@ def save(
     manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
-def _global(tree: Any) -> Any:
+def _global(tree: T) -> T:
     """Replicated arrays of one process's devices as arrays of all devices; NumPy's as they are."""
     if jax.process_count() == 1 or all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
         return tree
@@ -272,7 +279,7 @@ def set_aside(manager: ocp.CheckpointManager, newest: int) -> None:
     manager.reload()
 
 
-def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def read_meta(manager: ocp.CheckpointManager, step: int) -> JsonObject:
     """The JSON stored with a checkpoint.
 
     Raises:
@@ -289,7 +296,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         return meta
 
 
-def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str, Any]:
+def restore(manager: ocp.CheckpointManager, step: int, **like: Tree) -> dict[str, Tree]:
     """Restores items of a checkpoint.
 
     Args:
@@ -308,7 +315,7 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str,
     mesh = jax.sharding.Mesh(np.asarray(devices), ("all",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def described(x: Any) -> jax.ShapeDtypeStruct:
+    def described(x: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
     args = {
@@ -319,7 +326,7 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> dict[str,
         return {name: jax.tree.map(np.asarray, found[name]) for name in like}
 
 
-def restore_params(manager: ocp.CheckpointManager, step: int) -> Any:
+def restore_params(manager: ocp.CheckpointManager, step: int) -> Params:
     """The parameters of a checkpoint as NumPy arrays, whatever their shapes and devices."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     args = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))

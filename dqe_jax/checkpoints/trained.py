@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,10 +14,12 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import AnyConfig, RunConfig, differences
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.distributed import mesh
+from dqe_jax.method.arrays import Params
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.setup import model_of, param_shapes
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Trained:
     """
 
     config: RunConfig
-    trained_by: dict[str, Any]
+    trained_by: JsonObject
     manager: ocp.CheckpointManager
     step: int
     model: DQE
     tokenizer: Tokenizer
     devices: list[jax.Device]
-    params: Any
+    params: Params
     data: dict[str, str] | None
 
     @property
@@ -52,7 +53,7 @@ class Trained:
         """Of the checkpoints."""
         return self.manager.directory
 
-    def place_params(self) -> Any:
+    def place_params(self) -> Params:
         """The parameters, replicated over the devices."""
         return mesh.replicate(self.params, self.devices)
 

@@ -11,10 +11,9 @@ trains TRNS with these lower quantiles instead, with equal steps: see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dqe_jax.cli import command_line
 from dqe_jax.utils.errors import UserError
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _run_curve(config: Any) -> None:
+def _run_curve(config: ConfigDict) -> None:
     if _VARIANTS.value:
         raise UserError("--lowers trains no variants: leave --variants out.")
     from dqe_jax.experiments import bound_curve

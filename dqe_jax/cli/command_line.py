@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -26,6 +26,7 @@ from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import is_of_disk
 from dqe_jax.utils.paths import look_anew
 
+_Value = TypeVar("_Value")
 _HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
 _NAME_ALONE = re.compile(r"""[\\'"]*(?P<name>\w+)[\\'"]*""")
 _PARSING = "Error whilst parsing config file"
@@ -110,7 +111,9 @@ def log_plainly() -> None:
     warnings.filterwarnings("ignore", "coroutine '(async_serialize|Store)", RuntimeWarning)
 
 
-def _tell_unraisable(tell: Callable[[Any], object], told: Any) -> None:
+def _tell_unraisable(
+    tell: Callable[[sys.UnraisableHookArgs], object], told: sys.UnraisableHookArgs
+) -> None:
     """Tells an error that nobody can catch, but not those of TensorStore after a failed save.
 
     It goes on writing when Orbax has closed the event loop that waited: with a traceback for each
@@ -118,6 +121,12 @@ def _tell_unraisable(tell: Callable[[Any], object], told: Any) -> None:
     """
     if not (told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"):
         tell(told)
+
+
+def given(flag: flags.FlagHolder[_Value | None]) -> _Value:
+    """The value of a flag that its command requires."""
+    assert flag.value is not None, "`run` has marked it as required"
+    return flag.value
 
 
 def default_workdir(*suffixes: str) -> str:
@@ -145,7 +154,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(list(argv))
         _check_numbers()
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-            config = flags.FLAGS["config"].value
+            config: Any = flags.FLAGS["config"].value
             if hasattr(config, "to_dict"):  # a missing file is reported only when it is asked
                 config.to_dict()
             else:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
+from dqe_jax.cli.command_line import given
+
 _SOURCE = flags.DEFINE_string("source", None, "Safetensors file, model directory, or hub id.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; local or gs://.")
 _BACKBONE = flags.DEFINE_enum(
@@ -28,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dqe_jax.models.weights.conversion import convert  # importing JAX takes seconds
 
-    made = convert(_SOURCE.value, _OUTPUT.value, backbone=_BACKBONE.value, variant=_VARIANT.value)
+    made = convert(given(_SOURCE), given(_OUTPUT), backbone=_BACKBONE.value, variant=_VARIANT.value)
     words = "with a" if made.has_tokenizer else "without"
     logging.info(
         "%s: %s parameters of %s, %s tokenizer.",

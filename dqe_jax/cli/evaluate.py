@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     if _DATA_DIR.value is not None:
         _CONFIG.value.data.data_dir = _DATA_DIR.value
     if _PREDICTIONS.value is not None:
-        _score()
+        _score(_PREDICTIONS.value)
     elif _WATCH.value:
         _watch()
     else:
@@ -94,7 +94,7 @@ def _watch() -> None:
     )
 
 
-def _score() -> None:
+def _score(predictions: str) -> None:
     if _RAW_DIR.value is None:
         raise UserError("--predictions needs --raw_dir=DIR, the directory of the annotation files.")
     from dqe_jax.config import RunConfig
@@ -104,7 +104,7 @@ def _score() -> None:
     score_predictions(
         config.data.dataset,
         _SPLIT.value or config.eval.split,
-        _PREDICTIONS.value,
+        predictions,
         _RAW_DIR.value,
         config.eval.protocol,
         output=_OUTPUT.value,

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dqe_jax.cli.command_line import given
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write.")
@@ -24,4 +26,4 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dqe_jax.checkpoints.export import export_run  # importing JAX takes seconds
 
-    export_run(_WORKDIR.value, _OUTPUT.value, step=_STEP.value)
+    export_run(given(_WORKDIR), given(_OUTPUT), step=_STEP.value)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from dqe_jax.cli.command_line import given
 from dqe_jax.utils.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dqe_jax.performance.planning import chips
 
-    topologies = [chips.parse_topology(name) for name in _TOPOLOGY.value or [""]]
+    topologies = [chips.parse_topology(name) for name in given(_TOPOLOGY) or [""]]
     options = _read_options(_OPTIONS.value)
     chips.prepare_environment(topologies)
     from dqe_jax.performance.planning.run import plan_config  # now that JAX may be imported

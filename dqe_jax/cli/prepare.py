@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dqe_jax.cli.command_line import given
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.preprocess import PREPROCESS
 
@@ -39,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
     from dqe_jax.data.prepare import prepare_benchmark  # after the flags: TFDS is slow to import
 
     prepare_benchmark(
-        _DATASET.value,
-        _RAW_DIR.value,
+        given(_DATASET),
+        given(_RAW_DIR),
         _DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
         preprocess=_PREPROCESS.value,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -18,13 +18,14 @@ from dqe_jax.data import preparation
 from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
 from dqe_jax.data.annotations.schema import RawFormat
 from dqe_jax.data.examples import SPLITS
+from dqe_jax.data.settings import DataConfig
 from dqe_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds  # slow to import, and not needed to score predictions
 
 
-def _shapes(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
+def _shapes(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
     from dqe_jax.data.builders import shapes
 
     builder = shapes.make_builder(variant=data.variant, prepared_dir=prepared_dir)
@@ -37,7 +38,7 @@ def _shapes(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _fashion_products(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
+def _fashion_products(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
     from dqe_jax.data.builders import fashion_products
 
     if not data.data_dir:
@@ -60,7 +61,7 @@ def _fashion_products(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
     )
 
 
-def _benchmark(data: Any, prepared_dir: str) -> tfds.core.DatasetBuilder:
+def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
     """A benchmark, which must be prepared: in `data.data_dir` if that is given."""
     from dqe_jax.data.builders import benchmarks
 
@@ -107,7 +108,7 @@ class DatasetInfo:
     """
 
     name: str
-    open: Callable[[Any, str], tfds.core.DatasetBuilder]
+    open: Callable[[DataConfig, str], tfds.core.DatasetBuilder]
     splits: Mapping[str, str]
     protocols: Mapping[str, str]
     has_truth: bool = False
@@ -202,7 +203,7 @@ def split_of(dataset: str, name: str) -> str:
     return names[name]
 
 
-def find_dataset(data: Any) -> tfds.core.DatasetBuilder:
+def find_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     """The TFDS builder of `config.data`, checked, and perhaps not prepared yet: takes no time.
 
     Raises:
@@ -220,7 +221,7 @@ def find_dataset(data: Any) -> tfds.core.DatasetBuilder:
     return DATASETS[data.dataset].open(data, os.fspath(prepared_dir))
 
 
-def open_dataset(data: Any) -> tfds.core.DatasetBuilder:
+def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     """The prepared TFDS builder of `config.data`; raises as `find_dataset`."""
     builder = find_dataset(data)
     preparation.prepare(builder)

@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -36,9 +36,29 @@ from dqe_jax.data import settings
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
+# A record of the schema, by the names of its fields.
+Record = Mapping[str, Any]
+
 SPLITS = settings.SPLITS
 # The gallery of all splits, where they share one.
 GALLERY = "gallery"
+
+
+# The records that a TFDS builder generates for a split, each with its row.
+Records = Iterator[tuple[int, Record]]
+
+
+class Source(Protocol):
+    """The stored records of a split, by random access."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, row: int) -> Record:
+        """One."""
+
+    def __getitems__(self, rows: Sequence[int]) -> Sequence[Record]:
+        """Several at once."""
 
 
 def gallery_split(split: str, known: Container[str] = ()) -> str:
@@ -66,7 +86,7 @@ class Query:
     subset: Sequence[int] = ()
     pools: Sequence[str] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """The TFDS record of this query."""
         fields = dataclasses.asdict(self)
         lists = {k: list(v) for k, v in fields.items() if not isinstance(v, (str, int))}
@@ -88,7 +108,7 @@ class GalleryItem:
     pools: Sequence[str] = ()
     reason: str = ""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """The TFDS record of this image."""
         image = self.image
         encoded = encode_png(image) if isinstance(image, np.ndarray) else image
@@ -151,11 +171,12 @@ class Queries:
     def take(self, rows: np.ndarray) -> Queries:
         """The queries at these positions."""
 
-        def of(column: Any) -> Any:
+        def of(column: Sequence[object] | np.ndarray) -> Sequence[object] | np.ndarray:
             return column[rows] if isinstance(column, np.ndarray) else [column[i] for i in rows]
 
-        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Queries(**{k: of(v) if len(v) else v for k, v in columns.items()})
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        columns: dict[str, Any] = {k: of(v) if len(v) else v for k, v in held.items()}
+        return Queries(**columns)
 
 
 def features(image_size: int) -> tfds.features.FeaturesDict:

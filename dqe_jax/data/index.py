@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
+from dqe_jax.data.examples import Record
 from dqe_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def from_json(text: str) -> GalleryIndex:
     return found
 
 
-def make_index(records: list[dict[str, Any]]) -> GalleryIndex:
+def make_index(records: Sequence[Record]) -> GalleryIndex:
     """The index of a gallery's records, in order; of these only `_FIELDS` are read."""
     numbers = np.array([record["photo"] for record in records], np.int64)
     _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
@@ -102,7 +104,7 @@ def write_index(builder: tfds.core.DatasetBuilder, split: str) -> GalleryIndex:
     source = builder.as_data_source(
         split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for start in range(0, len(source), _CHUNK):
         rows = list(range(start, min(start + _CHUNK, len(source))))
         records.extend(map(fields.deserialize_example_np, source.__getitems__(rows)))

@@ -7,6 +7,7 @@ negatives, and each reference is encoded once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -14,9 +15,23 @@ import numpy as np
 from dqe_jax.data.splits import Split, known_positives, photo_ids
 from dqe_jax.data.transforms import AUGMENTATIONS
 from dqe_jax.method.batch import Batch
+from dqe_jax.utils.files import JsonObject
 
 # References of a training run, at most: Grain cannot take parts of a truly endless data set.
 ENDLESS = 2**48
+
+
+class Batches(Protocol):
+    """An endless iterator over training batches whose state can be saved and restored."""
+
+    def __next__(self) -> Batch:
+        """The next batch, of NumPy arrays."""
+
+    def get_state(self) -> JsonObject:
+        """Where it is; JSON holds it."""
+
+    def set_state(self, state: JsonObject) -> None:
+        """Goes to where `get_state` was called."""
 
 
 class _Loader:
@@ -72,8 +87,8 @@ def train_batches(
     prefetch: int = 4,
     process: int = 0,
     num_processes: int = 1,
-) -> grain.DatasetIterator:
-    """An endless iterator over training batches whose state can be saved and restored.
+) -> Batches:
+    """The training batches.
 
     The batches of several processes are consecutive parts of one batch: together they are what one
     process alone would read. The state counts batches, so it holds for any number of processes.

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import logging
 from etils import epath
@@ -28,9 +28,9 @@ from dqe_jax.data.annotations.schema import (
     REASONS,
     UNKNOWN_IMAGE,
 )
-from dqe_jax.data.examples import GALLERY, gallery_split
+from dqe_jax.data.examples import GALLERY, Record, gallery_split
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import read_json
+from dqe_jax.utils.files import JsonObject, read_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def report(builder: tfds.core.DatasetBuilder) -> Report:
 
 
 def _split_report(
-    facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]], known: index.GalleryIndex
+    facts: JsonObject, records: Sequence[Record], known: index.GalleryIndex
 ) -> tuple[SplitReport, dict[str, list[str]]]:
     dropped = {reason: list(names) for reason, names in facts["dropped"].items()}
     seen: set[tuple[int, tuple[bytes, ...], tuple[bytes, ...]]] = set()

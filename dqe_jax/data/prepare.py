@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import logging
 
@@ -76,7 +75,7 @@ def prepare_benchmark(
     return found
 
 
-def _report(builder: Benchmark, max_missing: float | None) -> dict[str, Any]:
+def _report(builder: Benchmark, max_missing: float | None) -> preparation.Report:
     """Writes and logs what is at hand.
 
     Raises:
@@ -124,7 +123,7 @@ def _open_builder(
     return builder
 
 
-def _beam_fields(runner: str, options: Sequence[str]) -> dict[str, Any]:
+def _beam_fields(runner: str, options: Sequence[str]) -> dict[str, object]:
     """What TFDS hands to Beam.
 
     Raises:

@@ -6,21 +6,24 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dqe_jax.data.digest import digest_of
-from dqe_jax.data.examples import SPLITS, Queries, gallery_split
+from dqe_jax.data.examples import SPLITS, Queries, Record, Source, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
 from dqe_jax.data.settings import DataConfig
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder as Builder
+
 READ_CHUNK = 256
 
 
-def open_split(data: DataConfig, builder: Any, name: str) -> Split:
+def open_split(data: DataConfig, builder: Builder, name: str) -> Split:
     """A split of the data set of `config.data`; captions are in order where training draws it."""
     order = "forward" if data.captions == "random" else data.captions
     return load_split(builder, name, data.image_size, data.cache_images, order)
@@ -37,7 +40,7 @@ class Gallery:
       image_shape: `(H, W, 3)`.
     """
 
-    def __init__(self, source: Any, index: GalleryIndex, image_size: int, cache: bool = True):
+    def __init__(self, source: Source, index: GalleryIndex, image_size: int, cache: bool = True):
         """Wraps a TFDS data source; `cache` keeps decoded images (N * H * W * 3 bytes)."""
         self._source = source
         self._stored = _present(index)
@@ -117,7 +120,11 @@ class Split:
 
 
 def load_split(
-    builder: Any, name: str, image_size: int, cache: bool = True, captions: str = "forward"
+    builder: Builder,
+    name: str,
+    image_size: int,
+    cache: bool = True,
+    captions: str = "forward",
 ) -> Split:
     """Reads the queries of a prepared split; images are read later, on demand.
 
@@ -137,7 +144,7 @@ def load_split(
         known = [s for s in SPLITS if s in splits]
         raise UserError(f"{builder.name} has no split {name!r}; it has {', '.join(known)}.")
     source = builder.as_data_source(split=name)
-    records = []
+    records: list[Record] = []
     for start in range(0, len(source), READ_CHUNK):
         rows = list(range(start, min(start + READ_CHUNK, len(source))))
         records.extend(source.__getitems__(rows))
@@ -160,8 +167,8 @@ def load_split(
 
 def make_split(
     name: str,
-    records: Sequence[dict[str, Any]],
-    source: Any,
+    records: Sequence[Record],
+    source: Source,
     index: GalleryIndex,
     image_size: int,
     *,
@@ -196,7 +203,7 @@ def make_split(
 
 
 def _make_queries(
-    records: Sequence[dict[str, Any]], index: GalleryIndex, rows: np.ndarray, captions: str
+    records: Sequence[Record], index: GalleryIndex, rows: np.ndarray, captions: str
 ) -> Queries:
     """The queries whose reference and target are at hand; `rows` are those of the stored rows."""
 

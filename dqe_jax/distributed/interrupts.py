@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from absl import logging
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to end)
@@ -27,9 +30,9 @@ class Interrupts:
       seen: number of the signal that came; 0 for none.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen = 0
-        self._before = {}
+        self._before: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers

@@ -13,7 +13,7 @@ result. A replicated one is the same in all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ParamSpec, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -23,15 +23,31 @@ from dqe_jax.utils.errors import UserError
 
 AXIS = "devices"
 
+_Array = jax.Array | np.ndarray
+_In = ParamSpec("_In")
+_Out = TypeVar("_Out")
+_Out_co = TypeVar("_Out_co", covariant=True)
+_Tree = TypeVar("_Tree")
+
+
+class Program(Protocol[_In, _Out_co]):
+    """A mapped function: its sharded arguments and results have a leading axis of devices."""
+
+    def __call__(self, *args: _In.args, **kwargs: _In.kwargs) -> _Out_co:
+        """Runs it on all devices."""
+
+    def lower(self, *args: _In.args, **kwargs: _In.kwargs) -> jax.stages.Lowered:
+        """Its code for arguments of these shapes; nothing runs."""
+
 
 def pmap(
-    fn: Callable[..., Any],
+    fn: Callable[_In, _Out],
     *,
-    in_axes: Sequence[Any],
-    out_axes: Any,
+    in_axes: Sequence[object],
+    out_axes: object,
     donate_argnums: Sequence[int] = (),
     devices: Sequence[jax.Device] | None = None,
-) -> Callable[..., Any]:
+) -> Program[_In, _Out]:
     """`jax.pmap` over `AXIS`. Axis 0 marks what is sharded, None what is replicated."""
     return jax.pmap(
         fn,
@@ -43,13 +59,22 @@ def pmap(
     )
 
 
-def shard(tree: Any, num_devices: int) -> Any:
+def placer(devices: Sequence[jax.Device]) -> Program[[_Array], _Array]:
+    """A program that gives an array `[devices, ...]` as it lies on them: it is sent there once."""
+
+    def same(x: _Array) -> _Array:
+        return x
+
+    return pmap(same, in_axes=(0,), out_axes=0, devices=devices)
+
+
+def shard(tree: _Tree, num_devices: int) -> _Tree:
     """Splits the leading axis of arrays: `[B, ...]` to `[num_devices, B / num_devices, ...]`."""
     # Lengths are spelled out: with -1 an array without elements would be ambiguous.
     return jax.tree.map(lambda x: x.reshape(num_devices, len(x) // num_devices, *x.shape[1:]), tree)
 
 
-def unshard(tree: Any) -> Any:
+def unshard(tree: _Tree) -> _Tree:
     """Undoes `shard`: `[num_devices, B / num_devices, ...]` to `[B, ...]`, as NumPy arrays."""
     return jax.tree.map(
         lambda x: np.asarray(x).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree
@@ -114,11 +139,11 @@ def own_rows(rows: np.ndarray, batch: int, devices: Sequence[jax.Device]) -> np.
 
 
 def gather_rows(
-    fn: Callable[..., Any], *, columns: int, devices: Sequence[jax.Device]
-) -> Callable[..., Any]:
+    fn: Callable[..., _Tree], *, columns: int, devices: Sequence[jax.Device]
+) -> Program[..., _Tree]:
     """The mapped program of `map_rows`: its arrays have a leading axis of devices."""
 
-    def gathered(params: Any, *arrays: jax.Array) -> Any:
+    def gathered(params: object, *arrays: jax.Array) -> _Tree:
         return jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), fn(params, *arrays))
 
     in_axes = (None,) + (0,) * columns
@@ -126,8 +151,8 @@ def gather_rows(
 
 
 def map_rows(
-    fn: Callable[..., Any], *, columns: int, devices: Sequence[jax.Device]
-) -> Callable[..., Any]:
+    fn: Callable[..., _Tree], *, columns: int, devices: Sequence[jax.Device]
+) -> Callable[..., _Tree]:
     """Maps `fn(params, *columns)` over rows, and gives the results of all rows to every process.
 
     Args:
@@ -142,13 +167,13 @@ def map_rows(
 
     mapped = gather_rows(fn, columns=columns, devices=devices)
 
-    def call(params: Any, *arrays: np.ndarray) -> Any:
+    def call(params: object, *arrays: np.ndarray) -> _Tree:
         return jax.tree.map(np.asarray, mapped(params, *shard(arrays, count_own(devices))))
 
     return call
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+def replicate(tree: _Tree, devices: Sequence[jax.Device]) -> _Tree:
     """Places a copy of every array on each own device, as `pmap`'s replicated outputs are placed.
 
     Without it the first step of a run would be compiled for other placements than the second.

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
-import jax
-
+from dqe_jax.method.arrays import Array, Params
+from dqe_jax.method.batch import QueryOutput
 from dqe_jax.models.dqe import DQE
 
+# Of parameters, reference images `[R, H, W, 3]` and token ids `[B, L]`.
+EncodeQuery = Callable[[Params, Array, Array], QueryOutput]
+# Of parameters and images `[B, H, W, 3]`, to gallery embeddings `[B, M, d]`.
+EncodeGallery = Callable[[Params, Array], Array]
 
-def encoders(model: DQE) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
+
+def encoders(model: DQE) -> tuple[EncodeQuery, EncodeGallery]:
     """The two entry points as functions of parameters."""
 
-    def encode_query(params, image, text):
-        return model.apply({"params": params}, image, text, method="encode_query")
+    def encode_query(params: Params, image: Array, text: Array) -> QueryOutput:
+        out = model.apply({"params": params}, image, text, method="encode_query")
+        return cast(QueryOutput, out)
 
-    def encode_gallery(params, image):
-        return model.apply({"params": params}, image, method="encode_gallery")
+    def encode_gallery(params: Params, image: Array) -> Array:
+        out = model.apply({"params": params}, image, method="encode_gallery")
+        return cast(Array, out)
 
     return encode_query, encode_gallery

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 import numpy as np
 
 from dqe_jax.data.splits import Gallery
 from dqe_jax.distributed import mesh
+from dqe_jax.method.arrays import Params, Tree
+
+_Arrays = TypeVar("_Arrays")
 
 
-class RowEmbedder:
+class RowEmbedder(Generic[_Arrays]):
     """A mapped encoder of images, and the batches in which it takes them.
+
+    `RowEmbedder[np.ndarray]` is that of an encoder that gives one array.
 
     Nothing is truncated: short batches are padded, and the padding is cut off again.
     """
 
     def __init__(
         self,
-        encode: Callable[..., Any],
+        encode: Callable[..., Tree],
         *,
         columns: int,
         batch_size: int,
@@ -38,8 +43,8 @@ class RowEmbedder:
         self._encode = mesh.map_rows(encode, columns=1 + columns, devices=devices)
 
     def __call__(
-        self, params: Any, gallery: Gallery, rows: np.ndarray, *columns: np.ndarray
-    ) -> Any:
+        self, params: Params, gallery: Gallery, rows: np.ndarray, *columns: np.ndarray
+    ) -> _Arrays:
         """Embeds the images of some rows; each process reads those of its own devices.
 
         Args:

@@ -7,17 +7,17 @@ short batches are padded, and the padding is cut off again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from dqe_jax.data.splits import Split
+from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.evaluation import metrics, protocols, ranking
 from dqe_jax.evaluation.protocols import Protocol
-from dqe_jax.models.dqe import QueryOutput
+from dqe_jax.method.arrays import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,8 @@ class RetrievalEvaluator:
         *,
         split: Split,
         text: np.ndarray,
-        encode_query: Callable[..., QueryOutput],
-        encode_gallery: Callable[..., jax.Array],
+        encode_query: EncodeQuery,
+        encode_gallery: EncodeGallery,
         batch_size: int,
         top_k: int,
         devices: Sequence[jax.Device],
@@ -74,8 +74,8 @@ class RetrievalEvaluator:
         Args:
           split: queries and gallery.
           text: int32 `[Q, L]`, ids of the queries' texts.
-          encode_query: `(params, image, text) -> QueryOutput`.
-          encode_gallery: `(params, image) -> [B, M, d]`.
+          encode_query: of the model.
+          encode_gallery: of the model.
           batch_size: examples at a time over all devices; rounded up to a multiple of these.
           top_k: length of the ranked lists; lists of a smaller gallery end in -1.
           devices: to run on.
@@ -86,14 +86,17 @@ class RetrievalEvaluator:
         pools = split.pools or {"": np.arange(len(split.gallery))}
         self._pools = protocols.pool_rows(protocol, split.queries, pools)
 
-        def query(params, image, text):
+        def query(params: Params, image: Array, text: Array) -> tuple[Array, Array]:
             out = encode_query(params, image, text)
             return out.embedding, out.attribute_weights
 
         batch = -(-batch_size // len(devices)) * len(devices)
-        on = {"batch_size": batch, "devices": devices}
-        self._embed_queries = RowEmbedder(query, columns=1, **on)
-        self._embed_rows = RowEmbedder(encode_gallery, columns=0, **on)
+        self._embed_queries = RowEmbedder[tuple[np.ndarray, np.ndarray]](
+            query, columns=1, batch_size=batch, devices=devices
+        )
+        self._embed_rows = RowEmbedder[np.ndarray](
+            encode_gallery, columns=0, batch_size=batch, devices=devices
+        )
         self._rank = ranking.make_rank_fn(top_k, devices=devices)
         self._score = ranking.make_score_fn(devices=devices)
 
@@ -114,7 +117,7 @@ class RetrievalEvaluator:
         shown = {k: round(measured[k], 4) for k in headline if k in measured}
         return f"{self.split.name} ({self.protocol.name}; {self.split.coverage}): {shown}"
 
-    def run(self, params: Any, *, baselines: bool = False) -> Result:
+    def run(self, params: Params, *, baselines: bool = False) -> Result:
         """Evaluates parameters that are replicated over the devices."""
         queries = self.split.queries
         gallery = self._embed_gallery(params, np.concatenate([*self._pools.values()]))
@@ -135,7 +138,7 @@ class RetrievalEvaluator:
         )
 
     def score_rows(
-        self, params: Any, reference: np.ndarray, text: np.ndarray, rows: np.ndarray
+        self, params: Params, reference: np.ndarray, text: np.ndarray, rows: np.ndarray
     ) -> np.ndarray:
         """Scores of given gallery rows for queries of one's own.
 
@@ -152,7 +155,7 @@ class RetrievalEvaluator:
         query, _ = self._embed_queries(params, self.split.gallery, reference, text)
         return self._score(query, gallery.tokens, gallery.place[rows])
 
-    def _embed_gallery(self, params: Any, rows: np.ndarray) -> _Embedded:
+    def _embed_gallery(self, params: Params, rows: np.ndarray) -> _Embedded:
         rows = np.unique(rows)
         place = np.full(len(self.split.gallery), -1, np.int64)
         place[rows] = np.arange(len(rows))

@@ -259,7 +259,7 @@ def random_baseline(
     if N < 1:
         raise ValueError("the gallery is empty")
     result = {f"R@{k}": min(k, N) / N for k in ks}
-    n = np.asarray([] if num_valid is None else num_valid, np.float64).reshape(-1)
+    n: np.ndarray = np.asarray([] if num_valid is None else num_valid, np.float64).reshape(-1)
     n = n[n > 0]
     if not n.size:
         return result

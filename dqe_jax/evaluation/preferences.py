@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -18,6 +17,7 @@ from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.splits import Split
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import write_json
 
@@ -46,7 +46,7 @@ def open_preferences(
 def measure_preferences(
     evaluator: RetrievalEvaluator,
     tokenizer: Tokenizer,
-    params: Any,
+    params: Params,
     judged: tuple[list[Judgement], int],
     path: epath.Path,
 ) -> dict[str, float]:

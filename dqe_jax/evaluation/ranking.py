@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,35 @@ import numpy as np
 from jax import lax
 
 from dqe_jax.distributed import mesh
+from dqe_jax.method.arrays import Array
 from dqe_jax.method.similarity import listed_similarity, ranking_similarity
 from dqe_jax.utils.errors import UserError
 
-RankFn = Callable[..., tuple[np.ndarray, np.ndarray]]
+_Best = tuple[jax.Array, jax.Array]  # scores and rows, `[C, n]`
+
+
+class RankFn(Protocol):
+    """Ranks a gallery for each query; see `make_rank_fn`."""
+
+    def __call__(
+        self, queries: np.ndarray, gallery: np.ndarray, *, excluded: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `k` best rows of each query, best first, equal scores by row.
+
+        Args:
+            queries: float `[Q, d]`.
+            gallery: float `[N, M, d]`, `M` tokens for each image.
+            excluded: int `[Q, E]` gallery rows that must not appear in a query's list (the
+                reference, for instance), padded with -1; None excludes nothing.
+
+        Returns:
+            NumPy arrays `rows` int32 `[Q, k]` and `scores` float32 `[Q, k]`. If fewer than `k` rows
+            remain for a query, the surplus is row -1 with score -inf.
+
+        Raises:
+            ValueError: shapes do not fit together, or an excluded row is not in the gallery.
+            UserError: an embedding is not finite.
+        """
 
 
 def make_rank_fn(
@@ -35,17 +61,7 @@ def make_rank_fn(
     chunk_queries: int = 256,
     devices: Sequence[jax.Device] | None = None,
 ) -> RankFn:
-    """Makes `rank(queries, gallery, *, excluded=None) -> (rows, scores)`.
-
-    The returned function takes
-
-    * `queries`: float `[Q, d]`,
-    * `gallery`: float `[N, M, d]`, `M` tokens for each image,
-    * `excluded`: int `[Q, E]` gallery rows that must not appear in a query's list (the reference,
-      for instance), padded with -1; None excludes nothing;
-
-    and returns NumPy arrays `rows` int32 `[Q, k]` and `scores` float32 `[Q, k]`, best first, equal
-    scores by row. If fewer than `k` rows remain for a query, the surplus is row -1 with score -inf.
+    """Makes a function that ranks.
 
     Reuse the function: it compiles once for each `(d, M, E)` and number of gallery chunks. A device
     holds its share of the gallery and `chunk_queries * chunk_rows * M` scores at a time.
@@ -58,28 +74,23 @@ def make_rank_fn(
         devices: the devices to use, of all processes; by default all.
 
     Raises:
-        ValueError: if `k` or a chunk size is not positive; by the returned function, if shapes do
-            not fit together or an excluded row is not in the gallery.
-        UserError: by the returned function, if an embedding is not finite.
+        ValueError: `k` or a chunk size is not positive.
     """
     if min(k, chunk_rows, chunk_queries) < 1:
         raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
     devices = mesh.all_devices() if devices is None else list(devices)
-
-    sizes = {"k": k, "chunk_rows": chunk_rows, "chunk_queries": chunk_queries}
     rank_chunk = mesh.pmap(
-        functools.partial(_rank_shard, **sizes),
+        functools.partial(_rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries),
         in_axes=(None, None, 0, None),
         out_axes=(None, None),
         devices=devices,
     )
-    # Returns its argument as it lies on the devices, so that the gallery is sent there only once.
-    place_on_devices = mesh.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
+    place = mesh.placer(devices)
 
     def rank(
         queries: np.ndarray, gallery: np.ndarray, *, excluded: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks `gallery` for each of `queries`: see `make_rank_fn`."""
+        """As `RankFn` says."""
         queries = np.asarray(queries, np.float32)
         gallery = np.asarray(gallery, np.float32)
         _check_embeddings(queries, gallery)
@@ -87,17 +98,14 @@ def make_rank_fn(
         if not len(queries):
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
 
-        padded = mesh.pad_rows(gallery, chunk_rows * len(devices))
-        by_device = padded.reshape(len(devices), -1, chunk_rows, *gallery.shape[1:])
-        on_devices = place_on_devices(by_device[mesh.own_devices(devices)])
-        num_rows = np.int32(len(gallery))
-        results = []
+        placed = place(_own_chunks(gallery, chunk_rows, devices))
+        num_rows, results = np.int32(len(gallery)), []
         for start in range(0, len(queries), chunk_queries):
             chunk = slice(start, start + chunk_queries)
             part = rank_chunk(
                 mesh.pad_rows(queries[chunk], chunk_queries),
                 mesh.pad_rows(excluded[chunk], chunk_queries),
-                on_devices,
+                placed,
                 num_rows,
             )
             # Waits for the chunk: collectives in flight can starve each other on few CPU cores.
@@ -108,11 +116,18 @@ def make_rank_fn(
     return rank
 
 
+def _own_chunks(gallery: np.ndarray, chunk_rows: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The padded gallery in chunks, those of this process's devices: `[devices, S, rows, M, d]`."""
+    padded = mesh.pad_rows(gallery, chunk_rows * len(devices))
+    by_device = padded.reshape(len(devices), -1, chunk_rows, *gallery.shape[1:])
+    return by_device[mesh.own_devices(devices)]
+
+
 def _rank_shard(
-    queries: jax.Array,
-    excluded: jax.Array,
-    gallery: jax.Array,
-    num_rows: jax.Array,
+    queries: Array,
+    excluded: Array,
+    gallery: Array,
+    num_rows: Array | np.int32,
     *,
     k: int,
     chunk_rows: int,
@@ -124,7 +139,7 @@ def _rank_shard(
     offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
     query_index = jnp.arange(chunk_queries)[:, None]
 
-    def step(best, chunk):
+    def step(best: _Best, chunk: tuple[Array, jax.Array]) -> tuple[_Best, None]:
         tokens, start = chunk
         scores = ranking_similarity(queries, tokens)
         # Sorting tells -0 from 0; as scores they are equal.
@@ -174,7 +189,7 @@ def make_score_fn(
     devices = mesh.all_devices() if devices is None else list(devices)
     chunk = chunk_queries * len(devices)
 
-    def score_shard(_, queries, tokens):
+    def score_shard(_: object, queries: Array, tokens: Array) -> Array:
         """Per device: nothing, `[C, d]`, `[C, S, M, d]` to `[C, S]`."""
         return listed_similarity(queries, tokens)
 
@@ -192,7 +207,7 @@ def make_score_fn(
             inputs = (queries[start : start + chunk], gallery[here])
             padded = [mesh.pad_rows(x, chunk) for x in inputs]
             own = [mesh.own_rows(x, chunk, devices) for x in padded]
-            parts.append(score_chunk((), *own)[: len(here)])
+            parts.append(np.asarray(score_chunk((), *own))[: len(here)])
         return np.where(rows >= 0, np.concatenate(parts), -np.inf).astype(np.float32)
 
     return score
@@ -204,7 +219,7 @@ def order_subset(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.take_along_axis(rows, order, axis=1)
 
 
-def _top_k(scores: jax.Array, rows: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _top_k(scores: jax.Array, rows: jax.Array, k: int) -> _Best:
     """The `k` best of `[C, n]` scores and their rows; equal scores keep their order."""
     scores, index = lax.top_k(scores, k)
     return scores, jnp.take_along_axis(rows, index, axis=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import Any
 
 import jax
 from absl import logging
@@ -23,6 +22,7 @@ from dqe_jax.embedding.encoders import encoders
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
+from dqe_jax.method.arrays import Params
 from dqe_jax.models.dqe import DQE
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import make_directory, read_json
@@ -91,7 +91,7 @@ def make_evaluator(
 def evaluate_and_report(
     config: RunConfig,
     evaluator: RetrievalEvaluator,
-    params: Any,
+    params: Params,
     *,
     step: int,
     directory: epath.Path,
@@ -138,7 +138,7 @@ def output_of(trained: Trained, split: Split) -> epath.Path:
     names = ("data.dataset", "data.variant", "eval.protocol")
     own, run = (flatten(c) for c in (trained.config.to_dict(), trained.trained_by))
     # A field that the run did not have yet is no difference.
-    other = [own[name] for name in names if own[name] != run.get(name, own[name])]
+    other = [str(own[name]) for name in names if own[name] != run.get(name, own[name])]
     if trained.data is None:
         logging.warning(
             "The checkpoint in %s does not say on which data it was trained: it is of an older "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -137,7 +136,7 @@ def _check_answers(
 
 def _check_lists(
     dataset: str, lists: Mapping[str, object], length: int, gallery_ids: Sequence[str] | None
-) -> dict[str, list[Any]]:
+) -> dict[str, list[str]]:
     """Checks each list for itself, and gives them: of integers for CIRCO, else of strings."""
     ranked = {q: v for q, v in lists.items() if isinstance(v, list) and len(v) == length}
     why = ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from absl import logging
 from etils import epath
@@ -21,12 +20,14 @@ from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator, output_of
+from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import read_json
 from dqe_jax.utils.metric_log import MetricLog
 from dqe_jax.utils.paths import whole_path
 
 RETRIES = 3
+_REMOVED = "Step %d was removed before it was evaluated: raise config.keep_checkpoints."
 
 
 def watch(
@@ -58,20 +59,18 @@ def watch(
     """
     config = RunConfig.of(config)
     split = datasets.split_of(config.data.dataset, split)
-    workdir = whole_path(workdir)
+    root = whole_path(workdir)
     opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
-    log = MetricLog(workdir / f"watch-{split}", resume_step=None, again="")
-    seen, found = set(log.steps()), {}
+    log = MetricLog(root / f"watch-{split}", resume_step=None, again="")
+    seen = set(log.steps())
+    found: dict[int, dict[str, float]] = {}
     evaluator: RetrievalEvaluator | None = None
-    logging.info("Following %s: %d checkpoints were evaluated before.", workdir, len(seen))
+    logging.info("Following %s: %d checkpoints were evaluated before.", root, len(seen))
     try:
-        for step in _new_steps(workdir, seen, poll_s, patience_s):
-            read = _read(config, workdir, step, poll_s)
+        for step in _new_steps(root, seen, poll_s, patience_s):
+            read = _read(config, root, step, poll_s)
             if read is None:
-                logging.warning(
-                    "Step %d was removed before it was evaluated: raise config.keep_checkpoints.",
-                    step,
-                )
+                logging.warning(_REMOVED, step)
                 continue
             trained, params = read
             if evaluator is None:
@@ -79,7 +78,7 @@ def watch(
                 place = whole_path(output) if output else output_of(trained, opened)
                 words, devices = trained.tokenizer, trained.devices
                 evaluator = make_evaluator(config, trained.model, words, opened, devices)
-            if step >= _total_steps(workdir):
+            if step >= _total_steps(root):
                 result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
             else:
                 result = evaluator.run(params)
@@ -130,7 +129,7 @@ def _new_steps(
 
 def _read(
     config: RunConfig, workdir: epath.Path, step: int, poll_s: float
-) -> tuple[Trained, Any] | None:
+) -> tuple[Trained, Params] | None:
     """A checkpoint and its parameters; None if the trainer has removed it meanwhile.
 
     It removes one file by file: an error of a checkpoint that is still there is an error only when

@@ -20,7 +20,6 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from absl import logging
 from etils import epath
@@ -34,7 +33,7 @@ from dqe_jax.experiments.ablation.record import METRICS, read_log
 from dqe_jax.experiments.ablation.runs import told_unwritable, train_or_read
 from dqe_jax.experiments.ablation.scores import markdown_table, score
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import write_json
+from dqe_jax.utils.files import JsonObject, write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
@@ -91,7 +90,11 @@ def read_lowers(texts: Sequence[str]) -> list[float]:
 
 def config_at(config: RunConfig, lower: float, floor: str, seed: int) -> RunConfig:
     """The config of one point of the curve."""
-    changes = {"negatives.rule": "trns", "negatives.bounds": "quantile", "negatives.lower": lower}
+    changes: dict[str, object] = {
+        "negatives.rule": "trns",
+        "negatives.bounds": "quantile",
+        "negatives.lower": lower,
+    }
     if config.negatives.bounds != "quantile":  # the config's upper bound has another unit
         changes["negatives.upper"] = 1.0
     if floor == "free":
@@ -134,9 +137,9 @@ def run_curve(
     ]
     for setting in wanted:
         config_at(config, *setting)  # checks it
-    workdir, points = whole_path(workdir), []
+    root, points = whole_path(workdir), []
     for lower, floor, seed in wanted:
-        directory = workdir / f"lower-{lower:g}-{floor}-{seed}"
+        directory = root / f"lower-{lower:g}-{floor}-{seed}"
         own = config_at(config, lower, floor, seed)
         metrics, is_new = train_or_read(own, directory)
         kept = {key: metrics[key] for key in METRICS if key in metrics}
@@ -144,20 +147,20 @@ def run_curve(
         points.append(Point(lower, floor, seed, kept, drawn, directory.name))
         logging.info("Run %d of %d: %s", len(points), len(wanted), points[-1])
         if is_new or len(points) == len(wanted):
-            write_results(config, workdir, points)
+            write_results(config, root, points)
     return points
 
 
-def means_of_drawn(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def means_of_drawn(log: Sequence[JsonObject]) -> dict[str, float]:
     """Means of `DRAWN` over the lines of a run's log that have them."""
     columns = {
-        name: [x for x in (line.get(key) for line in log) if type(x) in (int, float)]
+        name: [x for x in (line.get(key) for line in log) if isinstance(x, (int, float))]
         for name, key in DRAWN.items()
     }
     return {name: statistics.fmean(values) for name, values in columns.items() if values}
 
 
-def summarize(points: Sequence[Point]) -> list[dict[str, Any]]:
+def summarize(points: Sequence[Point]) -> list[JsonObject]:
     """Rows by floor and quantile: mean and spread over seeds of each metric and of what was drawn.
 
     A row is `{"lower": ..., "floor": ..., "runs": ..., "<name>": (mean, spread or None), ...}`.
@@ -167,16 +170,16 @@ def summarize(points: Sequence[Point]) -> list[dict[str, Any]]:
         by_setting.setdefault((point.floor, point.lower), []).append(point)
     rows = []
     for (floor, lower), own in by_setting.items():
-        row = {"lower": lower, "floor": floor, "runs": len(own)}
+        row: JsonObject = {"lower": lower, "floor": floor, "runs": len(own)}
         for name in (*own[0].metrics, *own[0].drawn):
-            values = [(point.metrics | point.drawn)[name] for point in own]
+            values = [{**point.metrics, **point.drawn}[name] for point in own]
             found = score(values)
             row[name] = (found.mean, found.spread)
         rows.append(row)
     return rows
 
 
-def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def table_cells(rows: Sequence[JsonObject]) -> list[tuple[str, ...]]:
     """The head and the lines of a table."""
     names = [name for name in rows[0] if name not in ("lower", "floor", "runs")]
     cells = [("lower quantile", "floor", "runs", *names)]
@@ -215,7 +218,7 @@ def write_results(config: RunConfig, workdir: epath.Path, points: Sequence[Point
         draw(rows, split, workdir / "bounds.png")
 
 
-def draw(rows: Sequence[Mapping[str, Any]], split: str, path: os.PathLike[str] | str) -> None:
+def draw(rows: Sequence[JsonObject], split: str, path: os.PathLike[str] | str) -> None:
     """Writes a .png: accuracy, false negatives and hardness against the lower quantile.
 
     Args:
@@ -239,7 +242,7 @@ def draw(rows: Sequence[Mapping[str, Any]], split: str, path: os.PathLike[str] |
         figure.savefig(file, format="png", dpi=150)
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[JsonObject], name: str) -> None:
     labels = {"floor": "delta > floor", "free": "without floor"}
     for floor, (color, marker, line) in _STYLES.items():
         own = sorted((row for row in rows if row["floor"] == floor), key=lambda row: row["lower"])

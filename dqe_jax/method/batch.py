@@ -7,7 +7,7 @@ of a photo share one, and -1 stands for none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import flax.struct
 import jax
@@ -85,8 +85,8 @@ class Batch:
         """
         queries, image = (references, queries_per_reference), (image_size, image_size, 3)
 
-        def shaped(dtype: str, *shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype)
+        def shaped(dtype: str, *shape: int) -> Array:
+            return cast(Array, jax.ShapeDtypeStruct(shape, dtype))  # stands for an array
 
         return cls(
             reference_image=shaped("uint8", references, *image),

@@ -72,8 +72,21 @@ class MiningRule:
           name: another rule than the config's, with its settings.
         """
         name = name or negatives.rule
+        return None if name == "in_batch" else cls.named(negatives, name)
+
+    @classmethod
+    def named(cls, negatives: NegativesConfig, name: str) -> MiningRule:
+        """A rule with the settings of a config.
+
+        Args:
+          negatives: `config.negatives`.
+          name: of the rule.
+
+        Raises:
+          ValueError: it mines nothing.
+        """
         if name == "in_batch":
-            return None
+            raise ValueError("the rule in_batch mines nothing")
         qure = name == "qure"
         return cls(
             name=name,

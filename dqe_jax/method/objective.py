@@ -12,8 +12,8 @@ negatives of a query.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol
 
 import flax.struct
 import jax
@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int, Key
 
 from dqe_jax.method import losses, mining, trns
-from dqe_jax.method.arrays import Array
+from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import Batch, TrainOutput
 from dqe_jax.method.mining import Bank, MiningRule
 from dqe_jax.method.settings import LossConfig
@@ -83,10 +83,25 @@ def gather_pool(out: TrainOutput, batch: Batch, axis: str) -> Pool:
     return Pool(
         embeddings=jnp.concatenate([gather(out.target), gather(out.reference)]),
         ids=jnp.concatenate([gather(batch.target_id.reshape(-1)), gather(batch.reference_id)]),
-        candidate_mask=jnp.concatenate([gather(mask.reshape(-1)), gather(mask.any(-1))]),
+        candidate_mask=jnp.concatenate([gather(mask.reshape(-1)), gather(jnp.any(mask, axis=-1))]),
         own=lax.axis_index(axis) * mask.size + jnp.arange(mask.size),
         num_targets=mask.size * lax.axis_size(axis),
     )
+
+
+class TrainForward(Protocol):
+    """`model.apply`: makes of a batch what the objective compares."""
+
+    def __call__(
+        self,
+        variables: Mapping[str, Params],
+        reference_image: Array,
+        text: Array,
+        target_image: Array,
+        *,
+        rngs: dict[str, jax.Array],
+    ) -> TrainOutput:
+        """Arrays are those of `Batch`; `rngs` are the keys of `dropout`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +116,14 @@ class Objective:
       axis: the mapped axis.
     """
 
-    apply_fn: Callable[..., TrainOutput]
+    apply_fn: TrainForward
     rule: MiningRule | None
     oracle: str
     weights: LossConfig
     axis: str
 
     def __call__(
-        self, params: Any, batch: Batch, key: Key[Array, ""], bank: Bank | None = None
+        self, params: Params, batch: Batch, key: Key[Array, ""], bank: Bank | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
         """This device's part of the loss, and metrics that are global means.
 
@@ -301,7 +316,7 @@ def from_bank(
         false = _among(image_ids[local(rows)], relevant)
     if mined is None:
         number = jnp.maximum(drawn.sum(1), 1)
-        logs = {"negatives/delta": jnp.where(drawn, delta, 0).sum(1) / number}
+        logs: Metrics = {"negatives/delta": jnp.where(drawn, delta, 0).sum(1) / number}
         if false is not None:
             logs["negatives/false"] = (false & drawn).sum(1) / number
     else:

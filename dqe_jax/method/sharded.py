@@ -224,10 +224,7 @@ def routed_gather(
     # What this device holds, first of each line: places of `asked`.
     places = jnp.argsort(~(asked // size == me), axis=1, stable=True)
     places = jnp.pad(places, ((0, 0), (0, -length % slots)))
-    # Which device holds what this one asks for, and which of the things that it asks of it that is.
-    holder = asked[me] // size
-    of_each = holder[:, None] == jnp.arange(devices)
-    rank = jnp.take_along_axis(jnp.cumsum(of_each, axis=0), holder[:, None], axis=1)[:, 0] - 1
+    holder, rank = _holders(asked[me], size, devices)
 
     def send(state: tuple[Array, Array]) -> tuple[Array, Array]:
         turn, found = state
@@ -244,10 +241,18 @@ def routed_gather(
         return turn + 1, jnp.where(here[:, None], arrived, found)
 
     fetched = jax.eval_shape(fetch, asked[0], asked[0])
-    state = jnp.int32(0), jnp.zeros(fetched.shape, fetched.dtype)
+    state: tuple[Array, Array] = jnp.int32(0), jnp.zeros(fetched.shape, fetched.dtype)
     if slots == length:
         state = send(state)
     else:
         turns = lax.pmax(-(-(rank.max() + 1) // slots), axis)
         state = lax.while_loop(lambda state: state[0] < turns, send, state)
     return state[1].reshape(queries, each, -1)
+
+
+def _holders(rows: Array, size: int, devices: int) -> tuple[Array, Array]:
+    """Which device holds each row, and which of the rows that are asked of that device it is."""
+    holder = rows // size
+    of_each = holder[:, None] == jnp.arange(devices)
+    rank = jnp.take_along_axis(jnp.cumsum(of_each, axis=0), holder[:, None], axis=1)[:, 0] - 1
+    return holder, rank

@@ -17,8 +17,10 @@ from jaxtyping import Float, Int
 
 from dqe_jax.method.arrays import Array
 
+_Pair = tuple[jax.Array, jax.Array]
 
-def _product(form: str, *arrays: Array) -> Array:
+
+def _product(form: str, *arrays: Array) -> jax.Array:
     return jnp.einsum(
         form, *arrays, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
@@ -34,7 +36,7 @@ def _best_token(
     tokens = jnp.moveaxis(gallery, 1, 0)  # [M, N, d]
     first = _product("bd,nd->bn", query, tokens[0])
 
-    def step(carry, item):
+    def step(carry: _Pair, item: _Pair) -> tuple[_Pair, None]:
         (best, index), (m, token) = carry, item
         scores = _product("bd,nd->bn", query, token)
         return (jnp.maximum(best, scores), jnp.where(scores > best, m, index)), None
@@ -60,15 +62,15 @@ def similarity(query: Float[Array, "B d"], gallery: Float[Array, "N M d"]) -> Fl
     return _best_token(query, gallery)[0]
 
 
-def _similarity_forward(query: Array, gallery: Array):
+def _similarity_forward(query: Array, gallery: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     best, index = _best_token(query, gallery)
     return best, (query, gallery, index)
 
 
-def _similarity_backward(saved, cotangent: Array):
+def _similarity_backward(saved: tuple[Array, Array, Array], cotangent: Array) -> _Pair:
     query, gallery, index = saved
 
-    def step(query_grad, item):
+    def step(query_grad: jax.Array, item: _Pair) -> _Pair:
         m, token = item
         own = jnp.where(index == m, cotangent, 0)  # [B, N], what this token was the best for
         query_grad += _product("bn,nd->bd", own, token.astype(jnp.float32))

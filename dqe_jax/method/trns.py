@@ -67,8 +67,8 @@ def mid_zone_bounds(
     delta = delta.astype(jnp.float32)
     count = sharded.total(candidate_mask.sum(axis=1), candidate_axis)
     if mode == "absolute":
-        low = jnp.full(delta.shape[:1], lower, jnp.float32)
-        high = jnp.full(delta.shape[:1], upper, jnp.float32)
+        low: Array = jnp.full(delta.shape[:1], lower, jnp.float32)
+        high: Array = jnp.full(delta.shape[:1], upper, jnp.float32)
     elif mode == "quantile":
         low, high = sharded.distributed_quantile(
             delta, candidate_mask, count, (lower, upper), candidate_axis
@@ -225,10 +225,7 @@ def sample_negatives(
     if row_ids is None:
         row_ids = jnp.arange(num_queries)
     offset = 0 if candidate_axis is None else lax.axis_index(candidate_axis) * num_candidates
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
-    noise = _gumbel(keys, num_candidates, offset, chunk)
-    logits = 0.0 if sample_temperature is None else -delta / sample_temperature
-    order = jnp.where(mask, logits + noise, -jnp.inf)
+    order = _random_order(key, delta, mask, row_ids, sample_temperature, offset, chunk)
     best, indices = sharded.distributed_top_k(order, num, candidate_axis, offset)
     drawn = best > -jnp.inf
     if forbidden is not None:
@@ -240,6 +237,22 @@ def sample_negatives(
         indices = jnp.take_along_axis(indices, front, axis=1)
         drawn = jnp.take_along_axis(drawn, front, axis=1)
     return jnp.where(drawn, indices.astype(jnp.int32), 0), drawn
+
+
+def _random_order(
+    key: Array,
+    delta: Array,
+    mask: Array,
+    row_ids: Array,
+    temperature: float | None,
+    offset: Array | int,
+    chunk: int | None,
+) -> Array:
+    """Numbers `[B, N]` of which the highest are drawn; -inf outside the mask."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
+    noise = _gumbel(keys, delta.shape[1], offset, chunk)
+    logits = 0.0 if temperature is None else -delta / temperature
+    return jnp.where(mask, logits + noise, -jnp.inf)
 
 
 def _fall_back(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from dqe_jax.method.arrays import Array
@@ -40,7 +41,7 @@ class AttributeWeights(nn.Module):
     width: int
     heads: int
     activation: str = "sigmoid"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         """Creates the parameters."""

@@ -9,6 +9,7 @@ projected query tokens (method, section 5).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -250,7 +251,7 @@ class Blip2(nn.Module):
     dropout: float = 0.1
     compute: Compute = Compute()
 
-    PARTS: ClassVar[dict[str, tuple[str, ...]]] = {
+    PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vision/*",),
         "text": ("text/*",),
         "qformer": ("qformer/*", "query_tokens"),

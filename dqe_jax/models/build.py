@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dqe_jax.models import blip2, clip
 from dqe_jax.models.blip2 import Blip2
-from dqe_jax.models.clip import Clip
+from dqe_jax.models.clip import Clip, ClipSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import Compute
+from dqe_jax.models.features import Backbone
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.tiny import Tiny
+from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.utils.errors import UserError
 
-BACKBONES = {"tiny": Tiny, "clip": Clip, "blip2": Blip2}
+BACKBONES: dict[str, type[Backbone]] = {"tiny": Tiny, "clip": Clip, "blip2": Blip2}
 # Sizes of the pretrained backbones by name of the variant.
-VARIANTS = {"clip": clip.VARIANTS, "blip2": blip2.VARIANTS}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+VARIANTS: dict[str, Mapping[str, Sizes]] = {"clip": clip.VARIANTS, "blip2": blip2.VARIANTS}
+DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Parts of the model beside those of its backbone.
 PARTS = {"attributes": ("attributes/*",), "temperature": ("log_scale",)}
 
@@ -53,8 +56,13 @@ def compute_of(config: ModelConfig) -> Compute:
 
 
 def build_backbone(
-    config: ModelConfig, *, vocab_size: int, max_length: int, image_size: int, sizes: Any = None
-) -> Tiny | Clip | Blip2:
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    max_length: int,
+    image_size: int,
+    sizes: Sizes | None = None,
+) -> Backbone:
     """The backbone of a config; arguments as of `build_model`."""
     fields = dataclasses.asdict(getattr(config, config.backbone))
     if config.backbone == "tiny":
@@ -68,13 +76,19 @@ def build_backbone(
     variant = fields.pop("variant")
     if sizes is None:
         sizes = VARIANTS[config.backbone][variant]
-    return BACKBONES[config.backbone](
-        sizes=sizes, image_size=image_size, compute=compute_of(config), **fields
-    )
+    compute = compute_of(config)
+    if isinstance(sizes, ClipSizes):
+        return Clip(sizes=sizes, image_size=image_size, compute=compute, **fields)
+    return Blip2(sizes=sizes, image_size=image_size, compute=compute, **fields)
 
 
 def build_model(
-    config: ModelConfig, *, vocab_size: int, max_length: int, image_size: int, sizes: Any = None
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    max_length: int,
+    image_size: int,
+    sizes: Sizes | None = None,
 ) -> DQE:
     """The model of a config.
 

@@ -8,6 +8,7 @@ residual comes from patch tokens that attend to the text's tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -41,7 +42,15 @@ class ClipSizes:
     end_id: int
 
 
-def _variant(patch, width, depth, heads, text_width, embed_dim, image_size=224) -> ClipSizes:
+def _variant(
+    patch: int,
+    width: int,
+    depth: int,
+    heads: int,
+    text_width: int,
+    embed_dim: int,
+    image_size: int = 224,
+) -> ClipSizes:
     vision = VisionSizes(
         image_size=image_size,
         patch_size=patch,
@@ -129,7 +138,7 @@ class Clip(nn.Module):
     composer_heads: int = 8
     compute: Compute = Compute()
 
-    PARTS: ClassVar[dict[str, tuple[str, ...]]] = {
+    PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vision/*",),
         "text": ("text/*",),
         "projections": ("visual_projection/*", "text_projection/*"),
@@ -184,7 +193,7 @@ class Clip(nn.Module):
         """`h`, float32."""
         del train
         each = len(text.ids) // len(image.tokens)
-        x = jnp.repeat(self.composer_in(image.tokens), each, axis=0)
+        x: Array = jnp.repeat(self.composer_in(image.tokens), each, axis=0)
         for block in self.composer_blocks:
             x = block(x, context=text.tokens, context_mask=text.mask)
         residual = self.residual(self.composer_norm(x).mean(1))

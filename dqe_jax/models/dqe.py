@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.method.batch import QueryOutput, TrainOutput
 from dqe_jax.models.attributes import AttributeWeights
-from dqe_jax.models.features import ImageFeatures, TextFeatures
+from dqe_jax.models.features import Backbone, ImageFeatures, TextFeatures
 from dqe_jax.models.layers import normalize
 
 
@@ -34,13 +35,13 @@ class DQE(nn.Module):
       dtype: compute dtype of the matrix products.
     """
 
-    backbone: nn.Module
+    backbone: Backbone
     attribute_names: Sequence[str] = ()
     width: int = 128
     heads: int = 4
     activation: str = "sigmoid"
     initial_tau: float = 0.07
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         """Creates the attribute weights and the temperature."""

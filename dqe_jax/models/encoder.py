@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, UInt8
 
 from dqe_jax.method.arrays import Array
@@ -37,7 +39,7 @@ class Compute:
       scan: one compiled layer looped over stacked parameters: compiles faster.
     """
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention: str = "xla"
     remat: bool = False
     scan: bool = False
@@ -136,7 +138,7 @@ class Stack(nn.Module):
     """
 
     depth: int
-    layer: dict
+    layer: Mapping[str, Any]
     compute: Compute = Compute()
 
     @nn.compact
@@ -153,7 +155,9 @@ class Stack(nn.Module):
                 before, x = x, make(name=f"layers_{i}")(x)
             return x, before
 
-        def step(layer, carry, _):
+        def step(
+            layer: EncoderLayer, carry: tuple[Array, Array], _: None
+        ) -> tuple[tuple[Array, Array], None]:
             return (layer(carry[0]), carry[0]), None
 
         loop = nn.scan(

@@ -1,21 +1,14 @@
-"""What a backbone makes of images and of texts; the interface between backbones and the model.
-
-A backbone is a module with
-
-    encode_image(image, train)       -> ImageFeatures
-    encode_text(ids, train)          -> TextFeatures
-    compose(image, text, train)      -> composed embedding h, float [B, d], not normalised
-
-of images uint8 `[B, H, W, 3]` and token ids int `[B, L]`; `embed_dim` is its `d`. `compose` gets R
-images and B = R * Q texts, the Q texts of an image next to one another, so that what depends on the
-image alone is computed once. `PARTS` of its class says which parameters form a part that can be
-frozen.
-"""
+"""What a backbone makes of images and of texts; the interface between backbones and the model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar, Protocol, runtime_checkable
+
 import flax.struct
-import jax
+from jaxtyping import Float, Int, UInt8
+
+from dqe_jax.method.arrays import Array
 
 
 @flax.struct.dataclass
@@ -27,8 +20,8 @@ class ImageFeatures:
       gallery: gallery embedding `[B, M, d]`, not normalised.
     """
 
-    tokens: jax.Array
-    gallery: jax.Array
+    tokens: Array
+    gallery: Array
 
 
 @flax.struct.dataclass
@@ -42,7 +35,38 @@ class TextFeatures:
       pooled: `[B, D']`, one vector a text.
     """
 
-    ids: jax.Array
-    mask: jax.Array
-    tokens: jax.Array
-    pooled: jax.Array
+    ids: Array
+    mask: Array
+    tokens: Array
+    pooled: Array
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A Flax module over images and token ids.
+
+    Attributes:
+      PARTS: patterns of the paths of the parameters that form a part, by its name; a part can be
+        frozen.
+    """
+
+    PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
+
+    @property
+    def embed_dim(self) -> int:
+        """`d`."""
+
+    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
+        """Of images alone; `train` says whether dropout is on."""
+
+    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
+        """Of texts alone."""
+
+    def compose(
+        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+    ) -> Float[Array, "B d"]:
+        """Composed embedding `h`, not normalised.
+
+        Of R images and B = R * Q texts, the Q texts of an image next to one another, so that what
+        depends on the image alone is computed once.
+        """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 
 
@@ -40,8 +40,8 @@ def check_frozen(frozen: Sequence[str], parts: Mapping[str, Sequence[str]]) -> N
 
 
 def split(
-    params: Any, frozen: Sequence[str], parts: Mapping[str, Sequence[str]]
-) -> tuple[Any, Any]:
+    params: Params, frozen: Sequence[str], parts: Mapping[str, Sequence[str]]
+) -> tuple[Params, Params]:
     """Parameters that train and parameters that do not, as trees without the others' branches."""
     flat = flatten_dict(params, sep="/")
     held = {path for path in flat if frozen and part_of(path, parts) in frozen}
@@ -50,7 +50,7 @@ def split(
     return unflatten_dict(training, sep="/"), unflatten_dict(frozen_ones, sep="/")
 
 
-def merge(one: Any, other: Any) -> Any:
+def merge(one: Params, other: Params) -> Params:
     """What `split` took apart, put together again."""
     flat = flatten_dict(one, sep="/") | flatten_dict(other, sep="/")
     return unflatten_dict(flat, sep="/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,14 +11,17 @@ from tokenizers import Tokenizer
 
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.settings import DataConfig
+from dqe_jax.method.arrays import Array, Params
 from dqe_jax.models import freeze
 from dqe_jax.models.build import DTYPES, build_model, parts_of
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
+from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.models.weights.stacking import stack_layers
 from dqe_jax.models.weights.transfer import fit
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import JsonObject
 
 BACKBONE = "backbone/"
 # Tokens of the shortest text of a pretrained backbone: its start, a word, its end.
@@ -91,9 +93,10 @@ def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) 
             f"{pretrained.sizes.vocab_size} rows; name the tokenizer of the weights in "
             "config.model.tokenizer."
         )
-    if config.backbone == "blip2" and tokenizer.padding["pad_id"] != 0:
+    pad_id = _padding(tokenizer)["pad_id"]
+    if config.backbone == "blip2" and pad_id != 0:
         raise UserError(
-            f"the tokenizer pads with id {tokenizer.padding['pad_id']}: blip2 needs BERT's, which "
+            f"the tokenizer pads with id {pad_id}: blip2 needs BERT's, which "
             "pads with 0; name it in config.model.tokenizer."
         )
     return tokenizer
@@ -103,7 +106,7 @@ def _converted_tokenizer(text: str, length: int, origin: str) -> Tokenizer:
     """The tokenizer that came with converted weights."""
     try:
         tokenizer = text_tokens.tokenizer_from_json(text)
-        padding = tokenizer.padding
+        padding = _padding(tokenizer)
         return text_tokens.set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
     except Exception as error:  # tokenizers raises bare exceptions
         raise UserError(
@@ -112,7 +115,20 @@ def _converted_tokenizer(text: str, length: int, origin: str) -> Tokenizer:
         ) from error
 
 
-def model_of(config: ModelConfig, data: DataConfig, tokenizer: Tokenizer, sizes: Any = None) -> DQE:
+def _padding(tokenizer: Tokenizer) -> JsonObject:
+    """How a tokenizer pads.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if tokenizer.padding is None:
+        raise ValueError("it has no padding")
+    return tokenizer.padding
+
+
+def model_of(
+    config: ModelConfig, data: DataConfig, tokenizer: Tokenizer, sizes: Sizes | None = None
+) -> DQE:
     """The model of a config over a tokenizer's vocabulary; `sizes` are those of its weights."""
     return build_model(
         config,
@@ -123,7 +139,7 @@ def model_of(config: ModelConfig, data: DataConfig, tokenizer: Tokenizer, sizes:
     )
 
 
-def param_shapes(model: DQE, config: ModelConfig, data: DataConfig) -> Any:
+def param_shapes(model: DQE, config: ModelConfig, data: DataConfig) -> Params:
     """Shapes and dtypes of a model's parameters."""
     return jax.eval_shape(lambda: init_params(model, config, data))
 
@@ -134,7 +150,7 @@ def init_params(
     data: DataConfig,
     seed: int = 0,
     pretrained: Pretrained | None = None,
-) -> Any:
+) -> Params:
     """Parameters to start from: pretrained where there are weights, random elsewhere.
 
     Args:
@@ -151,10 +167,10 @@ def init_params(
     image = np.zeros((1, size, size, 3), np.uint8)
     text = np.ones((1, 1, data.max_length), np.int32)
 
-    def init(key: jax.Array) -> Any:
+    def init(key: jax.Array) -> Params:
         return model.init(key, image, text, image[:, None], train=False)["params"]
 
-    given = {}
+    given: dict[str, Array] = {}
     if pretrained is not None and pretrained.origin:
         shapes = flatten_dict(jax.eval_shape(init, jax.random.key(seed)), sep="/")
         held = pretrained.read()
@@ -164,7 +180,7 @@ def init_params(
         fitted = fit(held, own, pretrained.origin)
         given = {BACKBONE + path: x for path, x in fitted.items()}
 
-    def missing(key: jax.Array) -> Any:  # what is given is not drawn at all
+    def missing(key: jax.Array) -> dict[str, Array]:  # what is given is not drawn at all
         return {p: x for p, x in flatten_dict(init(key), sep="/").items() if p not in given}
 
     flat = jax.jit(missing)(jax.random.key(seed)) | given

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from dqe_jax.method.arrays import Params
 from dqe_jax.models import freeze
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.settings import ModelConfig
 
 
-def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[str, int]:
+def count_parameters(params: Params, parts: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Number of parameters of each part, in the order of `parts`; parts without any are left out.
 
     Args:
@@ -26,7 +26,7 @@ def count_parameters(params: Any, parts: Mapping[str, Sequence[str]]) -> dict[st
     return {part: count for part, count in counts.items() if count}
 
 
-def parameter_table(params: Any, config: ModelConfig) -> str:
+def parameter_table(params: Params, config: ModelConfig) -> str:
     """Parameters of each part and whether they train, as lines of text.
 
     Args:

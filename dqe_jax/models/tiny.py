@@ -9,10 +9,12 @@ scene, which pooling loses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped, UInt8
 
 from dqe_jax.method.arrays import Array
@@ -25,7 +27,7 @@ class TokenHead(nn.Module):
 
     token_dim: int
     embed_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     zero_init: bool = False
 
     @nn.compact
@@ -84,9 +86,9 @@ class Tiny(nn.Module):
     token_dim: int = 64
     embed_dim: int = 256
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
-    PARTS: ClassVar[dict[str, tuple[str, ...]]] = {
+    PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("cells/*", "patches/*", "image_*"),
         "text": ("words/*", "text_*"),
         "composer": ("composer_*", "residual_head/*"),
@@ -140,7 +142,7 @@ class Tiny(nn.Module):
         """Composed embedding `h`, float32."""
         del train
         each = len(text.ids) // len(image.tokens)
-        x = jnp.repeat(image.tokens, each, axis=0)
+        x: Array = jnp.repeat(image.tokens, each, axis=0)
         for block in self.composer_blocks:
             x = block(x, context=text.tokens, context_mask=text.mask)
         # At length 1 the reference does not drown the residual: edits are learned much sooner.

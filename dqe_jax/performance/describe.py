@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dqe_jax.config import AnyConfig, RunConfig
+from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.models import setup, summary
 from dqe_jax.models.build import build_model
 
@@ -37,17 +38,19 @@ def describe_model(config: AnyConfig) -> str:
         vocab_size=TINY_VOCABULARY,
         max_length=data.max_length,
         image_size=data.image_size,
-        sizes=pretrained and pretrained.sizes,
+        sizes=None if pretrained is None else pretrained.sizes,
     )
     shapes = setup.param_shapes(model, config.model, data)
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), np.uint8)
     text = jax.ShapeDtypeStruct((1, data.max_length), np.int32)
 
     def gflop(method: str, *inputs: jax.ShapeDtypeStruct) -> float:
-        def call(params, *args):
+        def call(params: Params, *args: Array) -> Tree:
             return model.apply({"params": params}, *args, method=method)
 
-        return jax.jit(call).lower(shapes, *inputs).cost_analysis()["flops"] / 1e9
+        cost = jax.jit(call).lower(shapes, *inputs).cost_analysis()
+        assert cost is not None, "XLA counts the FLOP of any program"
+        return cost["flops"] / 1e9
 
     return (
         f"{summary.parameter_table(shapes, config.model)}\n"

@@ -15,7 +15,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,8 @@ from absl import logging
 
 from dqe_jax.distributed import mesh
 from dqe_jax.method import mining
-from dqe_jax.method.mining import MiningRule
+from dqe_jax.method.arrays import Array
+from dqe_jax.method.mining import Bank, Mined, MiningRule
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models.build import DTYPES
 from dqe_jax.training.bank_programs import rows_of_device
@@ -61,7 +61,7 @@ class Workload:
         """The rule with its bounds."""
         lower, upper = ZONES[self.bounds]
         negatives = NegativesConfig(bounds=self.bounds, lower=lower, upper=upper)
-        return MiningRule.of(negatives, self.rule)
+        return MiningRule.named(negatives, self.rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,9 @@ def benchmark_mining(
 def table(sizes: Sequence[int], times: Sequence[MiningTime]) -> str:
     """A line for each size."""
     number = functools.partial("{:,.2f}".format)
-    lines = [("gallery", "s", "GFLOP/s", "plain", "ratio", "bank GiB", "peak GiB")]
+    lines: list[tuple[str, ...]] = [
+        ("gallery", "s", "GFLOP/s", "plain", "ratio", "bank GiB", "peak GiB")
+    ]
     for size, found in zip(sizes, times):
         cells = (found.seconds, found.gflops, found.plain, found.gflops / found.plain)
         lines.append((f"{size:,}", *map(number, (*cells, found.bank, found.peak))))
@@ -137,7 +139,7 @@ def time_mining(size: int, workload: Workload, devices: Sequence[jax.Device]) ->
     own = np.random.default_rng(0).integers(0, size, count).astype(np.int32)
     rule = workload.mining_rule
 
-    def mine(query, own, held):
+    def mine(query: Array, own: Array, held: Bank) -> Mined:
         return mining.mine_bank(
             jax.random.key(2),
             *(query, own, own[:, None], jnp.arange(count), held, rule),
@@ -159,16 +161,16 @@ def time_mining(size: int, workload: Workload, devices: Sequence[jax.Device]) ->
     )
 
 
-def random_bank(size: int, workload: Workload, devices: Sequence[jax.Device]) -> mining.Bank:
+def random_bank(size: int, workload: Workload, devices: Sequence[jax.Device]) -> Bank:
     """A bank of `size` random embeddings, with a leading axis of devices."""
     rows, shape = rows_of_device(size, len(devices)), (workload.tokens, workload.width)
     dtype = DTYPES[workload.dtype]
 
-    def fill(index):
+    def fill(index: Array) -> Bank:
         """Chunk by chunk: random numbers of the whole bank in float32 would double its memory."""
         key = jax.random.fold_in(jax.random.key(0), index)
 
-        def step(i, held):
+        def step(i: Array, held: Array) -> Array:
             x = jax.random.normal(jax.random.fold_in(key, i), (mining.CHUNK_ROWS, *shape))
             x = (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(dtype)
             return jax.lax.dynamic_update_slice(held, x, (i * mining.CHUNK_ROWS, 0, 0))
@@ -176,20 +178,20 @@ def random_bank(size: int, workload: Workload, devices: Sequence[jax.Device]) ->
         start = jnp.zeros((rows, *shape), dtype)
         row = index * rows + jnp.arange(rows)
         held = jax.lax.fori_loop(0, rows // mining.CHUNK_ROWS, step, start)
-        return mining.Bank(held, jnp.where(row < size, row, -1).astype(jnp.int32))
+        return Bank(held, jnp.where(row < size, row, -1).astype(jnp.int32))
 
     filled = mesh.pmap(fill, in_axes=(0,), out_axes=0, devices=devices)
     return filled(np.arange(len(devices)))
 
 
-def _products(query: jax.Array, held: mining.Bank) -> jax.Array:
+def _products(query: Array, held: Bank) -> Array:
     """The products of queries and tokens alone, summed so that none is kept."""
     tokens, width = held.tokens.shape[1:]
     size = min(mining.CHUNK_QUERIES, len(query))
     chunks = held.tokens.reshape(-1, mining.CHUNK_ROWS * tokens, width)
     queries = query[: len(query) // size * size].reshape(-1, size, width)
 
-    def product(chunk):
+    def product(chunk: Array) -> Array:
         chunk = chunk.astype(jnp.float32)
         each = lambda q: jnp.dot(q, chunk.T, precision="highest").sum()  # noqa: E731
         return jax.lax.map(each, queries).sum()
@@ -197,7 +199,7 @@ def _products(query: jax.Array, held: mining.Bank) -> jax.Array:
     return jax.lax.map(product, chunks).sum()
 
 
-def _seconds(fn: Callable[..., Any], *args: Any) -> float:
+def _seconds(fn: Callable[..., object], *args: object) -> float:
     """The better of two calls, after one to compile."""
     times = []
     for _ in range(3):
@@ -246,7 +248,7 @@ def qure_in_numpy(query: np.ndarray, gallery: np.ndarray, target: np.ndarray) ->
         ends = (0, len(order) - start - 1)
         for one, other in itertools.pairwise(steepest):
             if abs(one - other) > 1:
-                ends = sorted((one, other))
+                ends = (int(min(one, other)), int(max(one, other)))
                 break
         found.append(order[start + ends[0] + 1 : start + ends[1] + 1])
     return found

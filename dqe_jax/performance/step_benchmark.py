@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.typing import DTypeLike
 
 from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.distributed import mesh
@@ -29,7 +29,7 @@ from dqe_jax.utils.errors import UserError
 VOCABULARY = 100
 BASELINE = "InfoNCE"
 # What each variant changes of the config.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, object]] = {
     "config": {},
     "no mined negatives": {"negatives.rule": "in_batch"},
     "no attribute weights": {"model.attributes.enabled": False},
@@ -124,7 +124,7 @@ def make_runner(
         vocab_size=VOCABULARY,
         max_length=config.data.max_length,
         image_size=config.data.image_size,
-        sizes=pretrained and pretrained.sizes,
+        sizes=None if pretrained is None else pretrained.sizes,
     )
     params = setup.init_params(model, config.model, config.data, config.seed)
     made = states.make_optimizer(config, params, len(devices))
@@ -145,10 +145,10 @@ def make_runner(
         jax.block_until_ready(holder[0])
 
     run(1)
-    return run, float(analysis.get("flops", 0.0)) * len(devices)
+    return run, float((analysis or {}).get("flops", 0.0)) * len(devices)
 
 
-def matrix_product_rate(dtype: Any, side: int) -> float:
+def matrix_product_rate(dtype: DTypeLike, side: int) -> float:
     """FLOP a second of one device in square matrix products of that dtype."""
     x = jnp.ones((side, side), dtype)
     multiply = jax.jit(lambda a: a @ a / side)

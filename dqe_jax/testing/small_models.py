@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.config import RunConfig
@@ -12,6 +11,7 @@ from dqe_jax.models.build import build_model
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import VisionSizes
+from dqe_jax.models.weights.sizes import Sizes
 
 # Words of the vocabulary, of which the last ends a text; tokens of a text; pixels a side.
 VOCAB, LENGTH, SIZE = 20, 8, 32
@@ -45,8 +45,8 @@ class Small:
     """
 
     tokens: int
-    fields: dict[str, Any]
-    sizes: Any = None
+    fields: dict[str, int]
+    sizes: Sizes | None = None
 
 
 # One for each of `models.build.BACKBONES`.
@@ -99,7 +99,7 @@ BACKBONES = {
 }
 
 
-def small_model_config(backbone: str = "tiny", **changes: Any) -> RunConfig:
+def small_model_config(backbone: str = "tiny", **changes: object) -> RunConfig:
     """The config of a small model.
 
     Args:

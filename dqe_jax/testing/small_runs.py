@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,12 +14,13 @@ from ml_collections import ConfigDict
 
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.config import RunConfig
+from dqe_jax.method.arrays import Params
 
 # Pixels a side of the images of `small_benchmark_config`.
 BENCHMARK_SIZE = 16
 
 
-def small_config(prepared_dir: str | os.PathLike[str], **changes: Any) -> ConfigDict:
+def small_config(prepared_dir: str | os.PathLike[str], **changes: object) -> ConfigDict:
     """A run on `shapes` on two devices; `changes` by dotted name."""
     config = load_config("shapes:smoke")
     config.data.prepared_dir = str(prepared_dir)
@@ -31,13 +31,13 @@ def small_config(prepared_dir: str | os.PathLike[str], **changes: Any) -> Config
     return config
 
 
-def run_config(prepared_dir: str | os.PathLike[str], **changes: Any) -> RunConfig:
+def run_config(prepared_dir: str | os.PathLike[str], **changes: object) -> RunConfig:
     """`small_config` as what is inside a job."""
     return RunConfig.of(small_config(prepared_dir, **changes))
 
 
 def small_benchmark_config(
-    name: str, data_dir: str | os.PathLike[str], **changes: Any
+    name: str, data_dir: str | os.PathLike[str], **changes: object
 ) -> ConfigDict:
     """A config of a benchmark with a tiny model and two steps on two devices.
 
@@ -82,7 +82,7 @@ def compiled_once(directory: str | os.PathLike[str]) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def assert_params_agree(one: Any, other: Any, *, learning_rate: float) -> None:
+def assert_params_agree(one: Params, other: Params, *, learning_rate: float) -> None:
     """Asserts that runs of a few steps with other numbers of devices have the same parameters.
 
     Within 1e-5; biases of keys within the learning rate. The softmax of attention does not change

@@ -7,7 +7,8 @@ same comparison runs where PyTorch is not installed.
 from __future__ import annotations
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
+_Model = TypeVar("_Model", bound="torch.nn.Module")
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SIZE, END = 32, 49
 
 
 def small_clip(
-    activation: str = "quick_gelu", end_id: int = END, **vision: Any
+    activation: str = "quick_gelu", end_id: int = END, **vision: object
 ) -> transformers.CLIPModel:
     """A `CLIPModel` of a few thousand parameters; `vision` changes its image tower."""
     import transformers
@@ -39,7 +42,7 @@ def small_clip(
         bos_token_id=48,
         hidden_act=activation,
     )
-    tower = dict(
+    tower: dict[str, object] = dict(
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=3,
@@ -87,7 +90,7 @@ def small_blip2(qkv_bias: bool = True) -> transformers.Blip2ForImageTextRetrieva
     return randomize(transformers.Blip2ForImageTextRetrieval(config))
 
 
-def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> Any:
+def randomize(model: _Model, seed: int = 0, scale: float = 0.2) -> _Model:
     """Every parameter gets values: some start at zero, which would hide mistakes."""
     import torch
 
@@ -128,17 +131,17 @@ def pixels(image: np.ndarray) -> torch.Tensor:
 
 
 def clip_outputs(
-    model: transformers.CLIPModel, image: np.ndarray, ids: np.ndarray, **kwargs: Any
+    model: transformers.CLIPModel, image: np.ndarray, ids: np.ndarray, **kwargs: bool
 ) -> dict[str, torch.Tensor]:
     """What `CLIPModel` gives, by the names that the tests use; `kwargs` go to its image tower."""
     import torch
 
-    ids = torch.from_numpy(ids)
+    words, config = torch.from_numpy(ids), cast(Any, model.config)
     # The mask is that of a tokenizer: up to and with the end of the text.
-    ends = (ids == model.config.text_config.eos_token_id).int().argmax(1)
-    mask = (torch.arange(ids.shape[1])[None] <= ends[:, None]).long()
+    ends = torch.eq(words, config.text_config.eos_token_id).int().argmax(1)
+    mask = (torch.arange(words.shape[1])[None] <= ends[:, None]).long()
     vision = model.vision_model(pixels(image), output_hidden_states=True, **kwargs)
-    text = model.text_model(ids, attention_mask=mask)
+    text = model.text_model(words, attention_mask=mask)
     images = model.visual_projection(vision.pooler_output)
     texts = model.text_projection(text.pooler_output)
     unit = torch.nn.functional.normalize
@@ -161,16 +164,16 @@ def blip2_outputs(
     """
     import torch
 
-    ids = torch.from_numpy(ids)
-    mask = (ids > 0).long()
+    words = torch.from_numpy(ids)
+    mask = (words > 0).long()
     tokens = model.vision_model(pixels(image)).last_hidden_state
     count = model.config.num_query_tokens
     queries = model.query_tokens.expand(len(image), -1, -1)
     gallery = model.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
     text = model.qformer(
-        query_embeds=model.embeddings(input_ids=ids), query_length=0, attention_mask=mask
+        query_embeds=model.embeddings(input_ids=words), query_length=0, attention_mask=mask
     ).last_hidden_state
-    paired, paired_mask = ids[: len(image)], mask[: len(image)]
+    paired, paired_mask = words[: len(image)], mask[: len(image)]
     fused = model.qformer(
         query_embeds=model.embeddings(input_ids=paired, query_embeds=queries),
         query_length=count,
@@ -184,14 +187,17 @@ def blip2_outputs(
         "text": model.text_projection(text[:, 0]),
         "fused": fused,
         "composed": model.vision_projection(fused).mean(1),
-        "scores": model(pixels(image), ids, mask).logits_per_image,
+        "scores": model(pixels(image), words, mask).logits_per_image,
         "matching": model(
             pixels(image), paired, paired_mask, use_image_text_matching_head=True
         ).logits_per_image,
     }
 
 
-MODELS = {"clip": (small_clip, clip_outputs), "blip2": (small_blip2, blip2_outputs)}
+MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]]]] = {
+    "clip": (small_clip, clip_outputs),
+    "blip2": (small_blip2, blip2_outputs),
+}
 
 
 def write_golden(directory: pathlib.Path) -> None:

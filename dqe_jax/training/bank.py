@@ -6,11 +6,10 @@ interval-based update). Until the first refresh there is none.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
@@ -18,11 +17,13 @@ from absl import logging
 from dqe_jax.config import RunConfig
 from dqe_jax.data.splits import Split, known_positives, photo_ids
 from dqe_jax.distributed import mesh
-from dqe_jax.embedding.encoders import encoders
+from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, encoders
 from dqe_jax.embedding.rows import RowEmbedder
+from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import Batch, MinedNegatives
 from dqe_jax.method.mining import Bank, Mined, MiningRule
 from dqe_jax.method.settings import NegativesConfig
+from dqe_jax.models.build import DTYPES
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import bank_programs as programs
 from dqe_jax.training.state import splitter
@@ -45,9 +46,9 @@ class BankKeeper:
         split: Split,
         text: np.ndarray,
         known_positives: np.ndarray,
-        encode_query: Callable[..., Any],
-        encode_gallery: Callable[..., jax.Array],
-        trained: Callable[[Any], Any],
+        encode_query: EncodeQuery,
+        encode_gallery: EncodeGallery,
+        trained: Callable[[Params], Params],
         negatives: NegativesConfig,
         seed: int,
         batch_size: int,
@@ -59,8 +60,8 @@ class BankKeeper:
           split: the training split, see `data/pipeline.py`.
           text: int32 `[n, L]`, ids of the queries' texts.
           known_positives: int32 `[n, P]`, image ids that are never mined, padded with -1.
-          encode_query: `(params, image, text) -> QueryOutput`.
-          encode_gallery: `(params, image) -> [B, M, d]`, L2-normalised.
+          encode_query: of the model.
+          encode_gallery: of the model.
           trained: the parameters that train, of all.
           negatives: `config.negatives`.
           seed: of the draws.
@@ -69,26 +70,26 @@ class BankKeeper:
         """
         self.bank: Bank | None = None
         self.refreshed_at: int | None = None
-        self.snapshot: Any = None
-        self.mined: tuple[np.ndarray, np.ndarray] | None = None
+        self.snapshot: Params | None = None
+        self.mined: tuple[Array, Array] | None = None
         self._split, self._text, self._known = split, text, known_positives
         self._negatives, self._seed, self._devices = negatives, seed, list(devices)
         self._trained = trained
         self._size = programs.rows_of_device(len(split.gallery), len(devices))
         self._rows_per_call = programs.rows_per_call(batch_size, len(devices))
-        self._dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[negatives.bank_dtype]
-        self._shape = lambda params, images: jax.eval_shape(encode_gallery, params, images)
+        self._dtype = DTYPES[negatives.bank_dtype]
+        self._encode_gallery = encode_gallery
 
-        def embed(params, images, text):
+        def embed(params: Params, images: Array, text: Array) -> Array:
             return encode_query(params, images, text).embedding
 
         self._fill = programs.make_fill(encode_gallery, self._dtype, devices)
-        self._embed = RowEmbedder(
+        self._embed = RowEmbedder[np.ndarray](
             embed, columns=1, batch_size=len(devices) * self._rows_per_call, devices=devices
         )
-        self._mine = programs.make_mine(MiningRule.of(negatives), devices)
-        # Places arrays on the devices, row by row.
-        self._place = mesh.pmap(lambda x: x, in_axes=(0,), out_axes=0, devices=devices)
+        rule = MiningRule.of(negatives)
+        self._mine = None if rule is None else programs.make_mine(rule, devices)
+        self._place = mesh.placer(devices)
 
     def scheduled(self, step: int) -> bool:
         """Whether a refresh is planned after `step` steps."""
@@ -99,19 +100,29 @@ class BankKeeper:
         """Whether the bank is to be filled after `step` steps: on time, or for want of one."""
         return self.scheduled(step) or (self.bank is None and step >= self._negatives.first_refresh)
 
-    def refresh(self, params: Any, step: int) -> None:
+    def refresh_if_due(self, params: Params, step: int) -> bool:
+        """Fills the bank if that is due after `step` steps; whether it was."""
+        due = self.due(step)
+        if due:
+            self.refresh(params, step)
+        return due
+
+    def refresh(self, params: Params, step: int) -> Bank:
         """Embeds the whole gallery, and mines all queries if the config says so.
 
         Args:
           params: replicated over the devices.
           step: how many were taken.
+
+        Returns:
+          The bank, which is also kept.
         """
         gallery, total = self._split.gallery, len(self._devices)
         tokens = self._embed_gallery(params, step)
         image_id = np.full(total * self._size, -1, np.int32)
         image_id[: len(gallery)] = gallery.photo
         own = mesh.own_devices(self._devices)
-        self.bank = Bank(tokens, self._place(image_id.reshape(total, self._size)[own]))
+        self.bank = bank = Bank(tokens, self._place(image_id.reshape(total, self._size)[own]))
         if self._negatives.mining == "refresh":
             mined = self.mine_all(params, jax.random.fold_in(jax.random.key(self._seed), step))
             self.mined = mined.rows, mined.drawn
@@ -119,8 +130,9 @@ class BankKeeper:
         self.refreshed_at = step
         self.snapshot = jax.tree.map(np.array, self._trained(params))
         logging.debug("Bank of %d images filled after step %d.", len(gallery), step)
+        return bank
 
-    def _embed_gallery(self, params: Any, step: int) -> jax.Array:
+    def _embed_gallery(self, params: Params, step: int) -> Array:
         """Tokens `[devices, S, M, d]` of the whole gallery; each process reads its own rows."""
         gallery, size, count = self._split.gallery, self._size, self._rows_per_call
         own = mesh.own_devices(self._devices)
@@ -129,7 +141,7 @@ class BankKeeper:
         # Read in the order of use: for each call the rows of all devices of this process.
         rows = [first + start + np.arange(count) for start in starts]
         read = np.minimum(np.concatenate([r.ravel() for r in rows]), len(gallery) - 1)
-        tokens = self.bank.tokens if self.bank is not None else None
+        tokens = self.bank.tokens if self.bank is not None else self._empty(params, len(first))
         bar = tqdm.tqdm(
             zip(starts, gallery.batches(read, len(first) * count)),
             total=len(starts),
@@ -138,28 +150,30 @@ class BankKeeper:
             disable=jax.process_index() > 0,
         )
         for start, images in bar:
-            images = mesh.shard(images, len(first))
-            if tokens is None:
-                one = jax.eval_shape(lambda x: x[0], images)
-                shape = self._shape(params, one).shape[1:]
-                tokens = self._place(np.zeros((len(first), size, *shape), self._dtype))
-            tokens = self._fill(params, images, np.int32(start), tokens)
+            tokens = self._fill(params, mesh.shard(images, len(first)), np.int32(start), tokens)
         return tokens
+
+    def _empty(self, params: Params, num_devices: int) -> Array:
+        """Zeros in place of the tokens `[devices, S, M, d]`, for the devices of this process."""
+        shape = (self._rows_per_call, *self._split.gallery.image_shape)
+        image = jax.ShapeDtypeStruct(shape, np.uint8)
+        one = jax.eval_shape(self._encode_gallery, params, image).shape[1:]
+        return self._place(np.zeros((num_devices, self._size, *one), self._dtype))
 
     def add_mined(self, batch: Batch) -> Batch:
         """A training batch with what was mined for its queries at the refresh, if anything was."""
         if self.mined is None:
             return batch
         rows, drawn = (x[batch.query] for x in self.mined)
-        return batch.replace(mined=MinedNegatives(rows, drawn))
+        return dataclasses.replace(batch, mined=MinedNegatives(rows, drawn))
 
-    def embed_queries(self, params: Any, rows: np.ndarray) -> np.ndarray:
+    def embed_queries(self, params: Params, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the queries at these positions of the split: float32 `[B, d]`."""
         split = self._split
         return self._embed(params, split.gallery, split.queries.reference[rows], self._text[rows])
 
     def mine_all(
-        self, params: Any, key: jax.Array, rows: np.ndarray | None = None, batch: int = 1024
+        self, params: Params, key: jax.Array, rows: np.ndarray | None = None, batch: int = 1024
     ) -> Mined:
         """Mines the bank for the queries at these positions (default: all), as NumPy arrays.
 
@@ -168,7 +182,12 @@ class BankKeeper:
           key: of the draws; a query's draw depends on it and on its position alone.
           rows: int `[B]`, positions of queries of the split.
           batch: queries mined by one call.
+
+        Raises:
+          ValueError: the bank is empty, or the rule of the config mines nothing.
         """
+        if self.bank is None or self._mine is None:
+            raise ValueError("there is nothing to mine, or no rule to mine by")
         queries = self._split.queries
         rows = np.arange(len(queries)) if rows is None else rows
         query = self.embed_queries(params, rows)
@@ -181,8 +200,9 @@ class BankKeeper:
                 self._known[here],
                 here.astype(np.int32),
             )
-            padded = [mesh.pad_rows(x, min(batch, len(rows))) for x in columns]
-            out = jax.tree.map(np.asarray, self._mine(key, *padded, self.bank))
+            own, target, known, ids = (mesh.pad_rows(x, min(batch, len(rows))) for x in columns)
+            mined = self._mine(key, own, target, known, ids, self.bank)
+            out = jax.tree.map(np.asarray, mined)
             parts.append(jax.tree.map(lambda x, kept=here: x[: len(kept)], out))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from dqe_jax.distributed import mesh
+from dqe_jax.distributed.mesh import Program
+from dqe_jax.embedding.encoders import EncodeGallery
 from dqe_jax.method import mining
-from dqe_jax.method.mining import MiningRule
+from dqe_jax.method.arrays import Array, Params
+from dqe_jax.method.mining import Bank, Mined, MiningRule
 
 
 def rows_of_device(num_rows: int, num_devices: int, chunk_rows: int = mining.CHUNK_ROWS) -> int:
@@ -25,14 +28,14 @@ def rows_per_call(batch_size: int, num_devices: int) -> int:
 
 
 def make_fill(
-    encode_gallery: Callable[..., jax.Array], dtype: Any, devices: Sequence[jax.Device]
-) -> Callable[..., jax.Array]:
+    encode_gallery: EncodeGallery, dtype: DTypeLike, devices: Sequence[jax.Device]
+) -> Program[[Params, Array, Array | np.int32, Array], Array]:
     """`(params, images [D, b, H, W, 3], start, tokens [D, S, M, d]) -> tokens`, in place.
 
     Embeds the images into rows `start` to `start + b` of each of the `D` devices.
     """
 
-    def fill(params, images, start, tokens):
+    def fill(params: Params, images: Array, start: Array | np.int32, tokens: Array) -> Array:
         new = encode_gallery(params, images).astype(dtype)
         return lax.dynamic_update_slice(tokens, new, (start, 0, 0))
 
@@ -40,10 +43,14 @@ def make_fill(
     return mesh.pmap(fill, in_axes=in_axes, out_axes=0, donate_argnums=(3,), devices=devices)
 
 
-def make_mine(rule: MiningRule | None, devices: Sequence[jax.Device]) -> Callable[..., Any]:
+def make_mine(
+    rule: MiningRule, devices: Sequence[jax.Device]
+) -> Program[[Array, Array, Array, Array, Array, Bank], Mined]:
     """`(key, query [B, d], target_row [B], known [B, P], row_ids [B], bank) -> Mined`."""
 
-    def mine(key, query, target_row, known, row_ids, bank):
+    def mine(
+        key: Array, query: Array, target_row: Array, known: Array, row_ids: Array, bank: Bank
+    ) -> Mined:
         wanted = (query, target_row, known, row_ids, bank, rule)
         return mining.mine_bank(key, *wanted, axis=mesh.AXIS)
 

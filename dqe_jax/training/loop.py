@@ -172,14 +172,13 @@ def run_steps(
     Returns:
       The state, and the metrics of the last validation.
     """
-    config, keeper, start, measured = session.config, session.keeper, int(state.step), {}
+    config, keeper, start = session.config, session.keeper, int(state.step)
+    measured: dict[str, float] = {}
     guard = Guard(config.max_bad_steps, manager)
     reporter = _Reporter(session, log, stopwatch, start)
     with reporter.bar:  # also closed by an error, whose sentence has a line of its own
         for step in range(start + 1, end + 1):
-            refreshed = keeper is not None and keeper.due(step - 1)
-            if refreshed:
-                keeper.refresh(state.params, step - 1)
+            refreshed = keeper is not None and keeper.refresh_if_due(state.params, step - 1)
             output = take_step(session, state, interrupts.seen)
             state = output.state
             reporter.bar.update()

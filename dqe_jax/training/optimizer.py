@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from dqe_jax.config import OptimizerConfig
+from dqe_jax.method.arrays import Params, Tree
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -27,7 +26,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     )
 
 
-def matrices(params: Any) -> Any:
+def matrices(params: Params) -> Tree:
     """Which parameters are matrices: those decay."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
@@ -35,7 +34,14 @@ def matrices(params: Any) -> Any:
 def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm`, but by a norm that is given: `update` takes `norm`."""
 
-    def update(grads, state, params=None, *, norm: jax.Array, **others):
+    def update(
+        grads: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        norm: jax.Array,
+        **others: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params, others
         return jax.tree.map(lambda g: jnp.where(norm < most, g, g / norm * most), grads), state
 
@@ -63,13 +69,13 @@ def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransform
         )
 
     def update(
-        grads,
-        state,
-        params=None,
+        grads: optax.Updates,
+        state: optax.ApplyIfFiniteState,
+        params: optax.Params | None = None,
         *,
         sound: jax.Array | bool = True,
         norm: jax.Array | None = None,
-    ):
+    ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
         norm = optax.global_norm(grads) if norm is None else norm
         finite = jnp.isfinite(norm) & sound
         updates, inner_state = inner.update(grads, state.inner_state, params, norm=norm)
@@ -85,7 +91,7 @@ def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Tree) -> jax.Array:
     """Whether all numbers of a tree are finite: bool scalar."""
     return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
@@ -111,7 +117,7 @@ def make_optimizer(
     config: OptimizerConfig,
     total_steps: int,
     *,
-    decay: Any = matrices,
+    decay: Tree = matrices,
 ) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm; only matrices decay. See `skip_unsound`.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -16,11 +16,13 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.pipeline import Batches
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import make_evaluator
+from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.models import freeze, setup
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.weights import sizes as size_files
@@ -30,6 +32,7 @@ from dqe_jax.training.bank import BankKeeper, make_bank_keeper
 from dqe_jax.training.state import Optimizer, TrainState
 from dqe_jax.training.step import Step, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Session:
       step: the mapped step, with negatives of the batch.
       bank_step: the mapped step, with negatives of the bank.
       keeper: of the bank; None without one.
-      batches: an endless iterator over `Batch`, with `get_state` and `set_state`.
+      batches: those of training.
       validation: the evaluator of the validation split.
       last: the split of the last evaluation.
       data: digests of the splits that it is trained and evaluated on, by their names.
@@ -62,12 +65,12 @@ class Session:
     pretrained: Pretrained | None
     tokenizer: Tokenizer
     model: DQE
-    params: Any
+    params: Params
     optimizer: Optimizer
     step: Step
     bank_step: Step
     keeper: BankKeeper | None
-    batches: Any
+    batches: Batches
     validation: RetrievalEvaluator
     last: Split
     data: dict[str, str]
@@ -76,7 +79,7 @@ class Session:
 def open_session(
     config: RunConfig,
     workdir: epath.Path,
-    builder: Any,
+    builder: splits.Builder,
     devices: list[jax.Device],
     pretrained: Pretrained | None,
     tokenizer: Tokenizer | None,
@@ -97,17 +100,14 @@ def open_session(
     # What the end of the run needs must be there now.
     last = splits.open_split(config.data, builder, config.eval.split)
     split = splits.open_split(config.data, builder, "train")
-    if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
-        raise UserError(
-            f"config.negatives.oracle is {config.negatives.oracle!r}: {config.data.dataset} does "
-            "not say which images are in truth valid; take 'none'."
-        )
+    _check_oracle(config, split)
     if tokenizer is None:
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, config.data.max_length)
     text = encode_wordings(tokenizer, split, config.data.captions)
     batches = _open_batches(config, split, text)
     held_out = splits.open_split(config.data, builder, "validation")
-    model = setup.model_of(config.model, config.data, tokenizer, pretrained and pretrained.sizes)
+    sizes = None if pretrained is None else pretrained.sizes
+    model = setup.model_of(config.model, config.data, tokenizer, sizes)
     params = setup.param_shapes(model, config.model, config.data)
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
@@ -135,7 +135,7 @@ def open_session(
     )
 
 
-def _open_batches(config: RunConfig, split: Split, text: Any) -> Any:
+def _open_batches(config: RunConfig, split: Split, text: np.ndarray) -> Batches:
     """The iterator over this process's part of the training batches."""
     words = lexicon.load_lexicon(config.data.lexicon)
     names = config.model.attributes.names
@@ -151,6 +151,15 @@ def _open_batches(config: RunConfig, split: Split, text: Any) -> Any:
         process=jax.process_index(),
         num_processes=jax.process_count(),
     )
+
+
+def _check_oracle(config: RunConfig, split: Split) -> None:
+    """Raises a `UserError` if an oracle is asked for what the data do not say."""
+    if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
+        raise UserError(
+            f"config.negatives.oracle is {config.negatives.oracle!r}: {config.data.dataset} does "
+            "not say which images are in truth valid; take 'none'."
+        )
 
 
 def _check_best(config: RunConfig, validation: RetrievalEvaluator) -> None:
@@ -176,7 +185,7 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
     )
     store.set_aside(manager, newest)
     session.batches.set_state(meta["data_state"])
-    if "bank_params" in items:
+    if keeper is not None and "bank_params" in items:
         held = states.splitter(config.model)(items["params"])[1]
         whole = freeze.merge(items["bank_params"], held)
         keeper.refresh(mesh.replicate(whole, session.devices), meta["bank_step"])
@@ -189,7 +198,7 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
 
 def _read(
     session: Session, manager: ocp.CheckpointManager, step: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[JsonObject, dict[str, Tree]]:
     """The meta and the items of a checkpoint.
 
     Raises:
@@ -244,17 +253,19 @@ def save(
       metrics: of the validation split at this step, if there are any.
     """
     keeper, step = session.keeper, int(state.step)
-    banked = keeper is not None and keeper.bank is not None
+    bank_step, snapshot = None, None
+    if keeper is not None and keeper.bank is not None:
+        bank_step = keeper.refreshed_at
+        snapshot = None if keeper.scheduled(step) else keeper.snapshot
     meta = {
         "config": session.config.to_dict(),
         "tokenizer": session.tokenizer.to_str(),
         "sizes": session.pretrained and size_files.to_json(session.pretrained.sizes),
         "data_state": session.batches.get_state(),
-        "bank_step": keeper.refreshed_at if banked else None,
+        "bank_step": bank_step,
         "train_seconds": seconds,
         "data": session.data,
         "version": __version__,
     }
-    snapshot = keeper.snapshot if banked and not keeper.scheduled(step) else None
     moments = states.state_to_save(session.optimizer, state.opt_state, session.devices)
     store.save(manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.struct
 import jax
@@ -14,13 +13,17 @@ import optax
 
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
+from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.models import freeze
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.training import optimizer, zero
 
+# Parameters to those that train and those that do not.
+Splitter = Callable[[Params], tuple[Params, Params]]
 
-def splitter(model_config: ModelConfig) -> Callable[[Any], tuple[Any, Any]]:
+
+def splitter(model_config: ModelConfig) -> Splitter:
     """Splits parameters into those that train and those that do not, by `config.model`."""
     parts = parts_of(model_config.backbone)
     return lambda params: freeze.split(params, model_config.frozen, parts)
@@ -36,9 +39,9 @@ class TrainState:
       opt_state: of the optimiser, for those that train; see `zero.py` for a sharded one.
     """
 
-    step: jax.Array
-    params: Any
-    opt_state: Any
+    step: Array
+    params: Params
+    opt_state: Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Optimizer:
     """
 
     tx: optax.GradientTransformation
-    saved: Any
-    shapes: Any
-    axes: Any
+    saved: Tree
+    shapes: Tree
+    axes: Tree
 
     def bytes_of_device(self) -> int:
         """Bytes of the state on a device."""
@@ -63,7 +66,7 @@ class Optimizer:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def make_optimizer(config: RunConfig, params: Any, num_devices: int) -> Optimizer:
+def make_optimizer(config: RunConfig, params: Params, num_devices: int) -> Optimizer:
     """The optimiser of a config.
 
     Args:
@@ -83,7 +86,7 @@ def make_optimizer(config: RunConfig, params: Any, num_devices: int) -> Optimize
 
 
 def init_state(
-    config: RunConfig, made: Optimizer, params: Any, devices: Sequence[jax.Device]
+    config: RunConfig, made: Optimizer, params: Params, devices: Sequence[jax.Device]
 ) -> TrainState:
     """The state that a run starts with, placed.
 
@@ -97,11 +100,11 @@ def init_state(
     if made.axes is None:
         return place_state(made, 0, params, jax.jit(made.tx.init)(training), devices)
     state = mesh.replicate(TrainState(jnp.zeros((), jnp.int32), params, None), devices)
-    return state.replace(opt_state=zero.init(made.tx, training, devices))
+    return dataclasses.replace(state, opt_state=zero.init(made.tx, training, devices))
 
 
 def place_state(
-    made: Optimizer, step: int, params: Any, saved: Any, devices: Sequence[jax.Device]
+    made: Optimizer, step: int, params: Params, saved: Tree, devices: Sequence[jax.Device]
 ) -> TrainState:
     """The state that a run goes on with, placed.
 
@@ -114,12 +117,12 @@ def place_state(
     """
     state = TrainState(jnp.asarray(step, jnp.int32), params, None)
     if made.axes is None:
-        return mesh.replicate(state.replace(opt_state=saved), devices)
+        return mesh.replicate(dataclasses.replace(state, opt_state=saved), devices)
     moments = zero.cut(saved, made.axes, devices)
-    return mesh.replicate(state, devices).replace(opt_state=moments)
+    return dataclasses.replace(mesh.replicate(state, devices), opt_state=moments)
 
 
-def state_to_save(made: Optimizer, opt_state: Any, devices: Sequence[jax.Device]) -> Any:
+def state_to_save(made: Optimizer, opt_state: Tree, devices: Sequence[jax.Device]) -> Tree:
     """The optimiser's state in the shapes of `made.saved`: replicated, or NumPy arrays."""
     if made.axes is None:
         return opt_state

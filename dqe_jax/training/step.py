@@ -6,7 +6,7 @@ Training, the benchmark and the planner compile the same program.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol, cast
 
 import flax.struct
 import jax
@@ -16,18 +16,18 @@ from jax import lax
 
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
+from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.mining import Bank, MiningRule
-from dqe_jax.method.objective import Metrics, Objective
+from dqe_jax.method.objective import Metrics, Objective, TrainForward
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import freeze
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import zero
 from dqe_jax.training.optimizer import all_finite, take_back
-from dqe_jax.training.state import Optimizer, TrainState, splitter
+from dqe_jax.training.state import Optimizer, Splitter, TrainState, splitter
 
-Loss = Callable[..., tuple[jax.Array, Metrics]]
-Step = Callable[..., "StepOutput"]
+Loss = Callable[[Params, Batch, jax.Array, Bank | None], tuple[Array, Metrics]]
 
 
 @flax.struct.dataclass
@@ -40,9 +40,9 @@ class Control:
       whole: bool, whether all parameters that train are finite after the step.
     """
 
-    stop: jax.Array
-    bad_in_a_row: jax.Array
-    whole: jax.Array
+    stop: Array
+    bad_in_a_row: Array
+    whole: Array
 
 
 @flax.struct.dataclass
@@ -58,6 +58,24 @@ class StepOutput:
     state: TrainState
     metrics: Metrics
     control: Control
+
+
+class DeviceStep(Protocol):
+    """A step of one device."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch, stop: Array, bank: Bank | None = None, /
+    ) -> StepOutput:
+        """`stop` is int32 `[n]`: numbers of signals, 0 for none."""
+
+
+class Step(DeviceStep, Protocol):
+    """A mapped step."""
+
+    def lower(
+        self, state: TrainState, batch: Batch, stop: Array, bank: Bank | None = None, /
+    ) -> jax.stages.Lowered:
+        """Its code for arguments of these shapes; nothing runs."""
 
 
 def warmup_rule(negatives: NegativesConfig) -> MiningRule | None:
@@ -93,14 +111,13 @@ def make_train_step(
     loss_fn: Loss,
     tx: optax.GradientTransformation,
     seed: int,
-    split: Callable[[Any], tuple[Any, Any]] = lambda params: (params, {}),
+    split: Splitter = lambda params: (params, {}),
     shard_state: bool = False,
-) -> Step:
+) -> DeviceStep:
     """Makes the per-device step `(state, batch, stop, bank=None) -> StepOutput`.
 
     All that it closes over is here. A step whose loss, gradients or new parameters are not finite
     changes no parameter (`optimizer.skip_unsound`, `optimizer.take_back`); `bad_steps` counts them.
-    `stop` is int32 `[n]`.
 
     Args:
       loss_fn: as `method.objective.Objective`, over `mesh.AXIS`.
@@ -113,12 +130,12 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
 
     def step(
-        state: TrainState, batch: Batch, stop: jax.Array, bank: Bank | None = None
+        state: TrainState, batch: Batch, stop: Array, bank: Bank | None = None, /
     ) -> StepOutput:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         training, frozen = split(state.params)
 
-        def loss_of(training):
+        def loss_of(training: Params) -> tuple[Array, Metrics]:
             return loss_fn(freeze.merge(training, frozen), batch, key, bank)
 
         (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
@@ -171,7 +188,7 @@ def make_step(
       state that is sharded have a leading axis of devices.
     """
     objective = Objective(
-        apply_fn=model.apply,
+        apply_fn=cast(TrainForward, model.apply),  # Flax' hints name no result
         rule=MiningRule.of(config.negatives) if bank else warmup_rule(config.negatives),
         oracle=config.negatives.oracle,
         weights=config.loss,
@@ -184,11 +201,14 @@ def make_step(
         split=splitter(config.model),
         shard_state=config.optimizer.shard_state,
     )
-    axes = None if made.axes is None else TrainState(None, None, made.axes)
+    # Axes in the places of arrays.
+    state_axes: Callable[..., TrainState] = TrainState
+    output_axes: Callable[..., StepOutput] = StepOutput
+    axes = None if made.axes is None else state_axes(None, None, made.axes)
     return mesh.pmap(
         step,
         in_axes=(axes, 0, 0, 0) if bank else (axes, 0, 0),
-        out_axes=StepOutput(axes, None, None),
+        out_axes=output_axes(axes, None, None),
         donate_argnums=(0,),
         devices=devices,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +25,32 @@ from jax import lax
 from jax.experimental import multihost_utils
 
 from dqe_jax.distributed import mesh
+from dqe_jax.method.arrays import Array, Params, Tree
 
 LANES = 128
 # Elements of the smallest slice, a tile of a TPU: arrays with fewer for each device are replicated.
 LEAST = 8 * LANES
 
 
-def is_sharded(x: Any, num_devices: int) -> bool:
+class Shaped(Protocol):
+    """An array, or what stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of its axes."""
+
+
+def is_sharded(x: Shaped, num_devices: int) -> bool:
     """Whether the moments of an array are sharded over so many devices."""
     return math.prod(x.shape) >= num_devices * LEAST
 
 
-def _shape(x: Any, num_devices: int) -> tuple[int, int, int]:
+def _shape(x: Shaped, num_devices: int) -> tuple[int, int, int]:
     """`[D, r, 128]` of an array."""
     return num_devices, -(-math.prod(x.shape) // (num_devices * LANES)), LANES
 
 
-def _slices(x: Any, num_devices: int) -> jax.Array:
+def _slices(x: Array, num_devices: int) -> jax.Array:
     """All slices of an array, `[D, r, 128]`."""
     shape = _shape(x, num_devices)
     return jnp.pad(x.reshape(-1), (0, math.prod(shape) - x.size)).reshape(shape)
@@ -50,7 +59,7 @@ def _slices(x: Any, num_devices: int) -> jax.Array:
 # --------------------------------------------------------------------------- per device, in a step
 
 
-def global_norm(slices: Any, like: Any) -> jax.Array:
+def global_norm(slices: Params, like: Params) -> jax.Array:
     """Norm of arrays in the shapes of `like`, of which a device holds what `scatter` leaves it."""
     num_devices = lax.axis_size(mesh.AXIS)
     own_part, whole = jnp.zeros(()), jnp.zeros(())
@@ -63,7 +72,7 @@ def global_norm(slices: Any, like: Any) -> jax.Array:
     return jnp.sqrt(lax.psum(own_part, mesh.AXIS) + whole)
 
 
-def scatter(grads: Any) -> Any:
+def scatter(grads: Params) -> Params:
     """Gradients added up over the devices: of large ones the own slice, the others whole."""
     num_devices = lax.axis_size(mesh.AXIS)
 
@@ -75,7 +84,7 @@ def scatter(grads: Any) -> Any:
     return jax.tree.map(one, grads)
 
 
-def own(params: Any) -> Any:
+def own(params: Params) -> Params:
     """The own slice of each large replicated array; the others as they are."""
     num_devices, index = lax.axis_size(mesh.AXIS), lax.axis_index(mesh.AXIS)
 
@@ -87,7 +96,7 @@ def own(params: Any) -> Any:
     return jax.tree.map(one, params)
 
 
-def gather(slices: Any, like: Any) -> Any:
+def gather(slices: Params, like: Params) -> Params:
     """Arrays in the shapes of `like`, of the slices of all devices."""
     num_devices = lax.axis_size(mesh.AXIS)
 
@@ -103,14 +112,14 @@ def gather(slices: Any, like: Any) -> Any:
 # -------------------------------------------------------------------------------------- on the host
 
 
-def _held(x: Any, num_devices: int) -> tuple[int, ...]:
+def _held(x: Shaped, num_devices: int) -> tuple[int, ...]:
     """The shape of an array's moments on one device."""
     return _shape(x, num_devices)[1:] if is_sharded(x, num_devices) else x.shape
 
 
 def state_shapes(
-    tx: optax.GradientTransformation, training: Any, num_devices: int
-) -> tuple[Any, Any]:
+    tx: optax.GradientTransformation, training: Params, num_devices: int
+) -> tuple[Tree, Tree]:
     """The sharded state: its shapes, and its axes for `mesh.pmap`.
 
     All moments have a leading axis of devices: slices `[D, r, 128]`, small arrays `[D, ...]`, the
@@ -126,20 +135,20 @@ def state_shapes(
       for what is replicated.
     """
 
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
+    def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_devices, *_held(x, num_devices)), x.dtype)
 
     shapes = jax.eval_shape(tx.init, jax.tree.map(shape, training))
-    kind = jax.tree.structure(training)
+    kind: object = jax.tree.structure(training)
 
-    def are_moments(part: Any) -> bool:
-        return jax.tree.structure(part) == kind
+    def are_moments(part: Tree) -> bool:
+        return kind == jax.tree.structure(part)
 
     axes = jax.tree.map(lambda part: 0 if are_moments(part) else None, shapes, is_leaf=are_moments)
     return shapes, axes
 
 
-def shapes_of_device(shapes: Any, axes: Any) -> Any:
+def shapes_of_device(shapes: Tree, axes: Tree) -> Tree:
     """Of what `state_shapes` gave, what one device holds."""
 
     def one(axis: int | None, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -148,28 +157,28 @@ def shapes_of_device(shapes: Any, axes: Any) -> Any:
     return _with_axes(one, axes, shapes)
 
 
-def _with_axes(fn: Callable[..., Any], axes: Any, *trees: Any) -> Any:
+def _with_axes(fn: Callable[..., object], axes: Tree, *trees: Tree) -> Tree:
     """`fn(axis, *leaves)` for all leaves of a state."""
 
-    def part(axis: int | None, *parts: Any) -> Any:
+    def part(axis: int | None, *parts: Tree) -> Tree:
         return jax.tree.map(functools.partial(fn, axis), *parts)
 
     return jax.tree.map(part, axes, *trees, is_leaf=lambda x: x is None)
 
 
-def _shardings(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
+def _shardings(state: Tree, axes: Tree, devices: Sequence[jax.Device]) -> Tree:
     """How a step leaves a state on the devices of this process."""
     here = np.asarray(devices[mesh.own_devices(devices)])
     own_mesh = jax.sharding.Mesh(here, (mesh.AXIS,))
 
-    def one(axis: int | None, _: Any) -> jax.sharding.NamedSharding:
+    def one(axis: int | None, _: Array) -> jax.sharding.NamedSharding:
         spec = jax.sharding.PartitionSpec(*([] if axis is None else [mesh.AXIS]))
         return jax.sharding.NamedSharding(own_mesh, spec)
 
     return _with_axes(one, axes, state)
 
 
-def init(tx: optax.GradientTransformation, training: Any, devices: Sequence[jax.Device]) -> Any:
+def init(tx: optax.GradientTransformation, training: Params, devices: Sequence[jax.Device]) -> Tree:
     """A fresh sharded state, placed: the moments of the own devices.
 
     Args:
@@ -179,8 +188,8 @@ def init(tx: optax.GradientTransformation, training: Any, devices: Sequence[jax.
     """
     num_devices, count = len(devices), mesh.count_own(devices)
 
-    def fresh() -> Any:
-        def zeros(x: Any) -> jax.Array:
+    def fresh() -> Tree:
+        def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
             return jnp.zeros((count, *_held(x, num_devices)), x.dtype)
 
         return tx.init(jax.tree.map(zeros, training))
@@ -190,7 +199,7 @@ def init(tx: optax.GradientTransformation, training: Any, devices: Sequence[jax.
     )()
 
 
-def cut(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
+def cut(state: Tree, axes: Tree, devices: Sequence[jax.Device]) -> Tree:
     """A state in the shapes of the parameters, sharded and placed.
 
     Args:
@@ -212,7 +221,7 @@ def cut(state: Any, axes: Any, devices: Sequence[jax.Device]) -> Any:
     return jax.device_put(_with_axes(one, axes, state), _shardings(state, axes, devices))
 
 
-def join(state: Any, axes: Any, like: Any, num_devices: int) -> Any:
+def join(state: Tree, axes: Tree, like: Tree, num_devices: int) -> Tree:
     """The inverse of `cut`: NumPy arrays, the same in all processes.
 
     Args:
@@ -222,7 +231,7 @@ def join(state: Any, axes: Any, like: Any, num_devices: int) -> Any:
       num_devices: how many there are.
     """
 
-    def one(axis: int | None, x: jax.Array, whole: Any) -> np.ndarray:
+    def one(axis: int | None, x: jax.Array, whole: jax.ShapeDtypeStruct) -> np.ndarray:
         if axis is None:
             return np.asarray(x)
         if not is_sharded(whole, num_devices):

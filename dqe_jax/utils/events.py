@@ -11,7 +11,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from etils import epath
 
@@ -50,7 +49,7 @@ class EventFile:
         """Writes what is left."""
         self._writer.close()
 
-    def _write(self, step: int, **content: Any) -> None:
+    def _write(self, step: int, **content: object) -> None:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
         if time.time() - self._flushed > FLUSH_S:
             self._writer.flush()

@@ -37,7 +37,7 @@ class Check:
     test: Callable[[Any], bool]
     words: str
 
-    def read(self, value: Any) -> Any:
+    def read(self, value: object) -> object:
         """The value in the field's type.
 
         Raises:
@@ -52,7 +52,7 @@ class Check:
             raise ValueError(self.words)
         if value != value or not self.test(value):
             raise ValueError(self.words)
-        return float(value) if number else value
+        return float(value) if self.kind is float and isinstance(value, int) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Field:
 def field(default: _T, doc: str, check: Check, role: Role = "compute") -> _T:
     """A field of a config's dataclass; arguments as of `Field`."""
     made = Field("", default, doc, check, role)
-    return cast(_T, dataclasses.field(default=default, metadata={_KEY: made}))
+    return dataclasses.field(default=default, metadata={_KEY: made})
 
 
 def fields_of(config: type, prefix: str = "") -> Iterator[Field]:
@@ -89,7 +89,7 @@ def fields_of(config: type, prefix: str = "") -> Iterator[Field]:
             yield from fields_of(_section(own), f"{prefix}{own.name}.")
 
 
-def build(config: type[_T], values: Mapping[str, Any], prefix: str = "") -> _T:
+def build(config: type[_T], values: Mapping[str, object], prefix: str = "") -> _T:
     """The config with these values, `{"data.image_size": 64, ...}`, one for each of its fields."""
     given = {
         own.name: values[prefix + own.name]
@@ -100,7 +100,7 @@ def build(config: type[_T], values: Mapping[str, Any], prefix: str = "") -> _T:
     return config(**given)
 
 
-def _section(own: dataclasses.Field[Any]) -> type:
+def _section(own: dataclasses.Field[object]) -> type:
     """The dataclass of a field that is a section: what makes its default."""
     return cast(type, own.default_factory)
 
@@ -168,7 +168,7 @@ def tuple_of_names(*, empty: bool) -> Check:
     """A tuple of strings, perhaps an empty one."""
     words = "a tuple of names, or ()" if empty else "a tuple of names"
 
-    def test(value: tuple[Any, ...]) -> bool:
+    def test(value: tuple[object, ...]) -> bool:
         return (empty or bool(value)) and all(isinstance(name, str) for name in value)
 
     return Check(tuple, test, words)

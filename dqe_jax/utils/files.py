@@ -8,17 +8,20 @@ import math
 import os
 import stat
 import tempfile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from etils import epath
 
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.paths import is_remote
 
-Json = TypeVar("Json", list, dict)
+# What a JSON file holds, by the names in it.
+JsonObject = dict[str, Any]
+
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # What libraries say of a full disk, in errors of their own.
 FULL = ("No space left on device", "Disk quota exceeded")
+_Kind = TypeVar("_Kind", list[Any], JsonObject)
 
 
 def is_regular(path: str | os.PathLike[str]) -> bool:
@@ -58,7 +61,7 @@ def read_text(path: epath.Path) -> str:
         ) from error
 
 
-def read_json(path: epath.Path, kind: type[Json], advice: str = "get the file again") -> Json:
+def read_json(path: epath.Path, kind: type[_Kind], advice: str = "get the file again") -> _Kind:
     """The content of a JSON file, a `list` or a `dict` as `kind` says.
 
     Args:

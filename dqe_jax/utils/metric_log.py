@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from absl import logging
 from etils import epath
 
 from dqe_jax.utils.events import EventFile
-from dqe_jax.utils.files import finite
+from dqe_jax.utils.files import JsonObject, finite
 from dqe_jax.utils.paths import is_remote
 
 
@@ -50,7 +49,7 @@ class MetricLog:
         purged = None if resume_step is None else resume_step + 1
         self._events = EventFile(directory / "events", purged)
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Appends a line `{"step": step, ...}` and the same numbers to TensorBoard."""
         self._append("metrics", step, values)
 
@@ -61,13 +60,13 @@ class MetricLog:
     def steps(self) -> list[int]:
         """Steps of the lines of `metrics.jsonl`."""
         lines = map(read_line, self._paths["metrics"].read_bytes().split(b"\n"))
-        return [int(str(values["step"])) for values in lines if values is not None]
+        return [values["step"] for values in lines if values is not None]
 
     def close(self) -> None:
         """Flushes."""
         self._events.close()
 
-    def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def _append(self, name: str, step: int, values: Mapping[str, object]) -> None:
         # Numbers that are not finite are no JSON.
         line = json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n"
         if self._held is None:
@@ -84,7 +83,7 @@ class MetricLog:
 class NoLog:
     """Of processes that do not lead: writes nothing."""
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Nothing."""
 
     def write_timing(self, step: int, values: Mapping[str, float]) -> None:
@@ -110,7 +109,7 @@ def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
     return kept
 
 
-def read_line(line: bytes) -> dict[str, Any] | None:
+def read_line(line: bytes) -> JsonObject | None:
     """The content of a line, with an integer `step`; None if it is no line of a log."""
     try:
         values = json.loads(line.decode())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -22,6 +22,7 @@ from dqe_jax.data.annotations.schema import AnnotatedQuery, Annotations, RawForm
 from dqe_jax.data.photos import Photo, load_photo, load_photos
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,13 +65,13 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:
         del dl_manager  # nothing to download
         config = self.builder_config
         files = RawFiles(config.raw_dir)
         read = read_splits(self.name, files, config.splits)
         self.info.metadata.update(official={s: _facts(a) for s, a in read.items()})
-        generators = {}
+        generators: dict[str, object] = {}
         for name, parts in _galleries(read, self.raw.shared_gallery).items():
             generators[name] = self._gallery(files, parts)
         for split, part in read.items():
@@ -78,8 +79,8 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
             generators[split] = self._generate_examples(_queries(part, _images(parts)))
         return generators
 
-    def _gallery(self, files: RawFiles, parts: Mapping[str, Annotations]) -> Any:
-        """Records of a gallery, as a generator or a Beam transform."""
+    def _gallery(self, files: RawFiles, parts: Mapping[str, Annotations]) -> object:
+        """Records of a gallery, as `examples.Records` or a Beam transform."""
         config, images = self.builder_config, _images(parts)
         pools: dict[str, list[str]] = {}
         for part in parts.values():
@@ -100,9 +101,7 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
             _item(image, photo, pools.get(image, ())) for image, photo in zip(images, photos)
         )
 
-    def _generate_examples(
-        self, records: Iterable[Mapping[str, Any]]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _generate_examples(self, records: Iterable[examples.Record]) -> examples.Records:
         yield from enumerate(records)
 
 
@@ -138,7 +137,7 @@ def _galleries(
     return {examples.gallery_split(split): {split: part} for split, part in read.items()}
 
 
-def _facts(annotations: Annotations) -> dict[str, Any]:
+def _facts(annotations: Annotations) -> JsonObject:
     """What the metadata say of a published split."""
     return {
         "queries": annotations.official_queries,
@@ -148,7 +147,7 @@ def _facts(annotations: Annotations) -> dict[str, Any]:
     }
 
 
-def _queries(part: Annotations, images: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _queries(part: Annotations, images: Iterable[str]) -> Iterator[examples.Record]:
     row_of = {image: row for row, image in enumerate(images)}
     for query in part.queries:
         yield _query(query, row_of).record()
@@ -172,7 +171,7 @@ def _query(query: AnnotatedQuery, row_of: Mapping[str, int]) -> examples.Query:
     )
 
 
-def _item(image: str, photo: Photo, pools: Sequence[str]) -> dict[str, Any]:
+def _item(image: str, photo: Photo, pools: Sequence[str]) -> examples.Record:
     return examples.GalleryItem(
         image, photo.png, photo.number, pools=pools, reason=photo.reason
     ).record()
@@ -180,7 +179,7 @@ def _item(image: str, photo: Photo, pools: Sequence[str]) -> dict[str, Any]:
 
 def _beam_record(
     item: tuple[int, str, str | None, Sequence[str]], how: tuple[str, int, str]
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, examples.Record]:
     row, image, path, pools = item
     return row, _item(image, load_photo(path, *how), pools)
 

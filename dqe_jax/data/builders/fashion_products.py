@@ -37,8 +37,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -62,7 +61,7 @@ from dqe_jax.data.builders.fashion_raw import (
 )
 from dqe_jax.data.builders.fashion_texts import ATTRIBUTES
 from dqe_jax.utils import errors
-from dqe_jax.utils.files import is_regular
+from dqe_jax.utils.files import JsonObject, is_regular
 
 # Columns that gallery records state besides, where the file has them.
 EXTRA_COLUMNS = ("masterCategory", "subCategory", "year")
@@ -112,7 +111,7 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, Mapping[str, Any]]]]:
+    ) -> dict[str, examples.Records]:
         del dl_manager  # Nothing to download.
         config = self.builder_config
         raw_dir = epath.Path(config.raw_dir)
@@ -146,7 +145,7 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(
         self, records: Iterable[examples.Query | examples.GalleryItem]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    ) -> examples.Records:
         for row, item in enumerate(records):
             yield row, item.record()
 
@@ -162,7 +161,7 @@ def _gallery_items(
 
 def _load_products(
     raw_dir: epath.Path, config: FashionProductsConfig, images: ImageFile
-) -> tuple[dict[str, list[Product]], dict[str, Any]]:
+) -> tuple[dict[str, list[Product]], JsonObject]:
     """The products of each split, their images in `images`, and a report for the metadata."""
     styles, photos = read_styles(raw_dir / "styles.csv"), Photos(raw_dir)
     ids = (row["id"] for row in styles.rows)

@@ -11,7 +11,6 @@ import itertools
 import random
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from dqe_jax.data import examples
 from dqe_jax.data.builders.fashion_texts import (
@@ -22,6 +21,7 @@ from dqe_jax.data.builders.fashion_texts import (
     changes,
     modification,
 )
+from dqe_jax.utils.files import JsonObject
 
 # Changing it changes the data set: raise the builder's VERSION with it.
 _QUERY_SALT = "fashion_products/query/1"
@@ -242,7 +242,7 @@ def asked_values(queries: Iterable[examples.Query]) -> set[tuple[str, str]]:
 
 def summary(
     products: Sequence[Product], queries: Sequence[examples.Query], dropped: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """Counts of a split, for the metadata."""
     valid = [len(query.valid) for query in queries] or [0]
     kinds = collections.Counter(kind for query in queries for kind in query.kinds)

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator
 
 import tensorflow_datasets as tfds
 
@@ -30,7 +29,7 @@ from dqe_jax.data.builders.shapes_edits import DrawnSplit
 from dqe_jax.data.builders.shapes_exact import make_exact_split
 from dqe_jax.data.builders.shapes_scenes import Renderer, Scene, content_of, describe_scene
 from dqe_jax.data.builders.shapes_variants import CONFIGS, ShapesConfig
-from dqe_jax.data.examples import SPLITS, GalleryItem, Query, features, gallery_split
+from dqe_jax.data.examples import SPLITS, GalleryItem, Query, Records, features, gallery_split
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
@@ -47,9 +46,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # a record's row is its position in the split
         )
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, Mapping[str, Any]]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Records]:
         del dl_manager  # nothing to download
         config = self.builder_config
         renderer = Renderer(config.image_size)
@@ -64,9 +61,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             generators[gallery_split(name)] = self._generate_examples(gallery)
         return generators
 
-    def _generate_examples(
-        self, records: Iterable[Query | GalleryItem]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _generate_examples(self, records: Iterable[Query | GalleryItem]) -> Records:
         for row, item in enumerate(records):
             yield row, item.record()
 

@@ -62,7 +62,7 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], key: str) -> None:
             steps, mean, spread = curve(own, key)
             axes.plot(steps, mean, color=color, marker=marker, markersize=4, label=variant)
             axes.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 

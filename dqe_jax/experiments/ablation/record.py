@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
 from dqe_jax.config import RunConfig, differences
 from dqe_jax.evaluation import protocols
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import read_bytes, read_json
+from dqe_jax.utils.files import JsonObject, read_bytes, read_json
 from dqe_jax.utils.metric_log import read_line
 
 EQUAL = ("steps", "time")
@@ -67,24 +66,21 @@ def held_metrics(config: RunConfig, directory: epath.Path) -> dict[str, float] |
     return metrics if same and isinstance(metrics, dict) and _are_numbers(metrics) else None
 
 
-def _are_numbers(metrics: Mapping[str, Any]) -> bool:
+def _are_numbers(metrics: Mapping[str, object]) -> bool:
     return all(type(value) in (int, float) for value in metrics.values())
 
 
-def read_log(directory: epath.Path) -> list[dict[str, Any]]:
+def read_log(directory: epath.Path) -> list[JsonObject]:
     """The lines of a complete run's `metrics.jsonl` and `timing.jsonl`.
 
     Raises:
       UserError: it is not there, or does not hold them.
     """
-    log = []
+    log: list[JsonObject] = []
     for name in ("metrics.jsonl", "timing.jsonl"):
         path = directory / name
-        try:
-            lines = [read_line(line) for line in read_bytes(path).split(b"\n") if line.strip()]
-        except UserError:
-            lines = [None]
-        if None in lines or (name == "timing.jsonl" and not training_times(lines)):
+        lines = _sound_lines(path)
+        if lines is None or (name == "timing.jsonl" and not training_times(lines)):
             raise UserError(
                 f"{path} is not the log of a run: remove {directory} to train it again."
             )
@@ -92,13 +88,23 @@ def read_log(directory: epath.Path) -> list[dict[str, Any]]:
     return log
 
 
-def training_times(log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+def _sound_lines(path: epath.Path) -> list[JsonObject] | None:
+    """The lines of a log; None if it cannot be read, or one is damaged."""
+    try:
+        lines = [read_line(line) for line in read_bytes(path).split(b"\n") if line.strip()]
+    except UserError:
+        return None
+    sound = [line for line in lines if line is not None]
+    return sound if len(sound) == len(lines) else None
+
+
+def training_times(log: Sequence[JsonObject]) -> list[tuple[int, float]]:
     """Steps, and the seconds of training that they had taken, of each line that says so."""
     name = "train_seconds"
     return [(line["step"], line[name]) for line in log if type(line.get(name)) in (int, float)]
 
 
-def validation_metrics(log: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+def validation_metrics(log: Sequence[JsonObject]) -> dict[int, dict[str, float]]:
     """Those of `METRICS` that were measured on the validation split, by step."""
     found: dict[int, dict[str, float]] = {}
     for line in log:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +28,7 @@ from dqe_jax.experiments.ablation.record import (
 from dqe_jax.experiments.ablation.variants import BASE, choose_variants, variant_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import read_json, write_json
+from dqe_jax.utils.files import JsonObject, read_json, write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
@@ -113,18 +112,19 @@ def train_or_read(config: RunConfig, directory: epath.Path) -> tuple[dict[str, f
     Raises:
       UserError: as `complete`.
     """
-    metrics = held_metrics(config, directory)
-    is_new = metrics is None
-    if is_new:
+    held = held_metrics(config, directory)
+    if held is None:
         # Each run compiles the same, whatever ran before, and memory does not grow with the runs.
         jax.clear_caches()
         metrics = loop.train_and_evaluate(config, directory)
+    else:
+        metrics = held
     if not set(METRICS) & set(metrics):
         raise UserError(
             f"config.eval.split is {config.eval.split!r}: {config.data.dataset} has no labels "
             "there to compare variants by; take --config.eval.split=validation."
         )
-    return metrics, is_new
+    return metrics, held is None
 
 
 def steps_of_equal_time(
@@ -175,7 +175,7 @@ def steps_within(budget: float, times: Sequence[tuple[int, float]]) -> int:
     return max(round(float(np.interp(budget, seconds, steps))), 1)
 
 
-def _read_times(path: epath.Path) -> dict[str, dict[str, Any]]:
+def _read_times(path: epath.Path) -> dict[str, JsonObject]:
     if not path.exists():
         return {}
     try:
@@ -191,11 +191,11 @@ def _is_time(value: object) -> bool:
     """Whether it says how long a variant trains, and how many steps."""
     if not isinstance(value, dict):
         return False
-    seconds, steps = value.get("seconds"), value.get("steps")
+    seconds, steps = value.get("seconds", 0), value.get("steps", 0)
     return type(seconds) in (int, float) and seconds > 0 and type(steps) is int and steps > 0
 
 
-def _write_whole(path: epath.Path, content: Any) -> None:
+def _write_whole(path: epath.Path, content: object) -> None:
     """Writes JSON so that an interruption leaves the old file or the new one."""
     part = path.with_name(path.name + ".part")
     write_json(part, content)

@@ -66,7 +66,7 @@ def sample_queries(split: Split, num: int, seed: int) -> np.ndarray:
 def truth_of(split: Split, rows: np.ndarray) -> Truth:
     """The truth of the queries at these positions, int `[B]`."""
     queries, photo = split.queries, split.gallery.photo
-    related = defaultdict(set)  # by the photo of the reference
+    related: dict[int, set[int]] = defaultdict(set)  # by the photo of the reference
     for reference, target, targets in zip(queries.reference, queries.target, queries.targets):
         same = related[photo[reference]]
         same.add(reference)

@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from dqe_jax.data.splits import Split
 from dqe_jax.distributed import mesh
 from dqe_jax.experiments.audit import candidates, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES, Truth
 from dqe_jax.method import mining
+from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.mining import Bank, Mined, MiningRule
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.training.bank import BankKeeper
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject
 
 RULES = ("random", "hardest", "qure", "trns")
 LOWERS = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 Draw = Callable[..., Mined]
+# Of figures: a rule, another word, or a setting of the sweep, quantile and floor.
+_Name = str | tuple[float, float]
 
 
 def rule_of(negatives: NegativesConfig, rule: str) -> MiningRule:
@@ -37,22 +41,22 @@ def rule_of(negatives: NegativesConfig, rule: str) -> MiningRule:
     """
     if rule not in RULES:
         raise UserError(f"--rules: {rule!r} is not one of {', '.join(RULES)}.")
-    return MiningRule.of(negatives, rule)
+    return MiningRule.named(negatives, rule)
 
 
 def audit(
     keeper: BankKeeper,
-    params: Any,
+    params: Params,
     step: int,
     *,
-    split: Any,
+    split: Split,
     rows: np.ndarray,
     negatives: NegativesConfig,
     rules: Sequence[str],
     lowers: Sequence[float],
     seed: int,
     devices: Sequence[jax.Device],
-) -> dict[str, Any]:
+) -> JsonObject:
     """Fills the bank, mines it for a sample of queries and measures what was drawn.
 
     Args:
@@ -71,13 +75,13 @@ def audit(
       What goes to the JSON: `candidates`, `bounds`, `rules`, `oracle`, `sweep`, `histogram`; see
       `statistics` for the figures.
     """
-    keeper.refresh(params, step)
+    bank = keeper.refresh(params, step)
     truth = candidates.truth_of(split, rows)
     query = keeper.embed_queries(params, rows)
     measure = _Measure(negatives, rules, lowers, jax.random.key(seed))
     target = split.queries.target[rows]
-    for here, scores in _scores(query, keeper.bank, devices):
-        photo = np.asarray(keeper.bank.image_id).reshape(-1)
+    for here, scores in _scores(query, bank, devices):
+        photo = np.asarray(bank.image_id).reshape(-1)
         delta = scores[np.arange(len(scores)), target[here]][:, None] - scores
         part = Truth(truth.known[here], truth.valid[here], truth.near[here])
         measure.add(delta, *candidates.classify(part, photo), rows[here].astype(np.int32))
@@ -100,7 +104,7 @@ def _scores(
 def _draw_by(rule: MiningRule) -> Draw:
     """`(key, delta, forbidden, row_ids) -> Mined`, compiled."""
 
-    def draw(key, delta, forbidden, row_ids):
+    def draw(key: jax.Array, delta: Array, forbidden: Array, row_ids: Array) -> Mined:
         return mining.draw(key, delta, forbidden, row_ids, rule, chunk=mining.CHUNK_ROWS)
 
     return jax.jit(draw)
@@ -112,10 +116,17 @@ def _draw_above(negatives: NegativesConfig) -> Draw:
     They are arguments so that all settings of a sweep share one program.
     """
     rule = dataclasses.replace(
-        MiningRule.of(negatives, "trns"), bounds="quantile", upper=upper_of(negatives)
+        MiningRule.named(negatives, "trns"), bounds="quantile", upper=upper_of(negatives)
     )
 
-    def draw(key, delta, forbidden, row_ids, lower, floor):
+    def draw(
+        key: jax.Array,
+        delta: Array,
+        forbidden: Array,
+        row_ids: Array,
+        lower: float,
+        floor: float,
+    ) -> Mined:
         setting = dataclasses.replace(rule, lower=lower, floor=floor)
         return mining.draw(key, delta, forbidden, row_ids, setting, chunk=mining.CHUNK_ROWS)
 
@@ -144,7 +155,7 @@ class _Measure:
         floor = negatives.floor if np.isfinite(negatives.floor) else 0.0
         self._settings = [(q, f) for f in (floor, -np.inf) for q in lowers]
         self._size = 0  # queries of the first, longest chunk: later ones are padded to it
-        self._columns: dict[Any, list[dict[str, np.ndarray]]] = {}
+        self._columns: dict[_Name, list[dict[str, np.ndarray]]] = {}
         self._counts = np.zeros((len(CLASSES), statistics.FINE_BINS), np.int64)
 
     def add(
@@ -168,34 +179,33 @@ class _Measure:
             mined = jax.device_get(draw(*inputs, *setting))
             return jax.tree.map(lambda x: x[: len(delta)], mined)
 
-        easy_above = None
+        by_trns = call(self._draws["trns"])
+        easy_above = np.asarray(by_trns.upper)
+        bounds = {"lower": by_trns.lower, "upper": by_trns.upper, "zone": by_trns.zone}
+        self._keep("bounds", {name: np.asarray(x, np.float64) for name, x in bounds.items()})
+        self._keep("oracle", statistics.of_candidates(delta, allowed, valid, easy_above))
         for rule, draw in self._draws.items():
-            mined = call(draw)
-            if easy_above is None:
-                easy_above = mined.upper
-                everything = statistics.of_candidates(delta, allowed, valid, easy_above)
-                bounds = {"lower": mined.lower, "upper": mined.upper, "zone": mined.zone}
-                self._keep("bounds", {name: np.float64(x) for name, x in bounds.items()})
-                self._keep("oracle", everything)
+            mined = by_trns if rule == "trns" else call(draw)
             found = _figures(mined, delta, valid, easy_above)
             if rule not in ("trns", "qure"):  # the bounds that come with it are not its own
                 del found["zone"], found["fallback"]
             self._keep(rule, found)
         for setting in self._settings:
-            mined = call(self._sweep, *np.float32(setting))
-            cut = statistics.of_cut(delta, allowed, valid, mined.lower)
+            mined = call(self._sweep, *np.asarray(setting, np.float32))
+            cut = statistics.of_cut(delta, allowed, valid, np.asarray(mined.lower))
             self._keep(setting, cut | _figures(mined, delta, valid, easy_above))
 
-    def _keep(self, name: Any, columns: dict[str, np.ndarray]) -> None:
+    def _keep(self, name: _Name, columns: dict[str, np.ndarray]) -> None:
         self._columns.setdefault(name, []).append(columns)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The figures over all queries."""
         found = {
             name: statistics.over_queries(statistics.concatenate(parts))
             for name, parts in self._columns.items()
         }
         allowed = found["oracle"]["drawn"]
+        assert allowed is not None, "each query has a number of candidates"
         edges, counts = statistics.trim(self._counts)
         return {
             "candidates": allowed,
@@ -222,7 +232,10 @@ def _figures(
     mined: Mined, delta: np.ndarray, valid: np.ndarray, easy_above: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Figures of what was drawn from all candidates `[b, N]`."""
-    near, false = (np.take_along_axis(x, mined.rows, axis=1) for x in (delta, valid))
-    return statistics.of_candidates(near, mined.drawn, false, easy_above) | statistics.of_zone(
-        near, mined.drawn, mined.lower, mined.upper, mined.zone
+    rows, drawn, lower, upper, zone = (
+        np.asarray(x) for x in (mined.rows, mined.drawn, mined.lower, mined.upper, mined.zone)
+    )
+    near, false = (np.take_along_axis(x, rows, axis=1) for x in (delta, valid))
+    return statistics.of_candidates(near, drawn, false, easy_above) | statistics.of_zone(
+        near, drawn, lower, upper, zone
     )

@@ -10,6 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from dqe_jax.utils.files import JsonObject
 
 # Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well.
 _VALID, _NEAR, _UNRELATED, _ZONE = "#d55e00", "#0072b2", "#8c8c8c", "#009e73"
@@ -27,16 +30,16 @@ _INCHES, _DPI = 9.0, 200
 _SMALLEST = 0.001  # the axis of quantiles is linear below it, logarithmic above
 
 
-def draw(facts: Mapping[str, Any]) -> bytes:
+def draw(facts: JsonObject) -> bytes:
     """The picture as a PNG, 1800 pixels wide, made to be read at half of that.
 
     Args:
       facts: of the audit, as it writes them.
     """
     swept = bool(facts["sweep"])
-    figure = Figure((_INCHES, 8.2 if swept else 4.8), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, hspace=0.06)
+    figure = Figure((_INCHES, 8.2 if swept else 4.8), layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, hspace=0.06)
     figure.suptitle(
         f"Negatives of {facts['dataset']}, {facts['split']}, step {facts['step']:,}: "
         f"{facts['queries']:,} queries, {facts['candidates']:,.0f} candidates each",
@@ -54,7 +57,7 @@ def draw(facts: Mapping[str, Any]) -> bytes:
     return png.getvalue()
 
 
-def _draw_histogram(axes: Axes, facts: Mapping[str, Any]) -> None:
+def _draw_histogram(axes: Axes, facts: JsonObject) -> None:
     """Density of `delta` for each class of candidates, and the mean mid-zone as a band."""
     histogram, bounds = facts["histogram"], facts["bounds"]
     edges = np.asarray(histogram["edges"])
@@ -103,14 +106,14 @@ def _draw_histogram(axes: Axes, facts: Mapping[str, Any]) -> None:
     _tidy(axes)
 
 
-def _draw_sweep(panels: Sequence[Axes], facts: Mapping[str, Any]) -> None:
+def _draw_sweep(panels: Sequence[Axes], facts: JsonObject) -> None:
     """False negatives, hardness and size of the zone by lower bound, with and without floor."""
     rows = facts["sweep"]
     floors = sorted({row["floor"] for row in rows}, key=lambda f: (f is None, f))
     for floor, (color, mark) in zip(floors, _FLOORS):
         line = [row for row in rows if row["floor"] == floor]
         x = [row["quantile"] for row in line]
-        style = {
+        style: dict[str, Any] = {
             "color": color,
             "marker": mark,
             "markersize": 4.5,
@@ -137,7 +140,7 @@ def _draw_sweep(panels: Sequence[Axes], facts: Mapping[str, Any]) -> None:
         _tidy(axes)
 
 
-def _quantile_axis(axes: Axes, last: float, facts: Mapping[str, Any]) -> None:
+def _quantile_axis(axes: Axes, last: float, facts: JsonObject) -> None:
     """Lower quantiles, each with its rank among the candidates."""
     axes.set_xscale("symlog", linthresh=_SMALLEST, linscale=0.6)
     ticks = [t for t in (0.0, 0.001, 0.01, 0.1, 1.0) if t <= last * 1.01]
@@ -154,8 +157,11 @@ def _quantile_axis(axes: Axes, last: float, facts: Mapping[str, Any]) -> None:
     axes.set_xlabel(label, fontsize=9)
 
 
-def _values(line: Sequence[Mapping[str, Any]], name: str, factor: float = 1) -> list[float]:
-    return [np.nan if row[name] is None else factor * row[name] for row in line]
+def _values(
+    line: Sequence[Mapping[str, float | None]], name: str, factor: float = 1
+) -> list[float]:
+    values = (row[name] for row in line)
+    return [np.nan if value is None else factor * value for value in values]
 
 
 def _tidy(axes: Axes) -> None:

@@ -7,8 +7,7 @@ rule `trns` against its lower bound. The figures are those of `statistics.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -24,7 +23,7 @@ from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.training.bank import make_bank_keeper
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import make_directory, write_json
+from dqe_jax.utils.files import JsonObject, make_directory, write_json
 from dqe_jax.utils.paths import whole_path
 
 
@@ -38,7 +37,7 @@ def audit_checkpoint(
     rules: Sequence[str] = draws.RULES,
     lowers: Sequence[float] | None = None,
     output: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Audits a checkpoint and writes the files of the module.
 
     Args:
@@ -93,7 +92,7 @@ def _measure(
     rows: np.ndarray,
     rules: Sequence[str],
     lowers: Sequence[float],
-) -> dict[str, Any]:
+) -> JsonObject:
     """What `draws.audit` finds for the queries at these positions, int `[B]`."""
     # Filling the bank mines nothing yet.
     banked = {"negatives.pool": "bank", "negatives.mining": "step"}
@@ -131,7 +130,7 @@ def _checked_lowers(negatives: NegativesConfig, lowers: Sequence[float] | None) 
     return found
 
 
-def _log(facts: Mapping[str, Any], of: int, path: epath.Path) -> None:
+def _log(facts: JsonObject, of: int, path: epath.Path) -> None:
     """Logs the tables, and a warning if no rule can draw a false negative."""
     logging.info(
         "%s, step %d: %d of %d queries, %.0f candidates each; oracle: all of them.\n%s",

@@ -23,10 +23,10 @@ Each is the mean over queries. A setting of the sweep also has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
 
 FINE_BINS = 4000  # over [-2, 2]: fine enough for the deltas of untrained models
@@ -170,26 +170,26 @@ def trim(counts: np.ndarray, tail: float = 0.001) -> tuple[np.ndarray, np.ndarra
 # ------------------------------------------------------------------------------------------ tables
 
 
-def rules_table(facts: Mapping[str, Any]) -> str:
+def rules_table(facts: JsonObject) -> str:
     """The rules of an audit as text, and the base rate: what all allowed candidates are.
 
     Args:
       facts: with `rules` and `oracle`, as the audit writes them.
     """
     head = ("rule", "false", "+-", "easy", "beats", "delta", "zone", "fallback", "drawn")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for name, row in {**facts["rules"], "oracle": facts["oracle"]}.items():
         lines.append((name, *_shares(row, "false", "false_se", "easy", "beats"), *_rest(row)))
     return text_table(lines)
 
 
-def sweep_table(facts: Mapping[str, Any]) -> str:
+def sweep_table(facts: JsonObject) -> str:
     """The settings of the sweep as text.
 
     Args:
       facts: with `sweep`, as the audit writes it.
     """
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             *("lower", "rank", "floor", "cut", "valid cut"),
             *("false", "+-", "easy", "beats", "delta", "zone", "fallback", "drawn"),
@@ -203,7 +203,7 @@ def sweep_table(facts: Mapping[str, Any]) -> str:
     return text_table(lines)
 
 
-def _shares(row: Mapping[str, Any], *names: str) -> list[str]:
+def _shares(row: Mapping[str, float | None], *names: str) -> list[str]:
     values = [row.get(name) for name in names]
     return ["-" if value is None else f"{100 * value:.2f} %" for value in values]
 
@@ -212,7 +212,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}"
 
 
-def _rest(row: Mapping[str, Any]) -> list[str]:
+def _rest(row: Mapping[str, float | None]) -> list[str]:
     delta = row.get("delta")
     return [
         "-" if delta is None else f"{delta:.4f}",

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 import os
-from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
 
 from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.method.arrays import Params
 from dqe_jax.models.build import VARIANTS
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import FACTS, PARAMS, Pretrained
@@ -73,7 +73,7 @@ def convert(
 
 
 def write_converted(
-    directory: epath.Path, params: Any, pretrained: Pretrained, tokenizer: str | None
+    directory: epath.Path, params: Params, pretrained: Pretrained, tokenizer: str | None
 ) -> None:
     """Writes what `open_pretrained` reads: Orbax parameters, then the facts, last.
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from dqe_jax.method.arrays import Params
+from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.weights import sizes as size_files
-from dqe_jax.models.weights.rules import LAYOUTS
+from dqe_jax.models.weights.rules import layouts_of
 from dqe_jax.models.weights.stacking import unstack_layers
 from dqe_jax.models.weights.transfer import write_backbone
+from dqe_jax.utils.files import JsonObject
 
 METADATA = {"format": "pt"}
 
 
-def config_of(backbone: str, sizes: Any) -> dict[str, Any] | None:
+def config_of(sizes: size_files.Sizes) -> JsonObject | None:
     """A `config.json` of these sizes; None if no Hugging Face model has this shape."""
     vision = {
         "image_size": sizes.vision.image_size,
@@ -32,7 +33,7 @@ def config_of(backbone: str, sizes: Any) -> dict[str, Any] | None:
         "hidden_act": sizes.vision.activation,
         "layer_norm_eps": sizes.vision.epsilon,
     }
-    if backbone == "clip":
+    if isinstance(sizes, ClipSizes):
         text = {
             "hidden_size": sizes.text_width,
             "num_hidden_layers": sizes.text_depth,
@@ -77,7 +78,7 @@ def config_of(backbone: str, sizes: Any) -> dict[str, Any] | None:
     }
 
 
-def write(directory: pathlib.Path, params: Any, meta: Mapping[str, Any]) -> tuple[int, int]:
+def write(directory: pathlib.Path, params: Params, meta: JsonObject) -> tuple[int, int]:
     """Writes a model; returns the numbers of tensors in Hugging Face layout and of our own.
 
     Args:
@@ -88,20 +89,19 @@ def write(directory: pathlib.Path, params: Any, meta: Mapping[str, Any]) -> tupl
     Raises:
       OSError: the directory cannot be written to.
     """
-    backbone = meta["config"]["model"]["backbone"]
-    sizes = size_files.from_json(backbone, meta["sizes"])
+    sizes = size_files.from_json(meta["config"]["model"]["backbone"], meta["sizes"])
     flat = flatten_dict(unstack_layers(params), sep="/")
     prefix = "backbone/"
     own = {path[len(prefix) :]: x for path, x in flat.items() if path.startswith(prefix)}
-    tensors = write_backbone(own, backbone, sizes)
-    theirs = {prefix + rule.path for rule in LAYOUTS[backbone][0](sizes).rules}
+    tensors = write_backbone(own, sizes)
+    theirs = {prefix + rule.path for rule in layouts_of(sizes)[0].rules}
     ours = {
         path: np.array(x, np.float32, order="C") for path, x in flat.items() if path not in theirs
     }
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata=METADATA)
     save_file(ours, directory / "dqe.safetensors")
-    config = config_of(backbone, sizes)
+    config = config_of(sizes)
     if config is None:
         logging.warning("transformers has no model of this shape: there is no config.json.")
     else:

@@ -8,13 +8,13 @@ the tokenizer.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dqe_jax.method.arrays import Params
 from dqe_jax.models.build import VARIANTS
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import sizes as size_files
@@ -40,12 +40,12 @@ class Pretrained:
     """
 
     backbone: str
-    sizes: Any
+    sizes: size_files.Sizes
     origin: str = ""
     tokenizer: str | None = None
     source: Source | None = None
 
-    def read(self) -> Any:
+    def read(self) -> Params:
         """The backbone's parameters as a nested dict, layers not scanned.
 
         Raises:
@@ -103,7 +103,7 @@ def open_pretrained(config: ModelConfig) -> Pretrained:
     return Pretrained(backbone, sizes, origin, source=source)
 
 
-def _read_facts(file: epath.Path) -> tuple[str, Any, str | None]:
+def _read_facts(file: epath.Path) -> tuple[str, size_files.Sizes, str | None]:
     """Backbone, sizes and tokenizer of converted weights.
 
     Raises:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import VisionSizes
+from dqe_jax.models.weights.sizes import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,5 +206,8 @@ def blip2_lavis_layout(sizes: Blip2Sizes) -> Layout:
     return Layout("LAVIS", tuple(rules), ("*.position_ids", "Qformer.cls.*", "temp"))
 
 
-# Layouts of each backbone: the first is the one that is written.
-LAYOUTS = {"clip": (clip_layout,), "blip2": (blip2_layout, blip2_lavis_layout)}
+def layouts_of(sizes: Sizes) -> tuple[Layout, ...]:
+    """The layouts of a backbone of these sizes; the first is the one that is written."""
+    if isinstance(sizes, ClipSizes):
+        return (clip_layout(sizes),)
+    return blip2_layout(sizes), blip2_lavis_layout(sizes)

@@ -6,8 +6,8 @@ Files are not trusted: a size that no model has would only exhaust memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
@@ -15,19 +15,23 @@ from dqe_jax.models.encoder import ACTIVATIONS, VisionSizes
 from dqe_jax.models.settings import MOST_DEPTH, MOST_HEADS, MOST_PIXELS, MOST_WIDTH
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.fields import Check, flag, integer, number, one_of
+from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.quiet import import_transformers
 
-SIZES = {"clip": ClipSizes, "blip2": Blip2Sizes}
+Sizes = ClipSizes | Blip2Sizes
+
+SIZES: dict[str, type[ClipSizes] | type[Blip2Sizes]] = {"clip": ClipSizes, "blip2": Blip2Sizes}
 MODEL_TYPES = {"clip": "clip", "blip-2": "blip2"}
+_Value = TypeVar("_Value")
 MOST_LENGTH, MOST_WORDS = 10_000, 10_000_000
 
 
-def to_json(sizes: Any) -> dict[str, Any]:
+def to_json(sizes: Sizes) -> JsonObject:
     """Sizes as JSON; `from_json` is the inverse."""
     return dataclasses.asdict(sizes)
 
 
-def from_json(backbone: str, content: Any) -> Any:
+def from_json(backbone: str, content: Any) -> Sizes:
     """Sizes that `to_json` wrote; the content of a file is anything.
 
     Raises:
@@ -45,14 +49,14 @@ def from_json(backbone: str, content: Any) -> Any:
     return sizes
 
 
-def _check_all(place: str, sizes: Any, but: Sequence[str]) -> None:
+def _check_all(place: str, sizes: Sizes | VisionSizes, but: Sequence[str]) -> None:
     """Raises a `ValueError` for the first size that is not allowed; leaves those of `but` out."""
     for own in dataclasses.fields(sizes):
         if own.name not in but:
             _checked(f"{place}.{own.name}", own.name, getattr(sizes, own.name))
 
 
-def _checked(told: str, name: str, value: Any) -> Any:
+def _checked(told: str, name: str, value: _Value) -> _Value:
     """The value of a size, a field of `VisionSizes`, `ClipSizes` or `Blip2Sizes`.
 
     Raises:
@@ -86,7 +90,7 @@ def _check_of(name: str) -> Check:
     return integer(0 if name == "end_id" else 1, most[name])
 
 
-def _check_heads(sizes: Any) -> None:
+def _check_heads(sizes: Sizes) -> None:
     """Raises a `ValueError` for a tower whose channels do not divide into its attention heads."""
     vision = sizes.vision
     text = (
@@ -99,7 +103,7 @@ def _check_heads(sizes: Any) -> None:
             raise ValueError(f"{width} channels do not divide into {heads} attention heads")
 
 
-def backbone_of(config: Mapping[str, Any], origin: str) -> str:
+def backbone_of(config: JsonObject, origin: str) -> str:
     """The backbone that a `config.json` of Hugging Face is of.
 
     Raises:
@@ -114,7 +118,7 @@ def backbone_of(config: Mapping[str, Any], origin: str) -> str:
     return MODEL_TYPES[kind]
 
 
-def from_hugging_face(backbone: str, config: Mapping[str, Any], origin: str) -> Any:
+def from_hugging_face(backbone: str, config: JsonObject, origin: str) -> Sizes:
     """Sizes of a `config.json` of `CLIPModel` or `Blip2ForImageTextRetrieval`.
 
     Raises:
@@ -131,7 +135,7 @@ def from_hugging_face(backbone: str, config: Mapping[str, Any], origin: str) -> 
             f"is {backbone!r}."
         )
     try:
-        sizes = {"clip": _clip, "blip2": _blip2}[backbone](dict(config), origin)
+        sizes = _READERS[backbone](dict(config), origin)
         _check_heads(sizes)
         return sizes
     except UserError:
@@ -151,7 +155,7 @@ def _activation(name: str, origin: str) -> str:
     return name
 
 
-def _sizes(section: Any, place: str, **names: str) -> dict[str, Any]:
+def _sizes(section: object, place: str, **names: str) -> JsonObject:
     """Sizes by our names for them, of a section of a config; `names` has theirs.
 
     Raises:
@@ -163,7 +167,7 @@ def _sizes(section: Any, place: str, **names: str) -> dict[str, Any]:
     }
 
 
-def _first(value: Any) -> Any:
+def _first(value: object) -> object:
     """Of a size for each axis, or of several ids, the first one."""
     return value[0] if isinstance(value, (list, tuple)) else value
 
@@ -183,8 +187,8 @@ def _vision(config: Any, origin: str, **kind: bool) -> VisionSizes:
     return VisionSizes(**sizes, activation=_activation(config.hidden_act, origin), **kind)
 
 
-def _clip(config: dict[str, Any], origin: str) -> ClipSizes:
-    config = import_transformers().CLIPConfig.from_dict(config)  # with what the file leaves out
+def _clip(content: JsonObject, origin: str) -> ClipSizes:
+    config = import_transformers().CLIPConfig.from_dict(content)  # with what the file leaves out
     text = _sizes(
         config.text_config,
         "text_config.",
@@ -205,8 +209,8 @@ def _clip(config: dict[str, Any], origin: str) -> ClipSizes:
     )
 
 
-def _blip2(config: dict[str, Any], origin: str) -> Blip2Sizes:
-    config = import_transformers().Blip2Config.from_dict(config)
+def _blip2(content: JsonObject, origin: str) -> Blip2Sizes:
+    config = import_transformers().Blip2Config.from_dict(content)
     former = _sizes(
         config.qformer_config,
         "qformer_config.",
@@ -227,3 +231,6 @@ def _blip2(config: dict[str, Any], origin: str) -> Blip2Sizes:
         **former,
         **_sizes(config, "", num_queries="num_query_tokens", embed_dim="image_text_hidden_size"),
     )
+
+
+_READERS: Mapping[str, Callable[[JsonObject, str], Sizes]] = {"clip": _clip, "blip2": _blip2}

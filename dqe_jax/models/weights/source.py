@@ -7,7 +7,6 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 once it is imported
 import numpy as np
@@ -15,7 +14,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import is_regular, read_json
+from dqe_jax.utils.files import JsonObject, is_regular, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -36,7 +35,7 @@ class Source:
 
     origin: str
     files: dict[str, pathlib.Path]
-    config: dict[str, Any]
+    config: JsonObject
     directory: pathlib.Path
 
     @contextlib.contextmanager
@@ -47,7 +46,7 @@ class Source:
         point.
         """
         with contextlib.ExitStack() as stack:
-            handles: dict[pathlib.Path, Any] = {}
+            handles: dict[pathlib.Path, safe_open] = {}
 
             def read(name: str) -> np.ndarray:
                 file = self.files[name]
@@ -62,7 +61,7 @@ class Source:
             yield read
 
 
-def _check_float(opened: Any, name: str, file: pathlib.Path) -> None:
+def _check_float(opened: safe_open, name: str, file: pathlib.Path) -> None:
     dtype = opened.get_slice(name).get_dtype()
     if dtype not in FLOATS:
         raise UserError(
@@ -156,15 +155,16 @@ def _from_hub(model_id: str) -> pathlib.Path:
     import huggingface_hub  # only here: everything else works without it
 
     try:
-        directory = huggingface_hub.snapshot_download(
-            model_id, allow_patterns=["*.safetensors", "*.json", "*.txt"]
+        directory = pathlib.Path(
+            huggingface_hub.snapshot_download(
+                model_id, allow_patterns=["*.safetensors", "*.json", "*.txt"]
+            )
         )
     except Exception as error:
         raise UserError(
             f"weights {model_id!r} are neither a local path nor could they be got from the hub "
             f"({reason_of(error)}); without a network, copy the model here and name its directory."
         ) from error
-    directory = pathlib.Path(directory)
     if not any(directory.glob("*.safetensors")):
         raise UserError(
             f"weights {model_id!r}: this model has no safetensors on the hub, and pickled files "

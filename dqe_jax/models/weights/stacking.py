@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dqe_jax.method.arrays import Array, Params
+
 _LAYER = re.compile(r"(.*/encoder)/layers_(\d+)/(.*)")
 
 
-def stack_layers(params: Any) -> Any:
+def stack_layers(params: Params) -> Params:
     """Children `layers_0` ... of encoders become one child `layers` with a leading axis.
 
     That is how a scanned stack (`models/encoder.py`) keeps its parameters; the rest is as it was.
     """
-    layers: dict[str, dict[int, Any]] = {}
-    out = {}
+    layers: dict[str, dict[int, Array]] = {}
+    out: dict[str, Array] = {}
     for path, x in flatten_dict(params, sep="/").items():
         found = _LAYER.fullmatch(path)
         if found:
@@ -30,9 +31,9 @@ def stack_layers(params: Any) -> Any:
     return unflatten_dict(out, sep="/")
 
 
-def unstack_layers(params: Any) -> Any:
+def unstack_layers(params: Params) -> Params:
     """The inverse of `stack_layers`."""
-    out = {}
+    out: dict[str, Array] = {}
     for path, x in flatten_dict(params, sep="/").items():
         before, found, after = path.partition("/encoder/layers/")
         if found:

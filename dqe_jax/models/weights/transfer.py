@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dqe_jax.models.weights.rules import LAYOUTS, Layout, Rule
+from dqe_jax.method.arrays import Params
+from dqe_jax.models.weights.rules import Layout, Rule, layouts_of
+from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.models.weights.source import Source
 from dqe_jax.utils.errors import UserError
 
 SHOWN = 8  # names listed in an error
 
 
-def layout_of(source: Source, backbone: str, sizes: Any) -> Layout:
+def layout_of(source: Source, backbone: str, sizes: Sizes) -> Layout:
     """The layout that a source is in; reads no tensor.
 
     Args:
@@ -28,8 +29,7 @@ def layout_of(source: Source, backbone: str, sizes: Any) -> Layout:
     Raises:
       UserError: tensors are missing or unused; the message lists them.
     """
-    layouts = [make(sizes) for make in LAYOUTS[backbone]]
-    layout = min(layouts, key=lambda one: len(_needed(one) - set(source.files)))
+    layout = min(layouts_of(sizes), key=lambda one: len(_needed(one) - set(source.files)))
     needed = _needed(layout)
     unused = [
         name
@@ -49,7 +49,7 @@ def layout_of(source: Source, backbone: str, sizes: Any) -> Layout:
     return layout
 
 
-def read_backbone(source: Source, backbone: str, sizes: Any) -> dict[str, Any]:
+def read_backbone(source: Source, backbone: str, sizes: Sizes) -> Params:
     """The backbone's parameters of a source: float32, layers not scanned.
 
     Args:
@@ -122,12 +122,12 @@ def to_tensors(rule: Rule, x: np.ndarray, patch_size: int) -> dict[str, np.ndarr
     }
 
 
-def write_backbone(params: Any, backbone: str, sizes: Any) -> dict[str, np.ndarray]:
+def write_backbone(params: Params, sizes: Sizes) -> dict[str, np.ndarray]:
     """Tensors in the Hugging Face layout, of a backbone's parameters that are not scanned.
 
     Parameters that the layout does not have (the composer of `clip`) are left out.
     """
-    layout = LAYOUTS[backbone][0](sizes)
+    layout = layouts_of(sizes)[0]
     flat = flatten_dict(params, sep="/")
     tensors: dict[str, np.ndarray] = {}
     for rule in layout.rules:
@@ -136,7 +136,7 @@ def write_backbone(params: Any, backbone: str, sizes: Any) -> dict[str, np.ndarr
     return tensors
 
 
-def fit(params: Any, shapes: Mapping[str, Any], origin: str) -> dict[str, np.ndarray]:
+def fit(params: Params, shapes: Params, origin: str) -> dict[str, np.ndarray]:
     """Parameters by path as a model wants them, with positions interpolated to its image size.
 
     Args:

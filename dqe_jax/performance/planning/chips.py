@@ -7,9 +7,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dqe_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 GPU = "gpu"
 # What libtpu reads when it is loaded, on a machine that has no TPU. The last one lets a plan run
@@ -42,7 +45,7 @@ class Chip:
     peak: float
     clock: float
     link: float | None
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
     examples: tuple[str, ...] = ()
 
 
@@ -117,7 +120,7 @@ def prepare_environment(topologies: Sequence[Topology]) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
-def open_devices(topology: Topology) -> list[Any]:
+def open_devices(topology: Topology) -> list[jax.Device]:
     """The devices of a slice, for compiling only; devices of the CPU in place of GPUs.
 
     Raises:

@@ -8,14 +8,16 @@ import time
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr
 
 from dqe_jax.performance.planning import hlo
-from dqe_jax.performance.planning.chips import Chip, Topology
+from dqe_jax.performance.planning.chips import Chip
 from dqe_jax.performance.planning.programs import Program
 from dqe_jax.performance.planning.traced import Arrays, largest_arrays, matrix_flops
 
+Option = bool | int | float | str
 # Several times faster, and cycles several times worse: these are not the program that would run.
-QUICK = {"exec_time_optimization_effort": -1.0}
+QUICK: dict[str, Option] = {"exec_time_optimization_effort": -1.0}
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NUMBER = r"([\d.]+)([KMGT]?)"
 _TOO_MUCH = re.compile(rf"HLO temporaries \({_NUMBER}\) exceeds available HBM \({_NUMBER}\)")
@@ -99,7 +101,7 @@ def read_out_of_memory(message: str) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-def _trace(program: Program) -> Any:
+def _trace(program: Program) -> Jaxpr:
     """The traced program of all devices."""
     return jax.make_jaxpr(program.mapped)(*program.arguments).jaxpr
 
@@ -122,34 +124,37 @@ def lower_for_gpu(program: Program) -> Facts:
 
 
 def compile_for(
-    program: Program, topology: Topology, options: dict[str, Any], *, timed: bool = True
+    program: Program, chip: Chip, options: dict[str, Option], *, timed: bool = True
 ) -> Facts:
     """Compiles for a slice of TPUs.
 
     Args:
       program: over the devices of the slice.
-      topology: the slice.
+      chip: of the slice.
       options: of the compiler.
       timed: whether to estimate the time.
     """
-    chip, start = topology.chip, time.monotonic()
+    start = time.monotonic()
     jaxpr = _trace(program)
-    known = {
-        "name": program.name,
-        "queries": program.queries,
-        "inputs": program.inputs,
-        "resident": program.resident,
-        "flops": matrix_flops(jaxpr),
-    }
+    known = Facts(
+        name=program.name,
+        queries=program.queries,
+        fits=None,
+        inputs=program.inputs,
+        resident=program.resident,
+        flops=matrix_flops(jaxpr),
+    )
     try:
-        compiled = program.mapped.lower(*program.arguments).compile(options or None)
+        # Numbers too, which the hints of older JAX leave out.
+        chosen: dict[str, Any] = dict(options)
+        compiled = program.mapped.lower(*program.arguments).compile(chosen or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         temporaries, needed, memory = read_out_of_memory(str(error))
         held = sum(program.inputs.values()) + program.resident
-        return Facts(
-            **known,
+        return dataclasses.replace(
+            known,
             fits=False,
             temporaries=temporaries,
             needed=max(needed, held + temporaries),
@@ -157,41 +162,43 @@ def compile_for(
             largest=largest_arrays(jaxpr),
             compile_seconds=time.monotonic() - start,
         )
-    seconds, parts = time.monotonic() - start, _memory_of(compiled)
-    needed = sum(parts.values()) + program.resident
-    return Facts(
-        **known,
-        **parts,
-        **_cost_of(compiled, chip, timed=timed),
-        fits=needed <= chip.memory,
-        largest=largest_arrays(jaxpr) if needed > chip.memory else (),
-        needed=needed,
+    seconds = time.monotonic() - start
+    known = _with_memory(_with_cost(known, compiled, chip, timed=timed), compiled)
+    return dataclasses.replace(
+        known,
+        fits=known.needed <= chip.memory,
+        largest=largest_arrays(jaxpr) if known.needed > chip.memory else (),
         memory=chip.memory,
         compile_seconds=seconds,
     )
 
 
-def _memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Fields of `Facts`: what a program needs of a device's memory by the compiler's analysis."""
+def _with_memory(facts: Facts, compiled: jax.stages.Compiled) -> Facts:
+    """What a program needs of a device's memory by the compiler's analysis."""
     memory = compiled.memory_analysis()
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    }
+    assert memory is not None, "the compilers of TPUs give one"
+    found = dataclasses.replace(
+        facts,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    )
+    parts = found.arguments + found.temporaries + found.code + found.outputs
+    return dataclasses.replace(found, needed=parts + facts.resident)
 
 
-def _cost_of(compiled: jax.stages.Compiled, chip: Chip, *, timed: bool) -> dict[str, Any]:
-    """Fields of `Facts`: collectives, and what a call takes by the compiler's estimates."""
-    cost, module = compiled.cost_analysis(), hlo.Module(compiled.as_text())
+def _with_cost(facts: Facts, compiled: jax.stages.Compiled, chip: Chip, *, timed: bool) -> Facts:
+    """Collectives, and what a call takes by the compiler's estimates."""
+    cost, module = compiled.cost_analysis(), hlo.Module(compiled.as_text() or "")
     cost = cost[0] if isinstance(cost, list) else cost
     traffic = module.traffic()
     sent = sum(t.sent for t in traffic.values())
-    return {
-        "compute_seconds": module.cycles() / chip.clock if timed else None,
-        "link_seconds": sent / chip.link if chip.link else None,
-        "collectives": traffic,
-        "optimal_seconds": (cost or {}).get("optimal_seconds") if timed else None,
-        "loops_unknown": module.endless,
-    }
+    return dataclasses.replace(
+        facts,
+        compute_seconds=module.cycles() / chip.clock if timed else None,
+        link_seconds=sent / chip.link if chip.link else None,
+        collectives=traffic,
+        optimal_seconds=(cost or {}).get("optimal_seconds") if timed else None,
+        loops_unknown=module.endless,
+    )

@@ -44,12 +44,24 @@ def shape_bytes(shape: str) -> int:
     for dtype, sizes in _ARRAY.findall(shape):
         bits = _BITS.get(dtype)
         if bits is None:
-            bits = int(re.search(r"\d+", dtype)[0])
+            bits = _number(r"(\d+)", dtype)
         count = 1
         for size in filter(None, sizes.split(",")):
             count *= int(size)
         total += count * bits // 8
     return total
+
+
+def _number(pattern: str, text: str) -> int:
+    """The integer that the group of a pattern finds.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"there is no {pattern} in {text!r}")
+    return int(found[1])
 
 
 def elements(shape: str) -> list[str]:
@@ -148,7 +160,9 @@ class Module:
                 continue
             found = _INSTRUCTION.match(line)
             if found:
-                here.append(Instruction(*found.groups()[1:], root=bool(found[1])))
+                here.append(
+                    Instruction(found[2], found[3], found[4], found[5], root=bool(found[1]))
+                )
         self._runs = self._count_runs()
 
     def rounds(self, computation: str, loop: Instruction) -> int | None:
@@ -175,7 +189,7 @@ class Module:
     def _constant(self, value: Instruction, computation: str, loop: Instruction) -> int | None:
         """The number that an operand of a loop's condition stands for, if it is a constant."""
         if value.opcode == "get-tuple-element":
-            index = int(re.search(r"index=(\d+)", value.rest)[1])
+            index = _number(r"index=(\d+)", value.rest)
             outer = {i.name: i for i in self.computations[computation]}
             state = outer.get(loop.operands[0]) if loop.operands else None
             if state is None or state.opcode != "tuple" or index >= len(state.operands):
@@ -185,7 +199,7 @@ class Module:
                 value = outer[value.operands[0]]
         if value.opcode != "constant" or not value.shape.startswith(("s32[]", "u32[]", "s64[]")):
             return None
-        return int(re.match(r"-?\d+", value.rest)[0])
+        return _number(r"^(-?\d+)", value.rest)
 
     def _count_runs(self) -> dict[str, float]:
         """How often each computation runs; those inside fusions too."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
-from dqe_jax.method import mining
-from dqe_jax.method.batch import MinedNegatives
-from dqe_jax.method.mining import MiningRule
+from dqe_jax.method.arrays import Array, Tree
+from dqe_jax.method.batch import Batch, MinedNegatives
+from dqe_jax.method.mining import Bank, MiningRule
 from dqe_jax.models import setup
 from dqe_jax.models.build import DTYPES, build_model
 from dqe_jax.training import bank_programs
@@ -43,14 +44,14 @@ class Program:
     """
 
     name: str
-    mapped: Any
-    arguments: tuple[Any, ...]
+    mapped: mesh.Program[..., object]
+    arguments: tuple[Tree, ...]
     inputs: dict[str, int]
     resident: int
     queries: int
 
 
-def size_of(tree: Any) -> int:
+def size_of(tree: Tree) -> int:
     """Bytes of all arrays of a tree of shapes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -86,9 +87,9 @@ def make_programs(
     return [made[name]() for name in NAMES if name in names and name in made]
 
 
-def _sharded(num_devices: int, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """An array with a leading axis of devices."""
-    return jax.ShapeDtypeStruct((num_devices, *shape), jnp.dtype(dtype))
+def _spec(dtype: DTypeLike, *shape: int) -> Array:
+    """What stands for an array of this shape."""
+    return cast(Array, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
 class _Maker:
@@ -102,89 +103,94 @@ class _Maker:
             vocab_size=vocabulary,
             max_length=config.data.max_length,
             image_size=config.data.image_size,
-            sizes=pretrained and pretrained.sizes,
+            sizes=None if pretrained is None else pretrained.sizes,
         )
         self.encode_gallery = encoders(self.model)[1]
         params = setup.param_shapes(self.model, config.model, config.data)
         self.optimizer = make_optimizer(config, params, self.num_devices)
         moments = self.optimizer.shapes
-        self.state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, moments)
+        self.state = TrainState(_spec(jnp.int32), params, moments)
         self.weights = {"parameters": size_of(params)}
         self.moments = {"optimiser": self.optimizer.bytes_of_device()}
         self.references = config.batch.references // self.num_devices
-        self.batch = jax.tree.map(self._of_devices, batch_spec(config, self.references))
+        self.batch: Batch = jax.tree.map(
+            lambda x: self._sharded(x.dtype, *x.shape), batch_spec(config, self.references)
+        )
 
-    def _of_devices(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return _sharded(self.num_devices, x.dtype, *x.shape)
+    def _sharded(self, dtype: DTypeLike, *shape: int) -> Array:
+        """With a leading axis of devices."""
+        return _spec(dtype, self.num_devices, *shape)
 
-    def _images(self, count: int) -> jax.ShapeDtypeStruct:
+    def _images(self, count: int) -> Array:
         side = self.config.data.image_size
-        return _sharded(self.num_devices, jnp.uint8, count, side, side, 3)
+        return self._sharded(jnp.uint8, count, side, side, 3)
 
-    def _step(self, name: str, bank: mining.Bank | None) -> Program:
+    def _step(self, name: str, bank: Bank | None) -> Program:
         config, batch = self.config, self.batch
         per_reference, inputs = config.batch.queries_per_reference, self.weights | self.moments
         if bank is not None:
             inputs |= self._of_bank(bank)
             if config.negatives.mining == "refresh":
                 drawn = (self.references, per_reference, config.negatives.per_query)
-                mined = [_sharded(self.num_devices, x, *drawn) for x in (jnp.int32, bool)]
-                batch = batch.replace(mined=MinedNegatives(*mined))
+                rows, filled = self._sharded(jnp.int32, *drawn), self._sharded(bool, *drawn)
+                batch = dataclasses.replace(batch, mined=MinedNegatives(rows, filled))
         inputs |= {"batch": size_of(batch) // self.num_devices}
         step = make_step(config, self.model, self.optimizer, self.devices, bank=bank is not None)
-        stop = _sharded(self.num_devices, jnp.int32, 1)
+        stop = self._sharded(jnp.int32, 1)
         taken = (self.state, batch, stop, *([] if bank is None else [bank]))
         return Program(name, step, taken, inputs, 0, config.batch.references * per_reference)
 
-    def _of_bank(self, bank: mining.Bank | None) -> dict[str, int]:
+    def _of_bank(self, bank: Bank | None) -> dict[str, int]:
         return {} if bank is None else {"bank": size_of(bank) // self.num_devices}
 
-    def bank(self, gallery: int) -> mining.Bank:
+    def bank(self, gallery: int) -> Bank:
         """Shapes of the bank."""
         one = jax.eval_shape(lambda x: x[0], self._images(1))
         tokens = jax.eval_shape(self.encode_gallery, self.state.params, one).shape[1:]
         rows = bank_programs.rows_of_device(gallery, self.num_devices)
         dtype = DTYPES[self.config.negatives.bank_dtype]
-        return mining.Bank(
-            _sharded(self.num_devices, dtype, rows, *tokens),
-            _sharded(self.num_devices, jnp.int32, rows),
+        return Bank(
+            self._sharded(dtype, rows, *tokens),
+            self._sharded(jnp.int32, rows),
         )
 
     def step(self) -> Program:
         """Of training without a bank."""
         return self._step("step", None)
 
-    def bank_step(self, bank: mining.Bank) -> Program:
+    def bank_step(self, bank: Bank) -> Program:
         """Of training with a bank."""
         return self._step("bank step", bank)
 
-    def bank_refresh(self, bank: mining.Bank) -> Program:
+    def bank_refresh(self, bank: Bank) -> Program:
         """Embeds some rows of the bank."""
         count = bank_programs.rows_per_call(self.config.eval.batch_size, self.num_devices)
-        start = jax.ShapeDtypeStruct((), jnp.int32)
-        taken = (self.state.params, self._images(count), start, bank.tokens)
+        images = self._images(count)
+        taken = (self.state.params, images, _spec(jnp.int32), bank.tokens)
         inputs = self.weights | self._of_bank(bank)
-        inputs |= {"batch": size_of(taken[1]) // self.num_devices}
+        inputs |= {"batch": size_of(images) // self.num_devices}
         fill = bank_programs.make_fill(self.encode_gallery, bank.tokens.dtype, self.devices)
         resident = sum(self.moments.values())
         return Program("bank refresh", fill, taken, inputs, resident, count * self.num_devices)
 
-    def mining(self, bank: mining.Bank) -> Program:
+    def mining(self, bank: Bank) -> Program:
         """Mines the bank for some queries, which are the same on all devices."""
         count, known = MINED_AT_ONCE, self.batch.known_positives.shape[-1]
         queries = (
-            jax.ShapeDtypeStruct((count, bank.tokens.shape[-1]), jnp.float32),
-            jax.ShapeDtypeStruct((count,), jnp.int32),
-            jax.ShapeDtypeStruct((count, known), jnp.int32),
-            jax.ShapeDtypeStruct((count,), jnp.int32),
+            _spec(jnp.float32, count, bank.tokens.shape[-1]),
+            _spec(jnp.int32, count),
+            _spec(jnp.int32, count, known),
+            _spec(jnp.int32, count),
         )
         taken = (jax.eval_shape(lambda: jax.random.key(0)), *queries, bank)
         inputs = self._of_bank(bank) | {"batch": size_of(queries)}
         resident = sum((self.weights | self.moments).values())
-        mine = bank_programs.make_mine(MiningRule.of(self.config.negatives), self.devices)
+        negatives = self.config.negatives
+        rule = MiningRule.named(negatives, negatives.rule)
+        mine = bank_programs.make_mine(rule, self.devices)
         return Program("mining", mine, taken, inputs, resident, count)
 
-    def gallery_embedding(self, bank: mining.Bank | None) -> Program:
+    def gallery_embedding(self, bank: Bank | None) -> Program:
         """Embeds images in evaluation, while training waits."""
         count = -(-self.config.eval.batch_size // self.num_devices)
         embed = mesh.gather_rows(self.encode_gallery, columns=1, devices=self.devices)

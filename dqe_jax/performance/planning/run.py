@@ -20,8 +20,7 @@ from dqe_jax.performance.planning import chips, compiler, programs, table
 from dqe_jax.performance.planning.chips import Topology
 from dqe_jax.performance.planning.table import Plan
 from dqe_jax.utils.errors import UserError
-
-Option = bool | int | float | str
+from dqe_jax.utils.files import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ def plan_config(
     gallery: int = 0,
     vocabulary: int = 100,
     names: Sequence[str] = (),
-    compiler_options: Mapping[str, Option] | None = None,
+    compiler_options: Mapping[str, compiler.Option] | None = None,
     quick: bool = False,
     output: str | os.PathLike[str] | None = None,
 ) -> tuple[list[Plan], list[str]]:
@@ -71,9 +70,7 @@ def plan_config(
       UserError: the config or an argument is not sound, or there is no compiler for a slice.
     """
     config = RunConfig.of(config)
-    unknown = [name for name in names if name not in programs.NAMES]
-    if unknown:
-        raise UserError(f"--programs={unknown[0]}: give some of {', '.join(programs.NAMES)}.")
+    wanted = _known_programs(names)
     known = DATASETS[config.data.dataset].train_gallery
     gallery = gallery or known or programs.OTHER_GALLERY
     path = pathlib.Path(output).expanduser() if output else None
@@ -81,21 +78,34 @@ def plan_config(
         raise UserError(f"--output={output}: there is no directory {path.parent}.")
     slices = [_open(topology, config, references_per_chip) for topology in topologies]
     options = (compiler.QUICK if quick else {}) | dict(compiler_options or {})
-    sizes = {"gallery": gallery, "vocabulary": vocabulary, "names": names or programs.NAMES}
-    plans, misfits = [], []
+    plans: list[Plan] = []
+    misfits: list[str] = []
     for one in slices:
-        facts = [
-            _compile(program, one.topology, options, timed=not quick)
-            for program in programs.make_programs(one.config, one.devices, **sizes)
-        ]
-        plans.append(Plan(one.topology, one.config.batch.references, tuple(facts)))
+        made = programs.make_programs(
+            one.config, one.devices, gallery=gallery, vocabulary=vocabulary, names=wanted
+        )
+        found = [_compile(program, one.topology, options, timed=not quick) for program in made]
+        plans.append(Plan(one.topology, one.config.batch.references, tuple(found)))
         misfits += table.sentences_of_misfits(one.config, plans[-1])
     if path is not None:
-        facts = {"jax": jax.__version__, "gallery": gallery, "plans": table.to_json(plans)}
-        facts |= {"config": config.to_dict(), "compiler_options": options, "quick": quick}
+        facts: JsonObject = {"jax": jax.__version__, "gallery": gallery}
+        facts |= {"plans": table.to_json(plans), "config": config.to_dict()}
+        facts |= {"compiler_options": options, "quick": quick}
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     logging.info("%s", _report(config, plans, gallery, quick=quick))
     return plans, misfits
+
+
+def _known_programs(names: Sequence[str]) -> Sequence[str]:
+    """The programs of these names; none for all.
+
+    Raises:
+      UserError: one is unknown.
+    """
+    unknown = [name for name in names if name not in programs.NAMES]
+    if unknown:
+        raise UserError(f"--programs={unknown[0]}: give some of {', '.join(programs.NAMES)}.")
+    return names or programs.NAMES
 
 
 def _open(topology: Topology, config: RunConfig, references_per_chip: int) -> Slice:
@@ -112,13 +122,17 @@ def _open(topology: Topology, config: RunConfig, references_per_chip: int) -> Sl
 
 
 def _compile(
-    program: programs.Program, topology: Topology, options: dict[str, Option], *, timed: bool
+    program: programs.Program,
+    topology: Topology,
+    options: dict[str, compiler.Option],
+    *,
+    timed: bool,
 ) -> compiler.Facts:
     """The facts of a program on a slice; how long that took is logged."""
     if topology.chip is None:
         facts = compiler.lower_for_gpu(program)
     else:
-        facts = compiler.compile_for(program, topology, options, timed=timed)
+        facts = compiler.compile_for(program, topology.chip, options, timed=timed)
     logging.info("%s, %s: %.0f s", topology.name, program.name, facts.compile_seconds)
     return facts
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from dqe_jax.config import RunConfig
 from dqe_jax.performance.planning.chips import Topology
 from dqe_jax.performance.planning.compiler import Facts
+from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
 
 INPUTS = ("parameters", "optimiser", "bank", "batch")
@@ -48,7 +48,7 @@ def utilisation(facts: Facts, topology: Topology) -> float | None:
 def memory_table(plans: Sequence[Plan]) -> str:
     """GiB a device of each program, by kind."""
     head = ("GiB a device", *INPUTS, "temporaries", "code, rest", "beside it", "sum", "of memory")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for plan in plans:
         for facts in plan.facts:
             cells = [_gib(facts.inputs.get(kind, 0)) for kind in INPUTS]
@@ -83,8 +83,9 @@ def cost_table(plans: Sequence[Plan]) -> str:
                 traffic = facts.collectives.get(kind)
                 cells.append(f"{traffic.bytes / 1e6:.3g} ({traffic.count})" if traffic else "0")
             cells.append(f"{facts.sent / 1e6:.3g}")
-            links, rate = facts.link_seconds, examples_per_second(facts)
-            cells.append("" if rate is None else f"{1e3 * facts.compute_seconds:.3g}")
+            compute, links = facts.compute_seconds, facts.link_seconds
+            rate = examples_per_second(facts)
+            cells.append("" if rate is None or compute is None else f"{1e3 * compute:.3g}")
             cells.append("" if links is None else f"{1e3 * links:.3g}")
             if rate is None:
                 cells += [""] * 3
@@ -133,7 +134,7 @@ def advise(config: RunConfig, facts: Facts, devices: int) -> list[str]:
         advice["bank"].insert(0, "config.negatives.bank_dtype=bfloat16")
     if facts.name in ("bank refresh", "gallery embedding"):
         advice["temporaries"] = advice["batch"] = ["a smaller config.eval.batch_size"]
-    largest = sorted(kinds, key=kinds.get, reverse=True)
+    largest = sorted(kinds, key=kinds.__getitem__, reverse=True)
     worth = [kind for kind in largest if 10 * kinds[kind] > kinds[largest[0]]]
     return list(dict.fromkeys(one for kind in worth for one in advice[kind]))
 
@@ -146,19 +147,19 @@ def sentences_of_misfits(config: RunConfig, plan: Plan) -> list[str]:
             continue
         kinds = dict(facts.inputs) | {"temporaries": facts.temporaries}
         kinds["what lies beside it"] = facts.resident
-        kinds = sorted(((k, n) for k, n in kinds.items() if n), key=lambda x: -x[1])
+        most = sorted(((k, n) for k, n in kinds.items() if n), key=lambda x: -x[1])[:3]
         advice = advise(config, facts, plan.topology.devices)[:4]
         arrays = [f"{x.shape} ({x.count} of {_gib(x.bytes)}, {x.module})" for x in facts.largest]
         found.append(
             f"{plan.topology.name}: the {facts.name} does not fit: it needs {_gib(facts.needed)} "
             f"of {_gib(facts.memory)} GiB a device, of these "
-            f"{', '.join(f'{_gib(n)} {kind}' for kind, n in kinds[:3])}; the largest arrays it "
+            f"{', '.join(f'{_gib(n)} {kind}' for kind, n in most)}; the largest arrays it "
             f"computes are {', '.join(arrays)}; try {', or '.join(advice)}."
         )
     return found
 
 
-def to_json(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+def to_json(plans: Sequence[Plan]) -> list[JsonObject]:
     """All facts, for `json.dumps`: bytes, FLOP and seconds of one device and one call."""
     return [
         {

@@ -6,7 +6,10 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.extend.core import Jaxpr, JaxprEqn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Arrays:
     module: str
 
 
-def matrix_flops(jaxpr: Any) -> float:
+def matrix_flops(jaxpr: Jaxpr) -> float:
     """FLOP of the matrix products; a multiplication with an addition counts as two.
 
     What is recomputed counts again. XLA's own count takes a loop for one round of it.
@@ -38,9 +41,10 @@ def matrix_flops(jaxpr: Any) -> float:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = math.prod(shape[axis] for axis in contracted)
-            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+            operand: Any = equation.invars[0].aval
+            result: Any = equation.outvars[0].aval
+            inner = math.prod(operand.shape[axis] for axis in contracted)
+            total += 2.0 * inner * math.prod(result.shape)
             continue
         parts = [matrix_flops(part) for part in _parts(equation)]
         if equation.primitive.name == "cond":
@@ -50,7 +54,7 @@ def matrix_flops(jaxpr: Any) -> float:
     return total
 
 
-def largest_arrays(jaxpr: Any, number: int = 3) -> tuple[Arrays, ...]:
+def largest_arrays(jaxpr: Jaxpr, number: int = 3) -> tuple[Arrays, ...]:
     """The shapes that take most bytes in all, of what a program computes on one device.
 
     The compiler fuses some of them away and frees others: a hint, not a count of memory.
@@ -63,7 +67,7 @@ def largest_arrays(jaxpr: Any, number: int = 3) -> tuple[Arrays, ...]:
     modules: dict[str, dict[str, int]] = collections.defaultdict(collections.Counter)
     sizes: dict[str, int] = {}
 
-    def visit(inner: Any, times: int) -> None:
+    def visit(inner: Jaxpr, times: int) -> None:
         for equation in inner.eqns:
             parts = list(_parts(equation))
             for part in parts:
@@ -71,7 +75,7 @@ def largest_arrays(jaxpr: Any, number: int = 3) -> tuple[Arrays, ...]:
             if parts:
                 continue
             for variable in equation.outvars:
-                aval = variable.aval
+                aval: Any = variable.aval
                 if not getattr(aval, "shape", None) or not hasattr(aval.dtype, "itemsize"):
                     continue
                 name = f"{aval.dtype.name}[{','.join(map(str, aval.shape))}]"
@@ -82,26 +86,26 @@ def largest_arrays(jaxpr: Any, number: int = 3) -> tuple[Arrays, ...]:
     visit(jaxpr, 1)
     order = sorted(counts, key=lambda name: -sizes[name] * counts[name])[:number]
     return tuple(
-        Arrays(name, sizes[name], counts[name], max(modules[name], key=modules[name].get))
+        Arrays(name, sizes[name], counts[name], max(modules[name], key=modules[name].__getitem__))
         for name in order
     )
 
 
-def _parts(equation: Any) -> Iterator[Any]:
+def _parts(equation: JaxprEqn) -> Iterator[Jaxpr]:
     """The programs inside an operation."""
     for value in equation.params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
-            one = getattr(one, "jaxpr", one)
-            if hasattr(one, "eqns"):
-                yield one
+            inner: Any = getattr(one, "jaxpr", one)
+            if hasattr(inner, "eqns"):
+                yield inner
 
 
-def _rounds(equation: Any) -> int:
+def _rounds(equation: JaxprEqn) -> int:
     """How often an operation runs what is inside it; 1 where that is not known."""
     return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
-def _module_of(equation: Any) -> str:
+def _module_of(equation: JaxprEqn) -> str:
     """`backbone/vision`: the module of the model that computes an array."""
     names = str(equation.source_info.name_stack).replace("(", "/").replace(")", "").split("/")
     kept = [n for n in names if n and n not in ("jvp", "transpose", "vmap", "checkpoint", "DQE")]
