@@ -63,9 +63,9 @@ def test_fashioniq_counts(split, queries, galleries, references, distinct):
     for query in read.queries:
         assert query.kinds == (query.pool,)
         assert len(query.texts) == 2
-        assert query.valid == query.subset == query.attributes == ()
+        assert query.relevant == query.subset == query.attributes == ()
         assert (query.target == "") == (split == "test")
-        assert query.targets[:1] == ((query.target,) if query.target else ())
+        assert query.known_positives[:1] == ((query.target,) if query.target else ())
 
 
 @needs_real
@@ -94,7 +94,7 @@ def test_fashioniq_shares_targets_of_equal_queries(split, count):
     assert sum(len(group) > 1 for group in targets.values()) == count
     for query in real("fashioniq", split).queries:
         group = targets[query.pool, query.reference, *query.texts]
-        assert sorted(query.targets) == sorted(group)
+        assert sorted(query.known_positives) == sorted(group)
 
 
 @needs_real
@@ -116,7 +116,7 @@ def test_cirr_counts(split, official, queries, gallery, references):
         assert query.subset == tuple(record["img_set"]["members"])
         assert len(query.subset) == 6
         assert query.reference in query.subset
-        assert query.valid == query.kinds == ()
+        assert query.relevant == query.kinds == ()
         assert query.target == ("" if split == "test" else record["target_hard"])
 
 
@@ -128,8 +128,8 @@ def test_cirr_targets():
     assert len(lacking) == 37
     assert "12130" in lacking
     for name, query in queries.items():
-        assert query.targets[0] == query.target == records[name]["target_hard"]
-        assert query.reference not in query.targets
+        assert query.known_positives[0] == query.target == records[name]["target_hard"]
+        assert query.reference not in query.known_positives
     assert all(records[i]["target_soft"][queries[i].reference] == 1.0 for i in lacking)
     # Without the six surplus records of equal queries, targets are what the weights say.
     questions = collections.Counter((q.reference, q.texts) for q in queries.values())
@@ -138,9 +138,9 @@ def test_cirr_targets():
         weights = records[name]["target_soft"]
         expected = {image for image, weight in weights.items() if weight > 0} | {query.target}
         if questions[query.reference, query.texts] == 1:
-            assert set(query.targets) == expected - {query.reference}
+            assert set(query.known_positives) == expected - {query.reference}
         else:
-            assert set(query.targets) > expected - {query.reference}
+            assert set(query.known_positives) > expected - {query.reference}
 
 
 @needs_real
@@ -159,7 +159,7 @@ def test_circo_counts(tmp_path):
     assert not test.dropped
     assert len({query.reference for query in val.queries}) == 220
     assert len({query.reference for query in test.queries}) == 798
-    counts = [len(query.valid) for query in val.queries]
+    counts = [len(query.relevant) for query in val.queries]
     assert (sum(counts), min(counts), max(counts), counts.count(1)) == (916, 1, 14, 29)
     assert collections.Counter(kind for q in val.queries for kind in q.kinds) == {
         "statement_with_conjunction": 164,
@@ -172,10 +172,10 @@ def test_circo_counts(tmp_path):
         "cardinality": 37,
         "negation": 21,
     }
-    assert {query.targets for query in test.queries} == {()}
-    assert all(q.targets == q.valid and q.target == q.valid[0] for q in val.queries)
-    assert val.queries[0].valid == ("355099", "528417", "534704")
-    assert set(val.images) == {i for q in val.queries for i in (q.reference, *q.valid)}
+    assert {query.known_positives for query in test.queries} == {()}
+    assert all(q.known_positives == q.relevant and q.target == q.relevant[0] for q in val.queries)
+    assert val.queries[0].relevant == ("355099", "528417", "534704")
+    assert set(val.images) == {i for q in val.queries for i in (q.reference, *q.relevant)}
     # With COCO's list, made here: the same queries, its gallery.
     ids = [581929, *map(int, reversed(val.images))]
     write(tmp_path / "val.json", published("circo/val.json"))
@@ -300,13 +300,13 @@ def test_fashioniq_made(tmp_path):
     assert first.id == "dress-train-0"
     assert first.texts == ("is red", " Has\tsleeves. ")
     assert (first.reference, first.target, first.pool) == ("A", "B", "dress")
-    assert first.targets == ("B", "C")
-    assert second.targets == ("C", "B")
-    assert third.targets == ("C",)
+    assert first.known_positives == ("B", "C")
+    assert second.known_positives == ("C", "B")
+    assert third.known_positives == ("C",)
     assert third.texts == ("is red", "")
     files = made_fashioniq(tmp_path, [without(FASHIONIQ, "target")], "test")
     (query,) = fashioniq.read(files, "test").queries
-    assert (query.id, query.target, query.targets) == ("dress-test-0", "", ())
+    assert (query.id, query.target, query.known_positives) == ("dress-test-0", "", ())
 
 
 def test_cirr_made(tmp_path):
@@ -314,11 +314,11 @@ def test_cirr_made(tmp_path):
     assert read.pools == {"": list("fabcde")}
     (query,) = read.queries
     assert (query.id, query.texts, query.subset) == ("7", ("two dogs",), ("a", "b", "c"))
-    assert query.targets == ("b", "c", "d")
-    assert (query.target, query.valid, query.kinds, query.pool) == ("b", (), (), "")
+    assert query.known_positives == ("b", "c", "d")
+    assert (query.target, query.relevant, query.kinds, query.pool) == ("b", (), (), "")
     unlabelled = without(CIRR, "target_hard", "target_soft")
     (query,) = cirr.read(made_cirr(tmp_path, [unlabelled], "test1"), "test").queries
-    assert (query.target, query.targets, query.subset) == ("", (), ("a", "b", "c"))
+    assert (query.target, query.known_positives, query.subset) == ("", (), ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("gallery", [True, False])
@@ -327,12 +327,12 @@ def test_circo_made(tmp_path, gallery):
     assert read.pools == {"": ["13", "10", "11", "12"] if gallery else ["10", "12", "11"]}
     (query,) = read.queries
     assert (query.id, query.reference, query.target) == ("3", "10", "12")
-    assert query.targets == query.valid == ("12", "11")
+    assert query.known_positives == query.relevant == ("12", "11")
     assert (query.texts, query.kinds) == (("has a dog",), ("addition",))
     kept = ("id", "reference_img_id", "relative_caption", "shared_concept")
     files = made_circo(tmp_path, [{name: CIRCO[name] for name in kept}], "test")
     (query,) = circo.read(files, "test", gallery=gallery).queries
-    assert (query.target, query.targets, query.valid, query.kinds) == ("", (), (), ())
+    assert (query.target, query.known_positives, query.relevant, query.kinds) == ("", (), (), ())
 
 
 def test_circo_prefers_its_folder(tmp_path):
@@ -627,18 +627,18 @@ def test_triplets_jsonl(tmp_path):
     assert query.reference == "x/b.jpg"
     assert query.texts == ("in red", " with laces ")
     assert query.target == "x/y/c.PNG"
-    assert query.targets == query.valid == ("x/y/c.PNG", "a.jpg")
+    assert query.known_positives == query.relevant == ("x/y/c.PNG", "a.jpg")
     assert query.attributes == ("color=red", "size=4")
     assert (query.kinds, query.pool, query.subset) == (("color",), "", ())
     train = triplets.read(files, "train")
     (query,) = train.queries
     assert (query.id, query.reference, query.target) == ("3", "a.jpg", "x/b.jpg")
-    assert (query.targets, query.valid, query.kinds) == (("x/b.jpg",), (), ())
+    assert (query.known_positives, query.relevant, query.kinds) == (("x/b.jpg",), (), ())
     assert train.pools == {"": files.image_paths}
     assert set(train.images) == set(IMAGES)
     first, second = triplets.read(files, "test").queries
     assert (first.id, first.texts, first.attributes) == ("50", ("",), ("color=red",))
-    assert (second.id, second.texts, second.target, second.targets) == ("5", ("é",), "", ())
+    assert (second.id, second.texts, second.target, second.known_positives) == ("5", ("é",), "", ())
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n"])
@@ -671,11 +671,11 @@ def test_triplets_csv(tmp_path, end):
     (query,) = triplets.read(files, "train").queries
     assert query.id == "2"
     assert query.texts == (' "red",\nor blue', "3")
-    assert query.targets == query.valid == ("x/b.jpg", "x/y/c.PNG")
+    assert query.known_positives == query.relevant == ("x/b.jpg", "x/y/c.PNG")
     assert (query.kinds, query.attributes) == (("k",), ("color=red", "size=4"))
     (query,) = triplets.read(files, "validation").queries
-    assert (query.id, query.texts, query.targets) == ("own", ("1", "2", "3"), ("x/b.jpg",))
-    assert (query.kinds, query.attributes, query.valid) == ((), (), ())
+    assert (query.id, query.texts, query.known_positives) == ("own", ("1", "2", "3"), ("x/b.jpg",))
+    assert (query.kinds, query.attributes, query.relevant) == ((), (), ())
     (query,) = triplets.read(files, "test").queries
     assert (query.id, query.texts, query.target) == ("7", ("",), "")
     assert all(not triplets.read(files, split).dropped for split in triplets.SPLITS)
@@ -848,9 +848,9 @@ def test_an_unknown_split_does_not_tell_that_splits_are_stated(tmp_path):
 def test_equal_triplets_share_targets(tmp_path):
     files = jsonl(tmp_path, TRIPLET, TRIPLET | {"target": "c"})
     first, second = triplets.read(files, "train").queries
-    assert (first.target, first.targets) == ("x/b.jpg", ("x/b.jpg", "x/y/c.PNG"))
-    assert (second.target, second.targets) == ("x/y/c.PNG", ("x/y/c.PNG", "x/b.jpg"))
-    assert first.valid == second.valid == ()
+    assert (first.target, first.known_positives) == ("x/b.jpg", ("x/b.jpg", "x/y/c.PNG"))
+    assert (second.target, second.known_positives) == ("x/y/c.PNG", ("x/y/c.PNG", "x/b.jpg"))
+    assert first.relevant == second.relevant == ()
 
 
 @pytest.mark.parametrize(

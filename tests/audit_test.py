@@ -22,7 +22,7 @@ from PIL import Image
 
 from dqe_jax.data import splits
 from dqe_jax.data.examples import Queries
-from dqe_jax.data.splits import Split, known_positives
+from dqe_jax.data.splits import Split, known_positive_ids
 from dqe_jax.distributed import mesh
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.experiments.audit.candidates import CLASSES
@@ -48,13 +48,13 @@ class Photos:
     """A gallery without images: the image id of each row."""
 
     def __init__(self, photo):
-        self.photo = np.array(photo, np.int32)
+        self.image_ids = np.array(photo, np.int32)
 
     def __len__(self):
-        return len(self.photo)
+        return len(self.image_ids)
 
 
-def made_split(photo, reference, target, targets, valid):
+def made_split(photo, reference, target, known_positives, relevant):
     count = len(reference)
     rows = lambda lists: [np.array(each, np.int32) for each in lists]  # noqa: E731
     queries = Queries(
@@ -62,8 +62,8 @@ def made_split(photo, reference, target, targets, valid):
         texts=[""] * count,
         reference=np.array(reference, np.int32),
         target=np.array(target, np.int32),
-        targets=rows(targets),
-        valid=rows(valid),
+        known_positives=rows(known_positives),
+        relevant=rows(relevant),
         kinds=[()] * count,
         attributes=[()] * count,
         pools=[""] * count,
@@ -81,8 +81,8 @@ SMALL = made_split(
     # Query 2 has a copy of the reference of queries 0 and 1; query 3 has one of its own.
     reference=[0, 0, 9, 5],
     target=[1, 2, 3, -1],
-    targets=[[1, 4], [2], [3], []],
-    valid=[[1, 4, 7, 99], [2], [3, 2], [6]],  # row 99 is not at hand
+    known_positives=[[1, 4], [2], [3], []],
+    relevant=[[1, 4, 7, 99], [2], [3, 2], [6]],  # row 99 is not at hand
 )
 
 
@@ -97,9 +97,9 @@ def test_classes_of_candidates():
     ]
     # Query 0: rows 1 and 4 are known. Others' targets 2 (with its copy 8) and 3 are near misses, as
     # is the reference 0 with its copy 9.
-    assert named[0] == {"valid": {7}, "near_miss": {0, 9, 2, 8, 3}, "unrelated": {5, 6}}
-    assert named[1] == {"valid": set(), "near_miss": {0, 9, 1, 4, 3}, "unrelated": {5, 6, 7}}
-    assert named[2] == {"valid": {2, 8}, "near_miss": {0, 9, 1, 4}, "unrelated": {5, 6, 7}}
+    assert named[0] == {"relevant": {7}, "near_miss": {0, 9, 2, 8, 3}, "unrelated": {5, 6}}
+    assert named[1] == {"relevant": set(), "near_miss": {0, 9, 1, 4, 3}, "unrelated": {5, 6, 7}}
+    assert named[2] == {"relevant": {2, 8}, "near_miss": {0, 9, 1, 4}, "unrelated": {5, 6, 7}}
     assert [set(np.flatnonzero(line)) for line in forbidden] == [{1, 4, 10}, {2, 8, 10}, {3, 10}]
 
 
@@ -107,15 +107,15 @@ def test_has_photo_is_membership():
     rng = np.random.default_rng(0)
     ids, photo = rng.integers(-1, 30, (7, 5)), rng.integers(-1, 20, 50)
     expected = [[p >= 0 and p in line for p in photo] for line in ids.tolist()]
-    assert candidates.has_photo(ids, photo).tolist() == expected
-    assert not candidates.has_photo(ids[:, :0], photo).any()
+    assert candidates.has_image(ids, photo).tolist() == expected
+    assert not candidates.has_image(ids[:, :0], photo).any()
 
 
 def test_the_sample_has_queries_of_known_truth_alone():
     assert candidates.sample_queries(SMALL, 99, seed=0).tolist() == [0, 1, 2]
     photos = range(300)
-    valid = [[i] if i % 3 else [] for i in photos]
-    split = made_split(photos, photos, photos, [[i] for i in photos], valid)
+    relevant = [[i] if i % 3 else [] for i in photos]
+    split = made_split(photos, photos, photos, [[i] for i in photos], relevant)
     sample = candidates.sample_queries(split, 50, seed=1)
     assert len(set(sample.tolist())) == 50
     assert (np.diff(sample) > 0).all()
@@ -130,8 +130,8 @@ def test_the_sample_has_queries_of_known_truth_alone():
 def test_figures_of_candidates():
     delta = np.array([[-0.1, 0.0, 0.2, 0.6], [0.3, 0.4, 0.5, 0.9]], np.float32)
     counted = np.array([[1, 1, 1, 0], [0, 1, 1, 1]], bool)
-    valid = np.array([[1, 0, 0, 1], [1, 0, 0, 0]], bool)
-    found = statistics.of_candidates(delta, counted, valid, np.array([0.15, 0.5], np.float32))
+    relevant = np.array([[1, 0, 0, 1], [1, 0, 0, 0]], bool)
+    found = statistics.of_candidates(delta, counted, relevant, np.array([0.15, 0.5], np.float32))
     assert found["false"] == pytest.approx([1 / 3, 0])
     assert found["easy"] == pytest.approx([1 / 3, 1 / 3])  # at the bound is not above it
     assert found["beats"] == pytest.approx([2 / 3, 0])
@@ -141,10 +141,10 @@ def test_figures_of_candidates():
     zone = statistics.of_zone(delta, counted, *bounds, np.array([2, 2]))
     assert zone["fallback"] == pytest.approx([1 / 3, 1 / 3])
     assert zone["zone"].tolist() == [2, 2]
-    cut = statistics.of_cut(delta, counted, valid, np.array([0.0, 0.4], np.float32))
+    cut = statistics.of_cut(delta, counted, relevant, np.array([0.0, 0.4], np.float32))
     assert cut["cut"].tolist() == [2, 1]
     assert cut["valid_cut"][0] == 1
-    assert np.isnan(cut["valid_cut"][1])  # no valid one is allowed
+    assert np.isnan(cut["valid_cut"][1])  # no relevant one is allowed
 
 
 def test_means_and_standard_error_over_queries():
@@ -185,7 +185,7 @@ COUNT, ROWS, WIDTH = 40, 300, 8
 
 @functools.cache
 def made():
-    """A made split whose valid candidates lie near the target, its bank of two devices, queries."""
+    """A split whose relevant candidates lie near the target, its bank of two devices, queries."""
     rng = np.random.default_rng(0)
 
     def unit(x):
@@ -198,9 +198,9 @@ def made():
     query = unit(tokens[target, 0] + 0.2 * rng.normal(size=(COUNT, WIDTH)))
     scores = np.einsum("bd,nmd->bnm", query, tokens).max(-1)
     near = np.argsort(-scores, axis=1)[:, :40]
-    valid = [[t, *rng.choice(line, 8, replace=False)] for t, line in zip(target, near)]
-    targets = [[t, line[1]] for t, line in zip(target, valid)]
-    split = made_split(photo, rng.integers(0, 30, COUNT), target, targets, valid)
+    relevant = [[t, *rng.choice(line, 8, replace=False)] for t, line in zip(target, near)]
+    targets = [[t, line[1]] for t, line in zip(target, relevant)]
+    split = made_split(photo, rng.integers(0, 30, COUNT), target, targets, relevant)
     padded = np.zeros((2 * mining.CHUNK_ROWS, 2, WIDTH), np.float32)
     padded[:ROWS] = tokens
     ids = np.full(len(padded), -1, np.int32)
@@ -244,14 +244,14 @@ def audit_made(rules=draws.RULES, lowers=draws.LOWERS, **changes):
 
 def plain_figures(split, rows, mined, delta, forbidden, upper):
     """Figures of what was mined, query by query, with sets of images."""
-    photo, columns = split.gallery.photo, {name: [] for name in SHARES}
+    photo, columns = split.gallery.image_ids, {name: [] for name in SHARES}
     for i, row in enumerate(rows):
         drawn = [int(c) for c, there in zip(mined.rows[i], mined.drawn[i]) if there]
         assert len(set(drawn)) == len(drawn)
         assert not forbidden[i][drawn].any()
-        valid = {int(photo[r]) for r in split.queries.valid[row]}
+        relevant = {int(photo[r]) for r in split.queries.relevant[row]}
         deltas = [float(delta[i, c]) for c in drawn]
-        columns["false"].append(plain.mean(float(int(photo[c]) in valid) for c in drawn))
+        columns["false"].append(plain.mean(float(int(photo[c]) in relevant) for c in drawn))
         columns["easy"].append(plain.mean(float(d > upper[i]) for d in deltas))
         columns["beats"].append(plain.mean(float(d <= 0) for d in deltas))
         columns["delta"].append(plain.mean(deltas))
@@ -267,7 +267,7 @@ NARROW = {"rules": ("trns",), "lowers": (), "lower": 0.1, "upper": 0.14, "floor"
 def test_figures_are_of_what_mining_draws(changes):
     split, bank, query = made()
     negatives, rows, facts = audit_made(**changes)
-    known = known_positives(split)[rows]
+    known = known_positive_ids(split)[rows]
     scores = np.asarray(mining.bank_scores(query[rows], bank))
     target = split.queries.target[rows]
     delta = scores[np.arange(len(rows)), target][:, None] - scores
@@ -293,18 +293,20 @@ def test_figures_are_of_what_mining_draws(changes):
             narrow = mined.zone < negatives.per_query
             assert (found["fallback"] > 0) == narrow.any() == bool(changes)
     allowed = ~forbidden
-    photo = split.gallery.photo
-    valid = np.array([[p in photo[split.queries.valid[r]] for p in bank.image_id] for r in rows])
+    photo = split.gallery.image_ids
+    relevant = np.array(
+        [[p in photo[split.queries.relevant[r]] for p in bank.image_id] for r in rows]
+    )
     lowest = np.argsort(np.where(allowed, delta, np.inf), axis=1)[:, : negatives.per_query]
     if not changes:
-        hardest = np.take_along_axis(valid, lowest, axis=1).mean()
+        hardest = np.take_along_axis(relevant, lowest, axis=1).mean()
         assert facts["rules"]["hardest"]["false"] == pytest.approx(hardest)
         assert hardest > 4 * facts["rules"]["random"]["false"] > 0
-    base = (valid & allowed).sum(1) / allowed.sum(1)
+    base = (relevant & allowed).sum(1) / allowed.sum(1)
     assert facts["oracle"]["false"] == pytest.approx(base.mean())
     assert facts["candidates"] == pytest.approx(allowed.sum(1).mean())
     counts = {name: sum(facts["histogram"][name]) for name in CLASSES}
-    assert counts["valid"] == pytest.approx((valid & allowed).sum(), rel=0.01)
+    assert counts["relevant"] == pytest.approx((relevant & allowed).sum(), rel=0.01)
     assert sum(counts.values()) == pytest.approx(allowed.sum(), rel=0.01)
 
 
@@ -332,10 +334,10 @@ def test_the_sweep_trades_size_for_truth():
     # The size of the zone, stated plainly.
     scores = np.asarray(mining.bank_scores(query[rows], bank))[:, :ROWS]
     delta = scores[np.arange(len(rows)), split.queries.target[rows]][:, None] - scores
-    known = known_positives(split)[rows]
+    known = known_positive_ids(split)[rows]
     sizes = []
     for line, never in zip(delta, known):
-        here = line[~np.isin(split.gallery.photo, never)]
+        here = line[~np.isin(split.gallery.image_ids, never)]
         low, high = np.quantile(here, [0.05, negatives.upper])
         sizes.append(((here > max(low, 0)) & (here <= high)).sum())
     zone = next(line["zone"] for line in by_floor[0] if line["quantile"] == 0.05)
@@ -365,7 +367,7 @@ def test_the_picture(change):
     assert picture.size[0] == 1800
     assert (picture.size[1] > 1400) == bool(facts["sweep"])
     colors = {color for _, color in picture.convert("RGB").getcolors(1 << 24)}
-    assert (0xD5, 0x5E, 0x00) in colors  # the valid ones
+    assert (0xD5, 0x5E, 0x00) in colors  # the relevant ones
 
 
 # --------------------------------------------------------------------------------------- the binary
@@ -382,7 +384,7 @@ def run(tmp_path_factory):
 
 def test_a_run_is_audited(run, tmp_path, caplog):
     base, workdir = run
-    # The plain scenes of training have no valid image but the target; open edits have several.
+    # The plain scenes of training have no relevant image but the target; open edits have several.
     config = small_config(base / "prepared", **{"data.variant": "hard_smoke"})
     with caplog.at_level(logging.INFO):
         facts = audit_checkpoint(config, workdir, split="test", output=tmp_path, queries=50)
@@ -468,7 +470,7 @@ def test_data_of_unknown_truth_cannot_be_audited(run, monkeypatch):
     base, workdir = run
     unknown = made_split(COPIES, [0, 1], [2, 3], [[2], [3]], [[], []])
     monkeypatch.setattr(splits, "open_split", lambda *arguments: unknown)
-    with pytest.raises(UserError, match=r"no query of train says which images are in truth valid"):
+    with pytest.raises(UserError, match=r"no query of train says which images are truly relevant"):
         audit_checkpoint(small_config(base / "prepared"), workdir)
 
 

@@ -11,7 +11,6 @@ from flax.traverse_util import flatten_dict
 from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, splits
-from dqe_jax.data.splits import known_positives
 from dqe_jax.data.text import encode_texts
 from dqe_jax.data.tokenizer import train_word_tokenizer
 from dqe_jax.method.batch import Batch
@@ -147,7 +146,7 @@ def test_the_bank_holds_the_whole_gallery_in_its_order(keeper):
     image_id = np.asarray(keeper.bank.image_id).ravel()
     count = len(split.gallery)
     assert tokens.shape[:2] == (8, rows_of_device(count, 8))
-    np.testing.assert_array_equal(image_id[:count], split.gallery.photo)
+    np.testing.assert_array_equal(image_id[:count], split.gallery.image_ids)
     assert (image_id[count:] == -1).all()
     tokens = tokens.reshape(-1, *tokens.shape[2:])
     for row in (0, 1, count // 2, count - 1):
@@ -162,8 +161,8 @@ def test_what_is_mined_at_a_refresh_is_never_a_known_positive(keeper):
     assert rows.shape == (len(split.queries), 16)
     assert drawn.all()
     assert rows.max() < len(split.gallery)
-    known = known_positives(split)
-    mined = split.gallery.photo[rows]
+    known = splits.known_positive_ids(split)
+    mined = split.gallery.image_ids[rows]
     assert not (mined[:, :, None] == known[:, None, :]).any()
     assert all(len(set(line)) == 16 for line in rows.tolist())
     spec = Batch.spec(
@@ -190,14 +189,16 @@ def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
     """With all but five images valid for each query, none but these are drawn."""
     held, split, model, params, text = keeper
     few = np.arange(5, len(split.gallery), dtype=np.int32)
-    queries = dataclasses.replace(split.queries, valid=[few] * len(split.queries))
+    queries = dataclasses.replace(split.queries, relevant=[few] * len(split.queries))
     told = dataclasses.replace(split, queries=queries)
     config = RunConfig.of(config_of(base, num_devices=8, **{"negatives.oracle": "mined"}))
     mining = make_bank_keeper(config, model, told, text, jax.devices()[:8])
     mining.bank = held.bank
     mined = mining.mine_all(params, jax.random.key(0), np.arange(40))
     assert mined.drawn.any()
-    assert not (set(split.gallery.photo[mined.rows[mined.drawn]]) & set(split.gallery.photo[few]))
+    assert not (
+        set(split.gallery.image_ids[mined.rows[mined.drawn]]) & set(split.gallery.image_ids[few])
+    )
 
 
 def test_an_oracle_needs_truth(base, monkeypatch):
@@ -206,7 +207,7 @@ def test_an_oracle_needs_truth(base, monkeypatch):
 
     def without_truth(*args):
         split = open_split(*args)
-        split.queries.valid[:] = [np.zeros(0, np.int32)] * len(split.queries)
+        split.queries.relevant[:] = [np.zeros(0, np.int32)] * len(split.queries)
         return split
 
     monkeypatch.setattr(splits, "open_split", without_truth)

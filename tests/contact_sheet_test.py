@@ -18,7 +18,7 @@ def colors(picture):
 
 GREEN, TEAL, GREY, RED = (
     tuple(bytes.fromhex(c[1:]))
-    for c in (*(sheet._FRAMES[m] for m in ("target", "valid", "reference")), sheet._MISSED)
+    for c in (*(sheet._FRAMES[m] for m in ("target", "relevant", "reference")), sheet._MISSED)
 )
 
 
@@ -35,8 +35,8 @@ def test_frames_tell_what_a_result_is():
 
     assert framed("", "") == set()
     assert framed("", "target") == {GREEN}
-    assert framed("valid", "", "reference") == {TEAL, GREY}
-    assert framed("valid", "target", "reference") == {TEAL, GREY, GREEN}
+    assert framed("relevant", "", "reference") == {TEAL, GREY}
+    assert framed("relevant", "target", "reference") == {TEAL, GREY, GREEN}
 
 
 def test_missed_target_is_drawn_at_the_end():
@@ -64,10 +64,10 @@ def test_sheet_row_marks_results():
         asked.append(index)
         return image(index)
 
-    args = {"reference": 4, "text": "t", "valid": np.array([2, 4, 7, 9]), "shown": 4}
+    args = {"reference": 4, "text": "t", "relevant": np.array([2, 4, 7, 9]), "shown": 4}
     ranked = np.array([4, 7, 1, 9, 2, 6, -1])
     made = sheet.sheet_row(gallery, ranked, target=9, **args)
-    assert [result.mark for result in made.results] == ["reference", "valid", "", "target"]
+    assert [result.mark for result in made.results] == ["reference", "relevant", "", "target"]
     assert [int(result.image[0, 0, 0]) for result in made.results] == [4, 7, 1, 9]
     assert (made.target_rank, made.depth) == (4, 6)
     assert set(asked) == {4, 7, 1, 9}

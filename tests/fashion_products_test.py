@@ -372,9 +372,9 @@ def test_targets_hold_copies_of_the_target():
     queries, dropped = make_queries(products, 2)
     (query,) = [query for query in queries if query.reference == 0]
     assert dropped == 0
-    assert query.valid == [1, 2, 3]
-    assert sorted(query.targets) in ([1, 2], [3])
-    assert query.targets[0] == query.target
+    assert query.relevant == [1, 2, 3]
+    assert sorted(query.known_positives) in ([1, 2], [3])
+    assert query.known_positives[0] == query.target
     assert query.attributes == ["baseColour=Blue"]
     assert query.kinds == ("color",)
 
@@ -392,10 +392,10 @@ def test_targets_hold_answers_to_the_same_question():
     assert max(map(len, answers.values())) > 1
     for query in queries:
         if query.reference < 40:
-            assert set(query.targets) == answers[query.texts[0]]
-            assert query.valid == list(range(40, 60))
+            assert set(query.known_positives) == answers[query.texts[0]]
+            assert query.relevant == list(range(40, 60))
         else:  # All the red ones are copies of one photo.
-            assert query.targets[1:] == sorted(set(range(40)) - {query.target})
+            assert query.known_positives[1:] == sorted(set(range(40)) - {query.target})
 
 
 def test_copy_of_the_reference_is_never_a_target():
@@ -406,7 +406,7 @@ def test_copy_of_the_reference_is_never_a_target():
         [product(0, *old), product(1, *blue, photo=0), product(2, *blue), product(3, *old)], 2
     )
     assert {(query.reference, query.target) for query in queries} == {(2, 3), (3, 2)}
-    assert queries[0].valid == [0, 3]
+    assert queries[0].relevant == [0, 3]
 
 
 # --- Rules: queries -------------------------------------------------------------------------------
@@ -750,7 +750,7 @@ def test_real_photos(tmp_path):
         for product, item in zip(products, data["train_gallery"])
     ]
     coarse, _ = make_queries(alike, fp.QUERIES_PER_REFERENCE["train"])
-    valid = [len(query.valid) for query in coarse]
+    valid = [len(query.relevant) for query in coarse]
     assert (len(coarse), statistics.median(valid), max(valid)) == (46121, 28, 198)
     for split, products, queries in (
         ("train", 5777, 45429),

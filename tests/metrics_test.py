@@ -6,13 +6,13 @@ from dqe_jax.utils.errors import UserError
 
 
 def lists(seed=0, Q=60, K=20, N=40):
-    """Random ranked lists (some end early), ragged valid rows (some none) and single targets."""
+    """Random ranked lists (some end early), ragged relevant rows (some none) and single targets."""
     rng = np.random.default_rng(seed)
     rows = np.stack([rng.permutation(N)[:K] for _ in range(Q)])
     for i in range(0, Q, 7):
         rows[i, rng.integers(0, K) :] = -1
-    valid = [rng.permutation(N)[: rng.integers(0, 30)].tolist() for _ in range(Q)]
-    return rows, valid, rng.integers(0, N, Q)
+    relevant = [rng.permutation(N)[: rng.integers(0, 30)].tolist() for _ in range(Q)]
+    return rows, relevant, rng.integers(0, N, Q)
 
 
 # Each metric of one query, in plain Python.
@@ -34,12 +34,12 @@ def plain_average_precision(row, targets, k):
 
 @pytest.mark.parametrize("k", [1, 3, 10, 20])
 def test_metrics_equal_plain_statements(k):
-    rows, valid, target = lists()
-    recall = metrics.recall_at_k(rows, valid, k)
-    precision = metrics.precision_at_k(rows, valid, k)
-    average = metrics.average_precision_at_k(rows, valid, k)
+    rows, relevant, target = lists()
+    recall = metrics.recall_at_k(rows, relevant, k)
+    precision = metrics.precision_at_k(rows, relevant, k)
+    average = metrics.average_precision_at_k(rows, relevant, k)
     assert recall.shape == precision.shape == average.shape == (60,)
-    for i, (row, wanted) in enumerate(zip(rows.tolist(), valid)):
+    for i, (row, wanted) in enumerate(zip(rows.tolist(), relevant)):
         assert recall[i] == plain_recall(row, wanted, k)
         assert precision[i] == pytest.approx(plain_precision(row, wanted, k))
         if wanted:
@@ -52,7 +52,7 @@ def test_metrics_equal_plain_statements(k):
 
 def test_hand_computed_average_precision():
     rows = np.array([[7, 3, 9, 4, 1]])
-    # Hits at ranks 1, 3 and 5, of 4 valid targets.
+    # Hits at ranks 1, 3 and 5, of 4 relevant targets.
     ap = metrics.average_precision_at_k(rows, [[9, 7, 1, 30]], 5)
     assert ap[0] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 4)
     # AP@3 divides by min(4, 3).
@@ -62,13 +62,13 @@ def test_hand_computed_average_precision():
 
 
 def test_targets_may_be_padded_ragged_or_repeated():
-    rows, valid, target = lists(1)
+    rows, relevant, target = lists(1)
     padded = np.full((60, 40), -1)
-    for i, values in enumerate(valid):
+    for i, values in enumerate(relevant):
         padded[i, : len(values)] = values
-    repeated = [np.array([*values, *values], int) for values in valid]
+    repeated = [np.array([*values, *values], int) for values in relevant]
     for fn in (metrics.recall_at_k, metrics.precision_at_k, metrics.average_precision_at_k):
-        expected = fn(rows, valid, 10)
+        expected = fn(rows, relevant, 10)
         np.testing.assert_array_equal(fn(rows, padded, 10), expected)
         np.testing.assert_array_equal(fn(rows, repeated, 10), expected)
         np.testing.assert_array_equal(fn(rows, target, 10), fn(rows, target[:, None], 10))
@@ -90,11 +90,11 @@ def test_r_precision():
 
 def test_precision_ceiling_is_reached_by_the_best_order():
     rng = np.random.default_rng(0)
-    valid = [rng.permutation(30)[:n] for n in (0, 1, 4, 10, 25)]
-    rows = np.stack([np.r_[v, np.setdiff1d(np.arange(30), v)] for v in valid])
-    ceiling = metrics.precision_ceiling([len(v) for v in valid], 10)
+    relevant = [rng.permutation(30)[:n] for n in (0, 1, 4, 10, 25)]
+    rows = np.stack([np.r_[v, np.setdiff1d(np.arange(30), v)] for v in relevant])
+    ceiling = metrics.precision_ceiling([len(v) for v in relevant], 10)
     np.testing.assert_allclose(ceiling, [0, 0.1, 0.4, 1, 1])
-    np.testing.assert_allclose(metrics.precision_at_k(rows, valid, 10), ceiling)
+    np.testing.assert_allclose(metrics.precision_at_k(rows, relevant, 10), ceiling)
 
 
 def test_misuse_raises():
@@ -106,7 +106,7 @@ def test_misuse_raises():
         metrics.precision_at_k(np.array([[1, 2, 1]]), [[1]], 2)
     with pytest.raises(ValueError, match="targets of Q queries"):
         metrics.precision_at_k(rows, [[1], [2]], 2)
-    args = {"valid": None, "reference": [0], "kinds": [("a",)], "ks": (1,)}
+    args = {"relevant": None, "reference": [0], "kinds": [("a",)], "ks": (1,)}
     for name in ("kinds", "attributes"):
         with pytest.raises(ValueError, match=f"{name} has 2 entries for 1"):
             metrics.summarize(rows, **args | {"target": [1], name: [("a",), ("b",)]})
@@ -115,11 +115,11 @@ def test_misuse_raises():
     with pytest.raises(UserError, match="k=5 does not fit"):
         metrics.summarize(rows, **args | {"target": [1], "ks": (1, 5)})
     with pytest.raises(UserError, match="k=10 does not fit"):
-        metrics.summarize(rows, **args | {"target": [1], "valid": [[1]]})
+        metrics.summarize(rows, **args | {"target": [1], "relevant": [[1]]})
     assert "R@1" in metrics.summarize(rows, target=[1], **args)  # nothing asks for P@10
     with pytest.raises(ValueError, match="no queries with a target"):
         metrics.summarize(rows, target=[-1], **args)
-    nothing = {"target": [], "valid": [], "reference": [], "kinds": []}
+    nothing = {"target": [], "relevant": [], "reference": [], "kinds": []}
     with pytest.raises(ValueError, match="no queries with a target"):
         metrics.summarize(np.zeros((0, 50), int), **nothing)
 
@@ -132,7 +132,7 @@ def test_cut_offs_beyond_the_gallery():
     assert (padded[:, 3:] == -1).all()
     assert metrics.pad_lists(padded, 10).shape == (2, 50)
     got = metrics.summarize(
-        padded, target=[1, 0], valid=[[1, 2], [0]], reference=[0, 1], kinds=[(), ()]
+        padded, target=[1, 0], relevant=[[1, 2], [0]], reference=[0, 1], kinds=[(), ()]
     )
     assert got["R@1"] == 0.5
     assert got["R@5"] == got["R@50"] == got["R_valid@1"] == 1
@@ -142,17 +142,17 @@ def test_cut_offs_beyond_the_gallery():
 
 
 def test_summarize_equals_plain_statements():
-    rows, valid, target = lists(2)
+    rows, relevant, target = lists(2)
     reference = np.where(np.arange(60) % 3 == 0, rows[:, 0], 39)
     # Some are of no kind, some of two.
     kinds = [(("color",), ("shape",), (), ("color", "size"))[i % 4] for i in range(60)]
     attributes = [(("fit=a", "fit=b", "age=c=d"), (), ("fit=",))[i % 3] for i in range(60)]
-    valid[1::4] = [[]] * 15  # truth unknown for all of "shape"
+    relevant[1::4] = [[]] * 15  # truth unknown for all of "shape"
     target[::5] = -1  # no label
     got = metrics.summarize(
         rows,
         target=target,
-        valid=valid,
+        relevant=relevant,
         reference=reference,
         kinds=[*kinds[:-1], list(kinds[-1])],
         attributes=attributes,
@@ -170,7 +170,7 @@ def test_summarize_equals_plain_statements():
     }
     for suffix, members in groups.items():
         members = [i for i in members if target[i] >= 0]
-        known = [i for i in members if valid[i]]
+        known = [i for i in members if relevant[i]]
         expected["queries" + suffix] = len(members)
         expected["top1_is_reference" + suffix] = np.mean(
             [rows[i, 0] == reference[i] != -1 for i in members]
@@ -184,13 +184,13 @@ def test_summarize_equals_plain_statements():
         expected["queries_with_valid" + suffix] = len(known)
         for k in (1, 5, 20):
             expected[f"R_valid@{k}{suffix}"] = np.mean(
-                [plain_recall(rows[i], valid[i], k) for i in known]
+                [plain_recall(rows[i], relevant[i], k) for i in known]
             )
         for k in (3, 10):
             for name, value in {
-                f"P@{k}": [plain_precision(rows[i], valid[i], k) for i in known],
-                f"P@{k}_ceiling": [min(len(valid[i]), k) / k for i in known],
-                f"mAP@{k}": [plain_average_precision(rows[i], valid[i], k) for i in known],
+                f"P@{k}": [plain_precision(rows[i], relevant[i], k) for i in known],
+                f"P@{k}_ceiling": [min(len(relevant[i]), k) / k for i in known],
+                f"mAP@{k}": [plain_average_precision(rows[i], relevant[i], k) for i in known],
             }.items():
                 expected[name + suffix] = np.mean(value)
     assert got == pytest.approx(expected)
@@ -198,11 +198,11 @@ def test_summarize_equals_plain_statements():
     assert all(type(value) in (float, int) for value in got.values())
 
 
-@pytest.mark.parametrize("valid", [None, [[]] * 60, np.full((60, 2), -1)])
-def test_summarize_without_truth(valid):
+@pytest.mark.parametrize("relevant", [None, [[]] * 60, np.full((60, 2), -1)])
+def test_summarize_without_truth(relevant):
     rows, _, target = lists(3)
     got = metrics.summarize(
-        rows, target=target, valid=valid, reference=[-1] * 60, kinds=[()] * 60, ks=(1, 10)
+        rows, target=target, relevant=relevant, reference=[-1] * 60, kinds=[()] * 60, ks=(1, 10)
     )
     assert set(got) == {"R@1", "R@10", "top1_is_reference", "queries"}
     assert got["top1_is_reference"] == 0
@@ -212,14 +212,14 @@ def test_summarize_without_truth(valid):
 def test_random_baseline_equals_simulation(N):
     rng = np.random.default_rng(4)
     sizes = [1, 2, 6, 8]
-    valid = [rng.permutation(N)[:n] for n in sizes]
+    relevant = [rng.permutation(N)[:n] for n in sizes]
     runs = 5_000
     rows = np.stack([rng.permutation(N) for _ in range(runs * 4)])
     rows = np.pad(rows, ((0, 0), (0, 2)), constant_values=-1)  # as ranked lists end
     simulated = metrics.summarize(
         rows,
-        target=[v[0] for v in valid] * runs,
-        valid=valid * runs,
+        target=[v[0] for v in relevant] * runs,
+        relevant=relevant * runs,
         reference=[-1] * len(rows),
         kinds=[()] * len(rows),
         ks=(1, 5, 10),
@@ -241,7 +241,7 @@ def test_random_baseline_edge_cases():
     # C(96, 10) / C(100, 10), from the definition.
     miss = np.prod([(96 - j) / (100 - j) for j in range(10)])
     assert metrics.random_baseline(100, [4], ks=(10,))["R_valid@10"] == pytest.approx(1 - miss)
-    with pytest.raises(ValueError, match="9 valid targets in a gallery of 8"):
+    with pytest.raises(ValueError, match="9 relevant targets in a gallery of 8"):
         metrics.random_baseline(8, [9])
     with pytest.raises(ValueError, match="empty"):
         metrics.random_baseline(0)

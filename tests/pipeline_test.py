@@ -140,9 +140,9 @@ def test_load_split_reads_columns(smoke):
         assert queries.kinds[row] == tuple(k.decode() for k in record["kinds"])
         assert queries.reference[row] == record["reference"]
         assert queries.target[row] == record["target"]
-        assert list(queries.targets[row]) == list(record["targets"])
-        assert list(queries.valid[row]) == list(record["valid"])
-        assert queries.targets[row].dtype == queries.valid[row].dtype == np.int32
+        assert list(queries.known_positives[row]) == list(record["targets"])
+        assert list(queries.relevant[row]) == list(record["valid"])
+        assert queries.known_positives[row].dtype == queries.relevant[row].dtype == np.int32
 
 
 @pytest.mark.parametrize(
@@ -189,11 +189,13 @@ def test_what_is_missing_is_left_out_and_counted():
     split = made_split(queries, gallery, official_queries=5)
     assert split.queries.ids == ["query-0", "query-3"]
     assert split.gallery.ids == ["item-0", "item-2", "item-3"]
-    assert split.gallery.photo.tolist() == [0, 1, 1]
+    assert split.gallery.image_ids.tolist() == [0, 1, 1]
     assert split.queries.reference.tolist() == [0, 2]
     assert split.queries.target.tolist() == [1, -1]
-    assert split.queries.targets[0].tolist() == [1]  # what is not at hand cannot be a negative
-    assert split.queries.valid[1].tolist() == [0, 4]  # but counts as valid, beyond the gallery
+    assert split.queries.known_positives[0].tolist() == [
+        1
+    ]  # what is not at hand cannot be a negative
+    assert split.queries.relevant[1].tolist() == [0, 4]  # but counts as valid, beyond the gallery
     assert split.queries.subset[1].tolist() == [2, 0]
     assert str(split.coverage) == "2 of 5 queries, 3 of 4 gallery images"
     assert not split.coverage.complete
@@ -216,7 +218,7 @@ def test_an_index_goes_through_json():
     again = from_json(index.to_json())
     assert again.ids == index.ids == ["item-0", "item-1", "item-2"]
     assert again.missing == index.missing == {1: "is missing"}
-    assert again.photo.tolist() == index.photo.tolist() == [0, 1, 0]
+    assert again.image_ids.tolist() == index.image_ids.tolist() == [0, 1, 0]
     assert {k: v.tolist() for k, v in again.pools.items()} == {"a": [2]}
 
 
@@ -269,7 +271,7 @@ def test_an_index_of_wrong_content_is_named(tmp_path, changes):
 def test_truth_may_be_unknown():
     record = query_record(0, 0, 1) | {"valid": []}
     split = made_split([record], [gallery_record(0), gallery_record(1)])
-    assert split.queries.valid[0].shape == (0,)
+    assert split.queries.relevant[0].shape == (0,)
 
 
 def test_an_unknown_split_is_named_with_those_that_exist(smoke):
@@ -289,7 +291,7 @@ def test_gallery_items(smoke):
     assert gallery.image_shape == (72, 72, 3)
     image = gallery[5]
     assert image.dtype == np.uint8
-    assert gallery.photo.dtype == np.int32
+    assert gallery.image_ids.dtype == np.int32
     assert gallery.ids[5] == source[5]["id"].decode()
     np.testing.assert_array_equal(image, source[5]["image"][0])
 
@@ -310,7 +312,7 @@ def test_the_cache_reads_once(cache, reads):
 
 def test_the_image_id_of_a_copy_is_that_of_the_first():
     gallery, _ = gallery_of([gallery_record(0), gallery_record(1), gallery_record(2, photo=0)])
-    assert gallery.photo.tolist() == [0, 1, 0]
+    assert gallery.image_ids.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -119,8 +119,8 @@ def test_circo_complete(tmp_path):
     builder = make_builder("circo", str(tmp_path / "data"), image_size=SIZE, preprocess="squash")
     assert set(builder.info.splits) == {"gallery", "validation", "test"}  # images stored once
     split = splits.load_split(builder, "validation", SIZE)
-    assert sum(len(rows) for rows in split.queries.valid) == 916
-    assert all(rows[0] == t for rows, t in zip(split.queries.valid, split.queries.target))
+    assert sum(len(rows) for rows in split.queries.relevant) == 916
+    assert all(rows[0] == t for rows, t in zip(split.queries.relevant, split.queries.target))
     photo = load_photo(
         f"COCO2017_unlabeled/unlabeled2017/{int(split.gallery.ids[5]):012d}.jpg",
         str(tmp_path / "raw"),
@@ -158,7 +158,7 @@ def test_cirr_train_of_the_published_format(tmp_path):
         standins.write_photo(tmp_path / "raw/img_raw" / path)
     run("--dataset=cirr", "--splits=train", raw=tmp_path / "raw", data=tmp_path / "data")
     split = opened("cirr", tmp_path / "data", "train", "squash")
-    ids = [[split.gallery.ids[row] for row in rows] for rows in split.queries.targets]
+    ids = [[split.gallery.ids[row] for row in rows] for rows in split.queries.known_positives]
     assert ids[0] == [names[1], names[2]]
     assert split.queries.ids == ["10", "11", "12", "13", "14"]
 

@@ -110,8 +110,8 @@ def made_queries(reference, target, **columns):
     defaults = {
         "ids": [f"q{i}" for i in range(n)],
         "texts": ["in red"] * n,
-        "targets": [np.array([t]) for t in target],
-        "valid": empty,
+        "known_positives": [np.array([t]) for t in target],
+        "relevant": empty,
         "kinds": [()] * n,
         "attributes": [()] * n,
         "pools": [""] * n,
@@ -277,7 +277,7 @@ def test_circo(num_gallery):
     queries = made_queries(
         [row[r["reference_img_id"]] for r in records],
         [row[r["target_img_id"]] for r in records],
-        valid=[np.array(t, np.int32) for t in truths],
+        relevant=[np.array(t, np.int32) for t in truths],
         kinds=[tuple(r["semantic_aspects"]) for r in records],
     )
     favoured = [np.flatnonzero(np.isin(at_hand, t)) for t in truths]
@@ -294,7 +294,7 @@ def test_circo_by_hand():
     # Hits at ranks 1, 3 and 7, of 4 ground truths of which one is no gallery image.
     rows = lists_of([[4, 0, 5, 1, 2, 3, 6]])
     valid = [np.array([5, 4, 6, 99])]
-    queries = made_queries([8], [5], valid=valid, kinds=[("negation",)])
+    queries = made_queries([8], [5], relevant=valid, kinds=[("negation",)])
     got = protocols.circo_metrics(queries, rows)
     assert got["mAP@5"] == pytest.approx((1 + 2 / 3) / 4)
     assert got["mAP@10"] == got["mAP@10/negation"] == pytest.approx((1 + 2 / 3 + 3 / 7) / 4)
@@ -305,7 +305,7 @@ def test_circo_by_hand():
 
 def test_a_target_that_is_not_in_the_gallery_is_a_miss():
     rows = lists_of([[3, 1, 2], [1, 3, 2]])
-    queries = made_queries([0, 0], [77, 3], pools=["dress", "dress"], valid=[[77], [3]])
+    queries = made_queries([0, 0], [77, 3], pools=["dress", "dress"], relevant=[[77], [3]])
     assert protocols.plain_metrics(queries, rows)["R@50"] == 0.5
     assert protocols.fashioniq_metrics(queries, rows)["R@50"] == 0.5
     assert protocols.cirr_metrics(queries, rows)["R@50"] == 0.5
@@ -317,21 +317,21 @@ def test_plain():
     queries = made_queries(
         [*range(20)],
         [*range(20, 40)],
-        valid=[np.arange(20 + i, 25 + i) for i in range(20)],
+        relevant=[np.arange(20 + i, 25 + i) for i in range(20)],
         kinds=[("one",), ()] * 10,
         attributes=[("color=red", "fit=slim"), ("fit=loose",)] * 10,
     )
     rows = lists_of(orders(rng, (20, 60)))
     protocol = protocols.protocol_of("triplets")
     got = protocol.measure(queries, rows)
-    columns = ("target", "valid", "reference", "kinds", "attributes")
+    columns = ("target", "relevant", "reference", "kinds", "attributes")
     assert got == metrics.summarize(rows, **{name: getattr(queries, name) for name in columns})
     assert {"P@10/attribute:color", "mAP@10/attribute:fit", "R@1/one"} <= got.keys()
     assert set(protocol.headline) <= got.keys()
 
 
 def test_unlabelled_queries_are_not_measured():
-    queries = made_queries([0, 1], [2, -1], valid=[[2], [3]])
+    queries = made_queries([0, 1], [2, -1], relevant=[[2], [3]])
     rows = lists_of([[2, 3], [2, 3]])
     for dataset in ("fashioniq", "cirr", "circo"):
         with pytest.raises(ValueError, match="1 of 2 queries have no target"):

@@ -1,8 +1,8 @@
-"""Audits negatives: what share of what each rule mines is in truth valid (false negatives).
+"""Audits negatives: what share of what each rule mines is truly relevant (false negatives).
 
 python -m dqe_jax.audit --config=configs/fashion_products.py --data_dir=DIR --workdir=DIR
 
-For data that say which images are in truth valid. Writes `audit-<split>-<step>.json` and a picture,
+For data that say which images are truly relevant. Writes `audit-<split>-<step>.json` and a picture,
 `.png`, and logs two tables: the rules, and the rule `trns` against its lower bound. The figures are
 those of `experiments/audit/statistics.py`.
 """

@@ -100,7 +100,7 @@ class DatasetInfo:
       splits: our names of its splits, each with the official one.
       protocols: names of the protocols of `evaluation/protocols.py` by which it is measured, by
         `config.eval.protocol`; "original" is what is usual.
-      has_truth: whether all images that are in truth valid for a training query are known.
+      has_truth: whether all images that are truly relevant for a training query are known.
       train_gallery: images of its training gallery, published or generated at the most; None where
         it has none, or each user another.
       server: where ranked lists are scored if labels are not public; None if they all are.

@@ -15,10 +15,13 @@ read by random access.
 | `reference` | -1 | row of the reference image |
 | `target` | -1 | row of the target that the query was made for; -1 if it is not published |
 | `targets` | none | rows annotated as targets, `target` first: what training may know |
-| `valid` | none | rows that are in truth valid, `target` included; none where truth is unknown |
+| `valid` | none | rows that are truly relevant, `target` included; none where truth is unknown |
 | `subset` | none | rows of a small set that are ranked among themselves too (CIRR), or none |
 | `pools` | parts of the gallery it belongs to, or none | the part that it ranks; none for all |
 | `kinds` | none | kinds of change, by which results are broken down |
+
+These are the names in stored records. In the code `photo` is `image_id`, `targets` is
+`known_positives` and `valid` is `relevant`.
 """
 
 from __future__ import annotations
@@ -79,8 +82,8 @@ class Query:
     texts: Sequence[str]
     reference: int
     target: int
-    targets: Sequence[int]
-    valid: Sequence[int]
+    known_positives: Sequence[int]
+    relevant: Sequence[int]
     kinds: Sequence[str] = ()
     attributes: Sequence[str] = ()
     subset: Sequence[int] = ()
@@ -89,6 +92,8 @@ class Query:
     def record(self) -> Record:
         """The TFDS record of this query."""
         fields = dataclasses.asdict(self)
+        fields["targets"] = fields.pop("known_positives")
+        fields["valid"] = fields.pop("relevant")
         lists = {k: list(v) for k, v in fields.items() if not isinstance(v, (str, int))}
         return {**fields, **lists, "image": [], "photo": -1}
 
@@ -103,7 +108,7 @@ class GalleryItem:
 
     id: str
     image: np.ndarray | bytes | None
-    photo: int
+    image_id: int
     attributes: Sequence[str] = ()
     pools: Sequence[str] = ()
     reason: str = ""
@@ -115,7 +120,7 @@ class GalleryItem:
         return {
             "id": self.id,
             "image": [] if encoded is None else [io.BytesIO(encoded)],
-            "photo": self.photo,
+            "photo": self.image_id,
             "attributes": list(self.attributes),
             "texts": [self.reason] if self.reason else [],
             "reference": -1,
@@ -144,8 +149,8 @@ class Queries:
       texts: the modification texts.
       reference: int32 `[n]`.
       target: int32 `[n]`; -1 where the split has no labels.
-      targets: `n` arrays of rows: annotated targets.
-      valid: `n` arrays of rows: all that are in truth valid.
+      known_positives: `n` arrays of rows: annotated targets.
+      relevant: `n` arrays of rows: all that are truly relevant.
       kinds: `n` tuples of names.
       attributes: `n` tuples of `name=value`: what the text changes.
       pools: `n` names of the parts of the gallery that are ranked; "" for all of it.
@@ -157,8 +162,8 @@ class Queries:
     texts: Sequence[str]
     reference: np.ndarray
     target: np.ndarray
-    targets: Sequence[np.ndarray]
-    valid: Sequence[np.ndarray]
+    known_positives: Sequence[np.ndarray]
+    relevant: Sequence[np.ndarray]
     kinds: Sequence[Sequence[str]]
     attributes: Sequence[Sequence[str]]
     pools: Sequence[str]

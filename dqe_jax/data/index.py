@@ -30,13 +30,13 @@ class GalleryIndex:
 
     Attributes:
       ids: of the images.
-      photo: int32 `[N]`, the row of the first image with the same content.
+      image_ids: int32 `[N]`, the row of the first image with the same content.
       missing: why there is no image, by row; rows with an image are not named.
       pools: rows of each named part of the gallery, ascending; empty if it has no parts.
     """
 
     ids: list[str]
-    photo: np.ndarray
+    image_ids: np.ndarray
     missing: dict[int, str]
     pools: dict[str, np.ndarray]
 
@@ -46,7 +46,7 @@ class GalleryIndex:
     def to_json(self) -> str:
         """As it is stored."""
         pools = {name: rows.tolist() for name, rows in self.pools.items()}
-        content = {"ids": self.ids, "photo": self.photo.tolist(), "pools": pools}
+        content = {"ids": self.ids, "photo": self.image_ids.tolist(), "pools": pools}
         return json.dumps({**content, "missing": {str(k): v for k, v in self.missing.items()}})
 
 
@@ -59,15 +59,15 @@ def from_json(text: str) -> GalleryIndex:
     content = json.loads(text)
     found = GalleryIndex(
         ids=content["ids"],
-        photo=np.array(content["photo"], np.int32),
+        image_ids=np.array(content["photo"], np.int32),
         missing={int(row): reason for row, reason in content["missing"].items()},
         pools={name: np.array(rows, np.int32) for name, rows in content["pools"].items()},
     )
-    rows = [found.photo, np.array([*found.missing], np.int32), *found.pools.values()]
+    rows = [found.image_ids, np.array([*found.missing], np.int32), *found.pools.values()]
     if not all(x.ndim == 1 and ((x >= 0) & (x < len(found))).all() for x in rows):
         raise ValueError("rows that the gallery does not have")
-    if len(found.photo) != len(found) or not isinstance(found.ids, list):
-        raise ValueError("not a photo for each id")
+    if len(found.image_ids) != len(found) or not isinstance(found.ids, list):
+        raise ValueError("not a row of an image for each id")
     if not all(isinstance(text, str) for text in (*found.ids, *found.missing.values())):
         raise TypeError("ids and reasons are texts")
     return found
@@ -83,7 +83,7 @@ def make_index(records: Sequence[Record]) -> GalleryIndex:
             pools.setdefault(pool.decode(), []).append(row)
     return GalleryIndex(
         ids=[record["id"].decode() for record in records],
-        photo=first[inverse].astype(np.int32),
+        image_ids=first[inverse].astype(np.int32),
         missing={
             r: record["texts"][0].decode() for r, record in enumerate(records) if record["texts"]
         },

@@ -12,7 +12,7 @@ from typing import Protocol
 import grain
 import numpy as np
 
-from dqe_jax.data.splits import Split, known_positives, photo_ids
+from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
 from dqe_jax.data.transforms import AUGMENTATIONS
 from dqe_jax.method.batch import Batch
 from dqe_jax.utils.files import JsonObject
@@ -61,11 +61,11 @@ class _Loader:
         order = rng.integers(self.text.shape[1], size=Q) if self.text.shape[1] > 1 else 0
         return Batch(
             reference_image=self.augment(gallery[reference], rng),
-            reference_id=gallery.photo[reference],
+            reference_id=gallery.image_ids[reference],
             query=chosen.astype(np.int32),
             text=self.text[chosen, order],
             target_image=np.stack([self.augment(gallery[row], rng) for row in targets]),
-            target_id=gallery.photo[targets],
+            target_id=gallery.image_ids[targets],
             target_row=targets,
             known_positives=self.positives[chosen],
             relevant=self.relevant[chosen],
@@ -116,8 +116,8 @@ def train_batches(
         split,
         text,
         mentions,
-        known_positives(split),
-        photo_ids(split, split.queries.valid),
+        known_positive_ids(split),
+        image_ids_of(split, split.queries.relevant),
         queries_per_reference,
         AUGMENTATIONS[augment],
     )

@@ -194,7 +194,7 @@ def _split_report(
         official_gallery=facts["gallery"],
         missing=len(known.missing),
         repeated_ids=len(facts["repeated_ids"]),
-        copies=sum(int(known.photo[row]) != row for row in at_hand),
+        copies=sum(int(known.image_ids[row]) != row for row in at_hand),
     )
     return counts, dropped
 

@@ -36,7 +36,7 @@ class Gallery:
 
     Attributes:
       ids: of the images.
-      photo: int32 `[N]`, image ids: copies of a photo share one.
+      image_ids: int32 `[N]`, image ids: copies of a photo share one.
       image_shape: `(H, W, 3)`.
     """
 
@@ -44,8 +44,8 @@ class Gallery:
         """Wraps a TFDS data source; `cache` keeps decoded images (N * H * W * 3 bytes)."""
         self._source = source
         self._stored = _present(index)
-        at = np.searchsorted(self._stored, index.photo[self._stored])
-        self.photo = at.astype(np.int32)  # the first copy is at hand if any is
+        at = np.searchsorted(self._stored, index.image_ids[self._stored])
+        self.image_ids = at.astype(np.int32)  # the first copy is at hand if any is
         self.ids = [index.ids[row] for row in self._stored]
         self.image_shape = (image_size, image_size, 3)
         self._images = np.empty((len(self), *self.image_shape), np.uint8) if cache else None
@@ -106,7 +106,7 @@ class Split:
     """A split: its queries, the gallery they rank, and the parts of it by name.
 
     A query whose reference or target is not at hand is not among the queries. Of its other
-    annotated targets those that are not at hand are left out; of its valid rows they are counted,
+    annotated targets those that are not at hand are left out; of its relevant rows they are counted,
     as rows beyond the gallery: no ranking finds them. `digest` is that of `data/digest.py`, "" if
     it is not known.
     """
@@ -226,8 +226,8 @@ def _make_queries(
         texts=[join_captions(each, captions) for each in all_captions],
         reference=rows[np.array([r["reference"] for r in kept], np.int32)],
         target=np.where(target < 0, -1, rows[target]).astype(np.int32),
-        targets=row_arrays("targets", known=True),
-        valid=row_arrays("valid", known=False),
+        known_positives=row_arrays("targets", known=True),
+        relevant=row_arrays("valid", known=False),
         kinds=words("kinds"),
         attributes=words("attributes"),
         pools=["".join(pools[:1]) for pools in words("pools")],
@@ -236,7 +236,7 @@ def _make_queries(
     )
 
 
-def photo_ids(split: Split, rows: Sequence[np.ndarray]) -> np.ndarray:
+def image_ids_of(split: Split, rows: Sequence[np.ndarray]) -> np.ndarray:
     """Image ids of ragged gallery rows, int32 `[n, longest]`, padded with -1.
 
     Rows beyond the gallery, of images that are not at hand, are left out. A row may be a copy of
@@ -245,16 +245,16 @@ def photo_ids(split: Split, rows: Sequence[np.ndarray]) -> np.ndarray:
     kept = [values[values < len(split.gallery)] for values in rows]
     ids = np.full((len(kept), max(map(len, kept), default=0)), -1, np.int32)
     for line, values in zip(ids, kept):
-        line[: len(values)] = split.gallery.photo[values]
+        line[: len(values)] = split.gallery.image_ids[values]
     return ids
 
 
-def known_positives(split: Split) -> np.ndarray:
+def known_positive_ids(split: Split) -> np.ndarray:
     """Image ids that are never negatives of a query: int32 `[n, P]`, the target's first."""
     return np.concatenate(
         [
-            split.gallery.photo[split.queries.target][:, None],
-            photo_ids(split, split.queries.targets),
+            split.gallery.image_ids[split.queries.target][:, None],
+            image_ids_of(split, split.queries.known_positives),
         ],
         axis=1,
     )

@@ -12,21 +12,21 @@ from PIL import Image, ImageDraw
 
 from dqe_jax.evaluation.drawing import GREY, clean, fit_image, font_of, rounded_mask, wrap
 
-TARGET, VALID, REFERENCE, OTHER = "target", "valid", "reference", ""
+TARGET, RELEVANT, REFERENCE, OTHER = "target", "relevant", "reference", ""
 
 _BACKGROUND = "#ffffff"
 _STRIPE = "#f6f8fa"
 _TEXT = "#1f2328"
 _MUTED = "#656d76"
 _MISSED = "#d1242f"
-_FRAMES = {TARGET: "#1a9c3e", VALID: "#56cfc0", REFERENCE: "#8c959f"}
+_FRAMES = {TARGET: "#1a9c3e", RELEVANT: "#56cfc0", REFERENCE: "#8c959f"}
 # Bars take these colours in turn, by the place of the attribute.
 _BARS = ("#4c78c8", "#d9822b", "#8a63c7", "#c2518a", "#7a8b2e", "#3b97a8")
 
 
 @dataclasses.dataclass(frozen=True)
 class SheetResult:
-    """One retrieved image, uint8 `[H, W, 3]`; `mark` is "target", "valid", "reference" or ""."""
+    """One retrieved image, uint8 `[H, W, 3]`; `mark` is "target", "relevant", "reference" or ""."""
 
     image: np.ndarray
     mark: str = OTHER
@@ -62,7 +62,7 @@ def sheet_row(
     reference: int,
     target: int,
     text: str,
-    valid: Sequence[int] = (),
+    relevant: Sequence[int] = (),
     weights: Mapping[str, float] | None = None,
     shown: int = 10,
 ) -> SheetRow:
@@ -74,19 +74,19 @@ def sheet_row(
         reference: gallery row of the reference.
         target: gallery row of the target; -1 if it is not known.
         text: the modification text.
-        valid: gallery rows that are in truth valid.
+        relevant: gallery rows that are truly relevant.
         weights: attribute weights by name.
         shown: how many results are drawn.
     """
     ranked = [int(row) for row in ranked if row >= 0]
-    also_valid = {int(row) for row in valid}
+    also_relevant = {int(row) for row in relevant}
 
     def mark(row: int) -> str:
         if row == target:
             return TARGET
         if row == reference:
             return REFERENCE
-        return VALID if row in also_valid else OTHER
+        return RELEVANT if row in also_relevant else OTHER
 
     return SheetRow(
         reference=image(reference),
@@ -109,8 +109,9 @@ def draw_contact_sheet(
 ) -> Image.Image:
     """Draws one row per query: reference, text with attribute weights, and its first results.
 
-    A frame tells what a result is: green the target, teal another valid target, grey the reference
-    itself. A target that is not among the shown results follows at the end in a dashed red frame.
+    A frame tells what a result is: green the target, teal another relevant target, grey the
+    reference itself. A target that is not among the shown results follows at the end in a
+    dashed red frame.
 
     Args:
         rows: the queries, drawn from top to bottom.
@@ -201,8 +202,8 @@ class _Sheet:
     def _legend(self, y: int, rows: Sequence[SheetRow], missed: bool) -> None:
         marks = {result.mark for row in rows for result in row.results[: self.columns]}
         entries = [(TARGET, "target")]
-        if VALID in marks:
-            entries.append((VALID, "also valid"))
+        if RELEVANT in marks:
+            entries.append((RELEVANT, "also relevant"))
         if REFERENCE in marks:
             entries.append((REFERENCE, "the reference itself"))
         swatch = round(18 * self.unit)

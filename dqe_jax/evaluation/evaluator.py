@@ -210,6 +210,6 @@ class RetrievalEvaluator:
         compared = {"reference_only": self._measure(rows, self._rank_subsets(alone, gallery))}
         if self.protocol.name == "plain":
             size = len(gallery.tokens)
-            counts = [min(len(queries.valid[i]), size) for i in self.labelled]
+            counts = [min(len(queries.relevant[i]), size) for i in self.labelled]
             compared = {"random": metrics.random_baseline(size, counts), **compared}
         return compared

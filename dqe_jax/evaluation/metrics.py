@@ -18,18 +18,18 @@ The keys of `summarize`:
 | key | mean of |
 | --- | --- |
 | `R@k` | the single target being among the first k |
-| `R_valid@k` | any valid target being among the first k |
-| `P@k`, `P@k_ceiling` | precision over valid targets, and its best value |
-| `mAP@k` | AP@k over valid targets |
+| `R_valid@k` | any relevant target being among the first k |
+| `P@k`, `P@k_ceiling` | precision over relevant targets, and its best value |
+| `mAP@k` | AP@k over relevant targets |
 | `top1_is_reference` | the first result being the query's own reference image |
 | `queries` | (the number of queries) |
-| `queries_with_valid` | (the number of queries whose valid targets are known) |
+| `queries_with_valid` | (the number of queries whose relevant targets are known) |
 
 and the same for each kind of query under keys such as `R@1/color`, and for each attribute that the
 texts change under keys such as `P@10/attribute:color`, both in sorted order. A query counts once in
-each of its kinds and attributes; one without any counts in the total only. Metrics over valid
-targets are means over the queries whose valid targets are known, and are left out where there are
-none. Queries without a target are left out everywhere, and their number is
+each of its kinds and attributes; one without any counts in the total only. Metrics over relevant
+targets are means over the queries whose relevant targets are known, and are left out where there
+are none. Queries without a target are left out everywhere, and their number is
 `queries_without_target`, if there are any.
 """
 
@@ -67,9 +67,9 @@ def precision_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
     return _hits(rows, targets, k)[0].sum(axis=1) / k
 
 
-def precision_ceiling(num_valid: Sequence[int] | np.ndarray, k: int) -> np.ndarray:
-    """The best P@k that a query with `num_valid[q]` relevant rows can reach, `[Q]`."""
-    return np.minimum(np.asarray(num_valid), k) / k
+def precision_ceiling(num_relevant: Sequence[int] | np.ndarray, k: int) -> np.ndarray:
+    """The best P@k that a query with `num_relevant[q]` relevant rows can reach, `[Q]`."""
+    return np.minimum(np.asarray(num_relevant), k) / k
 
 
 def average_precision_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def summarize(
     rows: np.ndarray,
     *,
     target: Sequence[int] | np.ndarray,
-    valid: Ragged | None,
+    relevant: Ragged | None,
     reference: Sequence[int] | np.ndarray,
     kinds: Sequence[Sequence[str]],
     attributes: Sequence[Sequence[str]] | None = None,
@@ -117,7 +117,7 @@ def summarize(
     Args:
         rows: int `[Q, K]`, see the module.
         target: int `[Q]`, the row that each query was made for, -1 if it has no label.
-        valid: ragged rows that are in truth valid; None or empty where truth is unknown.
+        relevant: ragged rows that are truly relevant; None or empty where truth is unknown.
         reference: int `[Q]`, the row of the reference image; -1 if it is not in the gallery.
         kinds: `Q` sequences of names.
         attributes: `Q` sequences of `name=value`; None for no metrics by attribute.
@@ -130,9 +130,9 @@ def summarize(
             has no metrics.
     """
     rows, target, reference = np.asarray(rows), np.asarray(target), np.asarray(reference)
-    valid = [()] * len(rows) if valid is None else valid
+    relevant = [()] * len(rows) if relevant is None else relevant
     attributes = [()] * len(rows) if attributes is None else attributes
-    _check_lengths(len(rows), target=target, valid=valid, reference=reference)
+    _check_lengths(len(rows), target=target, relevant=relevant, reference=reference)
     _check_lengths(len(rows), kinds=kinds, attributes=attributes)
     if any(isinstance(entry, str) for entry in (*kinds, *attributes)):
         raise ValueError("kinds and attributes hold a sequence of strings for each query")
@@ -141,13 +141,13 @@ def summarize(
         raise ValueError("there are no queries with a target to summarize")
     values = {f"R@{k}": recall_at_k(rows, target, k) for k in ks}
     values["top1_is_reference"] = (rows[:, 0] >= 0) & (rows[:, 0] == reference)
-    # Looking up valid rows is what takes time: once, for all metrics.
-    hits, num_valid = _hits(rows, valid, rows.shape[1])
-    over_valid = _over_valid(hits, num_valid, ks, precision_ks)
+    # Looking up relevant rows is what takes time: once, for all metrics.
+    hits, num_relevant = _hits(rows, relevant, rows.shape[1])
+    over_relevant = _over_relevant(hits, num_relevant, ks, precision_ks)
     summary: dict[str, float] = {}
     for suffix, members in _groups(kinds, attributes).items():
         members = members & labelled
-        means = _means(values, over_valid, members, members & (num_valid > 0))
+        means = _means(values, over_relevant, members, members & (num_relevant > 0))
         summary |= {name + suffix: mean for name, mean in means.items()}
     if not labelled.all():
         summary["queries_without_target"] = int((~labelled).sum())
@@ -160,18 +160,18 @@ def _check_lengths(count: int, **columns: Sized) -> None:
             raise ValueError(f"{name} has {len(values)} entries for {count} ranked lists")
 
 
-def _over_valid(
-    hits: np.ndarray, num_valid: np.ndarray, ks: Sequence[int], precision_ks: Sequence[int]
+def _over_relevant(
+    hits: np.ndarray, num_relevant: np.ndarray, ks: Sequence[int], precision_ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Metrics over valid rows of every query, `[Q]`, from hits `[Q, K]`; none without any."""
-    if not num_valid.any():
+    """Metrics over relevant rows of every query, `[Q]`, from hits `[Q, K]`; none without any."""
+    if not num_relevant.any():
         return {}
     values = {}
     for k in precision_ks:
         _check_cutoff(k, hits)
         values[f"P@{k}"] = hits[:, :k].sum(axis=1) / k
-        values[f"P@{k}_ceiling"] = precision_ceiling(num_valid, k)
-        values[f"mAP@{k}"] = _average_precision(hits[:, :k], num_valid)
+        values[f"P@{k}_ceiling"] = precision_ceiling(num_relevant, k)
+        values[f"mAP@{k}"] = _average_precision(hits[:, :k], num_relevant)
     return values | {f"R_valid@{k}": hits[:, :k].any(axis=1) for k in ks}
 
 
@@ -189,7 +189,7 @@ def _groups(
 
 def _means(
     values: Mapping[str, np.ndarray],
-    over_valid: Mapping[str, np.ndarray],
+    over_relevant: Mapping[str, np.ndarray],
     members: np.ndarray,
     known: np.ndarray,
 ) -> dict[str, float]:
@@ -197,15 +197,15 @@ def _means(
 
     Args:
         values: metrics of every query, `[Q]`.
-        over_valid: the same, over valid rows.
+        over_relevant: the same, over relevant rows.
         members: bool `[Q]`, the group's queries that have a target.
-        known: bool `[Q]`, those of them whose valid rows are known.
+        known: bool `[Q]`, those of them whose relevant rows are known.
     """
     if not members.any():
         return {}
     means: dict[str, float] = {name: float(value[members].mean()) for name, value in values.items()}
     if known.any():
-        means |= {name: float(value[known].mean()) for name, value in over_valid.items()}
+        means |= {name: float(value[known].mean()) for name, value in over_relevant.items()}
         means["queries_with_valid"] = int(known.sum())
     means["queries"] = int(members.sum())
     return means
@@ -228,43 +228,43 @@ def group_members(names: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
 
 def random_baseline(
     num_gallery: int,
-    num_valid: Sequence[int] | np.ndarray | None = None,
+    num_relevant: Sequence[int] | np.ndarray | None = None,
     *,
     ks: Sequence[int] = (1, 5, 10, 50),
     precision_ks: Sequence[int] = (10,),
 ) -> dict[str, float]:
     """What a uniformly random order of the gallery scores on average: exact expectations.
 
-    With `N` images of which `n` are valid, the rank of each is uniform, hence (hypergeometric)
+    With `N` images of which `n` are relevant, the rank of each is uniform, hence (hypergeometric)
 
         R@k       = min(k, N) / N
         R_valid@k = 1 - C(N - n, k) / C(N, k)
         P@k       = n / N
         AP@k      = sum_{i <= k} (1/i) (n/N) (1 + (i - 1) (n - 1) / (N - 1)) / min(n, k)
 
-    where AP@k takes P@i, given that rank i is valid, as that hit plus the expected ones before it.
-    Keys and the mean over queries are those of `summarize`.
+    where AP@k takes P@i, given that rank i is relevant, as that hit plus the expected ones
+    before it. Keys and the mean over queries are those of `summarize`.
 
     Args:
         num_gallery: `N`, the images that are ranked: one fewer if the reference is left out.
-        num_valid: int `[Q]`, the number of valid targets of each query; queries with none are left
-            out. None or none at all gives `R@k` only.
+        num_relevant: int `[Q]`, the number of relevant targets of each query; queries with none are
+            left out. None or none at all gives `R@k` only.
         ks: cut-offs of `R@k` and `R_valid@k`.
         precision_ks: cut-offs of `P@k` and `mAP@k`.
 
     Raises:
-        ValueError: if the gallery is empty or holds fewer images than a query has valid targets.
+        ValueError: if the gallery is empty or holds fewer images than a query has relevant targets.
     """
     N = int(num_gallery)
     if N < 1:
         raise ValueError("the gallery is empty")
     result = {f"R@{k}": min(k, N) / N for k in ks}
-    n: np.ndarray = np.asarray([] if num_valid is None else num_valid, np.float64).reshape(-1)
+    n: np.ndarray = np.asarray([] if num_relevant is None else num_relevant, np.float64).reshape(-1)
     n = n[n > 0]
     if not n.size:
         return result
     if n.max() > N:
-        raise ValueError(f"{int(n.max())} valid targets in a gallery of {N} images")
+        raise ValueError(f"{int(n.max())} relevant targets in a gallery of {N} images")
 
     for k in precision_ks:
         i = np.arange(1, min(k, N) + 1)[:, None]
@@ -298,7 +298,7 @@ def _hits(rows: np.ndarray, targets: Ragged, k: int) -> tuple[np.ndarray, np.nda
     if isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype != object:
         known = targets >= 0
         return (first == targets[:, None]) & known[:, None], known.astype(np.int64)
-    # Query by query: an array [Q, k, P] is large where a query has thousands of valid targets.
+    # Query by query: an array [Q, k, P] is large where a query has thousands of relevant targets.
     hits, counts = np.zeros(first.shape, bool), np.zeros(len(first), np.int64)
     for i, values in enumerate(targets):
         wanted = np.unique(np.asarray(values, np.int64))

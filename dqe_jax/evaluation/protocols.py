@@ -125,7 +125,7 @@ def plain_metrics(
     return metrics.summarize(
         rows,
         target=queries.target,
-        valid=queries.valid,
+        relevant=queries.relevant,
         reference=queries.reference,
         kinds=queries.kinds,
         attributes=queries.attributes,
@@ -236,10 +236,10 @@ def circo_metrics(
       ValueError: a query has no target or no ground truth, or a list repeats a row.
     """
     del subset_rows
-    if not all(np.any(np.asarray(valid) >= 0) for valid in queries.valid):
+    if not all(np.any(np.asarray(relevant) >= 0) for relevant in queries.relevant):
         raise ValueError("a query of CIRCO has no ground truth")
     precisions = {
-        f"mAP@{k}": metrics.average_precision_at_k(rows, queries.valid, k) for k in CIRCO_KS
+        f"mAP@{k}": metrics.average_precision_at_k(rows, queries.relevant, k) for k in CIRCO_KS
     }
     aspects = metrics.group_members(queries.kinds)
     values = precisions | _recalls(queries, rows, CIRCO_KS)

@@ -162,7 +162,7 @@ def draw(
             reference=int(queries.reference[i]),
             target=int(queries.target[i]),
             text=queries.texts[i],
-            valid=queries.valid[i],
+            relevant=queries.relevant[i],
             weights=weights,
         )
         sheet.append(row)

@@ -2,7 +2,7 @@
 
 Trains a config with the rule `trns` once for each lower quantile, with the config's floor
 (`delta > 0`: no candidate that beats the target) and without it. A low bound draws hard negatives,
-many of them in truth valid; a high one draws easy ones, hardly any of them valid. The same program
+many of them truly relevant; a high one draws easy ones, hardly any of them relevant. One program
 gives both curves, so that a user sees what a bound costs and what it brings.
 
 | in the workdir | |
@@ -43,7 +43,7 @@ _STYLES = {"floor": ("#000000", "o", "-"), "free": ("#cc79a7", "s", "--")}
 _SMALLEST = 0.001  # the axis of quantiles is linear below it, logarithmic above
 NOTE = (
     "Split {split}; seeds {seeds}; {steps:,} steps. A cell: mean ± standard deviation (n - 1) over "
-    "seeds. `false`: share of the drawn negatives that is in truth valid, `delta`: their mean "
+    "seeds. `false`: share of the drawn negatives that is truly relevant, `delta`: their mean "
     "delta, both over the logged steps that mined."
 )
 

@@ -41,7 +41,7 @@ class Batch:
       target_id: int32 `[R, Q]`, image ids.
       target_row: int32 `[R, Q]`, rows of the gallery.
       known_positives: int32 `[R, Q, P]`, image ids that are never negatives.
-      relevant: int32 `[R, Q, V]`, image ids that are in truth valid, for the log and for oracles.
+      relevant: int32 `[R, Q, V]`, image ids that are truly relevant, for the log and for oracles.
       mentions: float32 `[R, Q, K]`, 1 where the text mentions the attribute, else 0.
       query_mask: bool `[R, Q]`, false for padding: a reference with fewer than `Q` queries.
       mined: what was mined at the last refresh of the bank, if negatives are mined then.

@@ -198,7 +198,7 @@ def describe(
     Args:
       mined: of the queries.
       delta: `[B, n]` of the drawn candidates.
-      false: bool `[B, n]`, drawn ones that are in truth valid; None if truth is not known.
+      false: bool `[B, n]`, drawn ones that are truly relevant; None if truth is not known.
       rule: by which they were drawn.
     """
     number = mined.drawn.sum(1)

@@ -111,7 +111,7 @@ class Objective:
     Attributes:
       apply_fn: `model.apply`.
       rule: by which negatives are mined; None for InfoNCE alone.
-      oracle: of `trns.ORACLES`, which terms leave out what is in truth valid.
+      oracle: of `trns.ORACLES`, which terms leave out what is truly relevant.
       weights: of the terms, and the margin: `config.loss`.
       axis: the mapped axis.
     """

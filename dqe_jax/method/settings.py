@@ -32,7 +32,7 @@ class NegativesConfig:
     )
     oracle: str = field(
         "none",
-        "An oracle, for comparison on data that say which images are in truth valid: these are no "
+        "An oracle, for comparison on data that say which images are truly relevant: these are no "
         'negatives of the "mined" terms, or of "all" terms, InfoNCE included. "none" for real '
         "runs.",
         one_of(*ORACLES),

@@ -15,7 +15,7 @@ import tqdm
 from absl import logging
 
 from dqe_jax.config import RunConfig
-from dqe_jax.data.splits import Split, known_positives, photo_ids
+from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, encoders
 from dqe_jax.embedding.rows import RowEmbedder
@@ -120,7 +120,7 @@ class BankKeeper:
         gallery, total = self._split.gallery, len(self._devices)
         tokens = self._embed_gallery(params, step)
         image_id = np.full(total * self._size, -1, np.int32)
-        image_id[: len(gallery)] = gallery.photo
+        image_id[: len(gallery)] = gallery.image_ids
         own = mesh.own_devices(self._devices)
         self.bank = bank = Bank(tokens, self._place(image_id.reshape(total, self._size)[own]))
         if self._negatives.mining == "refresh":
@@ -212,9 +212,9 @@ def make_bank_keeper(
 ) -> BankKeeper:
     """The keeper of the bank of a split; `text` int32 `[n, L]` are its queries' texts."""
     encode_query, encode_gallery = encoders(model)
-    never = known_positives(split)
+    never = known_positive_ids(split)
     if config.negatives.oracle != "none":
-        never = np.concatenate([never, photo_ids(split, split.queries.valid)], axis=1)
+        never = np.concatenate([never, image_ids_of(split, split.queries.relevant)], axis=1)
     return BankKeeper(
         split=split,
         text=text,

@@ -76,7 +76,7 @@ def skip_unsound(inner: optax.GradientTransformation) -> optax.GradientTransform
         sound: jax.Array | bool = True,
         norm: jax.Array | None = None,
     ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
-        norm = optax.global_norm(grads) if norm is None else norm
+        norm = optax.tree.norm(grads) if norm is None else norm
         finite = jnp.isfinite(norm) & sound
         updates, inner_state = inner.update(grads, state.inner_state, params, norm=norm)
         return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates), optax.ApplyIfFiniteState(

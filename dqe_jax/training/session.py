@@ -155,10 +155,10 @@ def _open_batches(config: RunConfig, split: Split, text: np.ndarray) -> Batches:
 
 def _check_oracle(config: RunConfig, split: Split) -> None:
     """Raises a `UserError` if an oracle is asked for what the data do not say."""
-    if config.negatives.oracle != "none" and not any(map(len, split.queries.valid)):
+    if config.negatives.oracle != "none" and not any(map(len, split.queries.relevant)):
         raise UserError(
             f"config.negatives.oracle is {config.negatives.oracle!r}: {config.data.dataset} does "
-            "not say which images are in truth valid; take 'none'."
+            "not say which images are truly relevant; take 'none'."
         )
 
 

@@ -143,7 +143,7 @@ def make_train_step(
         grads = zero.scatter(grads) if shard_state else lax.psum(grads, mesh.AXIS)
         # A loss that is not finite may have finite gradients: they are no better.
         sound = jnp.isfinite(metrics["loss"])
-        norm = zero.global_norm(grads, training) if shard_state else optax.global_norm(grads)
+        norm = zero.global_norm(grads, training) if shard_state else optax.tree.norm(grads)
         held = zero.own(training) if shard_state else training
         updates, opt_state = tx.update(grads, state.opt_state, held, sound=sound, norm=norm)
         if shard_state:

@@ -18,7 +18,7 @@ The rules:
 
 -   Image ids are the integers in decimal, as submissions want them: "8". Files are named by twelve
     digits, see `stem`.
--   `targets` and `valid` are the ground truths, `target_img_id` first.
+-   `known_positives` and `relevant` are the ground truths, `target_img_id` first.
 -   The text is `relative_caption`; `shared_concept` is not part of the query.
 -   `kinds` are the semantic aspects.
 -   A record is malformed if a field is missing or of another type, or if an earlier one has its
@@ -94,7 +94,7 @@ def _named(
             query = query_of(index, record)
         except ValueError:  # it is counted when it is added
             continue
-        named.update(dict.fromkeys((query.reference, *query.targets)))
+        named.update(dict.fromkeys((query.reference, *query.known_positives)))
     return list(named)
 
 
@@ -106,8 +106,8 @@ def _query(index: int, record: object, *, labelled: bool) -> AnnotatedQuery:
         texts=(field(record, "relative_caption", str),),
         reference=str(field(record, "reference_img_id", int)),
         target=targets[0] if targets else "",
-        targets=targets,
-        valid=targets,
+        known_positives=targets,
+        relevant=targets,
         kinds=strings(record, "semantic_aspects") if labelled else (),
     )
 

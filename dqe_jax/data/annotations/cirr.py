@@ -20,7 +20,7 @@ The rules:
 -   `subset` holds `img_set.members`, the reference among them.
 -   A record is malformed if a field is missing or of another type, if a name is empty, if a weight
     is no number, or if an earlier record has its `pairid`.
--   Which images are valid in truth is not known: `target_soft` was judged for a few images only.
+-   Which images are truly relevant is not known: `target_soft` was judged for a few images only.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _query(index: int, record: object, *, known: Container[str], labelled: bool)
         texts=(field(record, "caption", str),),
         reference=reference,
         target=targets[0] if targets else "",
-        targets=targets,
+        known_positives=targets,
         subset=strings(field(record, "img_set", dict), "members"),
     )
 

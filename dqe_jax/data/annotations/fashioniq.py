@@ -17,7 +17,7 @@ The rules:
 -   Ids are strings; some are all digits.
 -   A record is malformed if a field is missing or of another type, if an id is empty, or if it has
     other than two captions.
--   Which images are valid in truth is not known: other images may show what the captions ask for.
+-   Which images are truly relevant is not known: others may show what the captions ask for.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _query(index: int, record: object, *, category: str, official: str) -> Annot
         texts=texts,
         reference=filled(record, "candidate"),
         target=target,
-        targets=(target,) if target else (),
+        known_positives=(target,) if target else (),
         pool=category,
         kinds=(category,),
     )

@@ -35,8 +35,8 @@ class AnnotatedQuery:
       texts: captions of the modification, as published, in their order.
       reference: the reference image.
       target: the target image; "" where the split has no labels.
-      targets: images annotated as targets, `target` first: what training may know.
-      valid: images that are in truth valid, `target` included; () where truth is unknown.
+      known_positives: images annotated as targets, `target` first: what training may know.
+      relevant: images that are truly relevant, `target` included; () where truth is unknown.
       pool: the gallery that it ranks, a key of `Annotations.pools`.
       subset: images of a small set that are ranked among themselves too (CIRR), or ().
       kinds: by which results are broken down.
@@ -47,8 +47,8 @@ class AnnotatedQuery:
     texts: tuple[str, ...]
     reference: str
     target: str = ""
-    targets: tuple[str, ...] = ()
-    valid: tuple[str, ...] = ()
+    known_positives: tuple[str, ...] = ()
+    relevant: tuple[str, ...] = ()
     pool: str = ""
     subset: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ class Collector:
           name: of its record, where it is left out; its id by default.
         """
         target = filter(None, [query.target])
-        named = (query.reference, *target, *query.targets, *query.valid, *query.subset)
+        named = (query.reference, *target, *query.known_positives, *query.relevant, *query.subset)
         if query.id in self._ids:
             self.drop(MALFORMED, name or query.id)
         elif not self._known[query.pool].issuperset(named):
@@ -173,10 +173,13 @@ class Collector:
         """
         shared: dict[_Question, dict[str, None]] = collections.defaultdict(dict)
         for query in self.queries:
-            shared[_question(query)].update(dict.fromkeys(query.targets))
+            shared[_question(query)].update(dict.fromkeys(query.known_positives))
         queries = [
             dataclasses.replace(
-                query, targets=tuple(dict.fromkeys((*query.targets, *shared[_question(query)])))
+                query,
+                known_positives=tuple(
+                    dict.fromkeys((*query.known_positives, *shared[_question(query)]))
+                ),
             )
             for query in self.queries
         ]

@@ -33,7 +33,7 @@ The rules:
 -   **Splits.** `train`, `val` or `validation`, `test`. If no record states one, a hash of the
     reference's path (SHA-256) assigns 80 % of the references to train, 10 % to validation, 10 % to
     test, so that the queries of one reference stay together. If some do, the others are malformed.
--   **Targets.** Several targets are all that are valid. With one, what else is valid is unknown. In
+-   **Targets.** Several targets are all that are relevant. With one, what else is, is unknown. In
     test it may be missing, then the query has no labels.
 -   **Ids.** The number of the (first) line by default.
 -   **Text.** Kept as it is, also if it is empty.
@@ -283,8 +283,8 @@ def _query(
         texts=texts,
         reference=reference,
         target=targets[0] if targets else "",
-        targets=targets,
-        valid=targets if len(targets) > 1 else (),
+        known_positives=targets,
+        relevant=targets if len(targets) > 1 else (),
         kinds=(kind,) if kind else (),
         attributes=_attributes(record),
     )

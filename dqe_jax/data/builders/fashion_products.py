@@ -2,7 +2,7 @@
 
 Each product has one photo and a row of attributes. A query takes a product as the reference, and
 asks for its gender, article type, colour, season and usage with one or two of them changed. Because
-every product of the gallery has its attributes, all valid targets of a query are known, not only
+every product of the gallery has its attributes, all relevant targets of a query are known, not only
 one.
 
 The raw directory holds `styles.csv` and either `images.tar` (members `images/<id>.jpg`; preferred
@@ -20,7 +20,7 @@ if both are there) or a folder `images/` of `<id>.jpg`. The rules:
     gallery is all of its products, in the order of `styles.csv`.
 -   **Ambiguous photos.** A photo that occurs with different attributes is neither a reference nor a
     target, since its text could contradict what is seen. Its rows stay in the gallery, and among
-    the `valid` rows of the attributes that they state.
+    the `relevant` rows of the attributes that they state.
 -   **Queries.** At most 8 a reference in train and 2 in validation and test, with distinct
     attributes asked for. The kind of change is chosen before the values, so that frequent kinds do
     not dominate; at most about a third change two attributes. Within a kind, attributes are asked
@@ -28,9 +28,10 @@ if both are there) or a folder `images/` of `<id>.jpg`. The rules:
 -   **Rare values.** A query of validation or test is dropped if a value that it asks for is asked
     for by no query of train.
 
-With coarse relevance only the article type and the colour decide which products are valid: of the
-other attributes all products have one value, which no text asks for. Many products are then valid
-for a query, and its target is a random one of them. Gallery records state all attributes even so.
+With coarse relevance only the article type and the colour decide which products are relevant. Of
+the other attributes all products have one value, which no text asks for. Many products are then
+relevant for a query, and its target is a random one of them.
+Gallery records state all attributes even so.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from dqe_jax.utils.files import JsonObject, is_regular
 
 # Columns that gallery records state besides, where the file has them.
 EXTRA_COLUMNS = ("masterCategory", "subCategory", "year")
-# Attributes by which a product is valid; the others have ANY for a value.
+# Attributes by which a product is relevant; the others have ANY for a value.
 RELEVANCE = {"fine": ATTRIBUTES, "coarse": ("baseColour", "articleType")}
 ANY = "any"
 QUERIES_PER_REFERENCE = {"train": 8, "validation": 2, "test": 2}
@@ -207,7 +208,7 @@ def _place_products(
     Args:
         styles: The table.
         decoded: The photo of each row.
-        relevant: Attributes by which a product is valid.
+        relevant: Attributes by which a product is relevant.
         images: Takes the images of the products.
     """
     galleries: dict[str, list[Product]] = {split: [] for split in examples.SPLITS}

@@ -33,7 +33,7 @@ class Product:
 
     Attributes:
         id: Its id.
-        values: What decides for which queries it is valid.
+        values: What decides for which queries it is relevant.
         photo: Row of the first product with an identical photo.
         attributes: All that is known of it, as `name=value`.
         image: Index in the file of images.
@@ -103,8 +103,8 @@ def make_queries(
                 texts=[draft.text],
                 reference=draft.reference,
                 target=draft.target,
-                targets=[draft.target, *others],
-                valid=rows[draft.values],
+                known_positives=[draft.target, *others],
+                relevant=rows[draft.values],
                 kinds=(one if len(draft.changed) == 1 else TWO_CHANGES,),
                 attributes=[f"{name}={value}" for name, value in draft.asked],
             )
@@ -244,7 +244,7 @@ def summary(
     products: Sequence[Product], queries: Sequence[examples.Query], dropped: int
 ) -> JsonObject:
     """Counts of a split, for the metadata."""
-    valid = [len(query.valid) for query in queries] or [0]
+    relevant = [len(query.relevant) for query in queries] or [0]
     kinds = collections.Counter(kind for query in queries for kind in query.kinds)
     return {
         "products": len(products),
@@ -254,7 +254,7 @@ def summary(
         "queries": len(queries),
         "references": len({query.reference for query in queries}),
         "kinds": dict(sorted(kinds.items())),
-        "median_valid": float(statistics.median(valid)),
-        "mean_valid": round(statistics.fmean(valid), 3),
+        "median_valid": float(statistics.median(relevant)),
+        "mean_valid": round(statistics.fmean(relevant), 3),
         "dropped_rare_values": dropped,
     }

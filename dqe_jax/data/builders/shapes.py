@@ -6,12 +6,12 @@ objects, leaves things open ("add a red circle": any free cell, either size) and
 Everything follows from a fixed seed: no download, the same records on every machine.
 
 Every reference comes with several edits, most of them in pairs that differ in one value only, so
-that galleries are full of near misses; those of validation and test hold further ones. `valid`
+that galleries are full of near misses; those of validation and test hold further ones. `relevant`
 lists *all* gallery scenes that satisfy a query. Scenes of different splits are disjoint.
 
-In `coarse` it does not matter where things lie and how large they are: a scene is valid if its
+In `coarse` it does not matter where things lie and how large they are: a scene is relevant if its
 **content**, the colours and shapes of its objects, is what the text asks for. Galleries hold every
-content in many arrangements, all valid for a query; its target is a random one of them. Contents
+content in many arrangements, all relevant for a query; its target is a random one of them. Contents
 come in families, in which each has others that differ in one thing. A scene has no two objects
 alike, and texts say nothing of places and sizes. Contents of different splits are disjoint.
 """
@@ -86,7 +86,7 @@ def _gallery_items(name: str, split: DrawnSplit, renderer: Renderer) -> Iterator
 
 def _queries(name: str, split: DrawnSplit, *, coarse: bool) -> Iterator[Query]:
     def asked(scene: Scene) -> Hashable:
-        """What a scene must agree in to be valid."""
+        """What a scene must agree in to be relevant."""
         return content_of(scene) if coarse else scene
 
     rows: dict[Hashable, list[int]] = defaultdict(list)
@@ -98,8 +98,10 @@ def _queries(name: str, split: DrawnSplit, *, coarse: bool) -> Iterator[Query]:
             texts=[edit.text],
             reference=reference,
             target=target,
-            targets=[target],
-            valid=sorted({row for result in edit.results for row in rows.get(asked(result), ())}),
+            known_positives=[target],
+            relevant=sorted(
+                {row for result in edit.results for row in rows.get(asked(result), ())}
+            ),
             kinds=(edit.kind,),
             attributes=edit.attributes,
         )

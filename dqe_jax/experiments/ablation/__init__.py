@@ -7,10 +7,10 @@
 | `trns` | no | TRNS |
 | `full` | yes | TRNS |
 | `qure`, `hardest`, `random` | as the config says | by that rule |
-| `in_batch-oracle` | as the config says | none, and nothing valid is a negative of InfoNCE |
-| `trns-oracle`, `hardest-oracle` | as the config says | by that rule, of what is not valid |
+| `in_batch-oracle` | as the config says | none, and nothing relevant is a negative of InfoNCE |
+| `trns-oracle`, `hardest-oracle` | as the config says | by that rule, of what is not relevant |
 
-All else is as the config says. Oracles know which images are in truth valid (`negatives.oracle`):
+All else is as the config says. Oracles know which images are truly relevant (`negatives.oracle`):
 they show what a rule that told them apart without fail would gain. They are left out where the
 truth is not known.
 

@@ -1,1 +1,1 @@
-"""The audit of negatives: how many of what a rule draws are in truth valid, and why."""
+"""The audit of negatives: how many of what a rule draws are truly relevant, and why."""

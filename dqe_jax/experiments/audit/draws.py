@@ -81,10 +81,10 @@ def audit(
     measure = _Measure(negatives, rules, lowers, jax.random.key(seed))
     target = split.queries.target[rows]
     for here, scores in _scores(query, bank, devices):
-        photo = np.asarray(bank.image_id).reshape(-1)
+        image_ids = np.asarray(bank.image_id).reshape(-1)
         delta = scores[np.arange(len(scores)), target[here]][:, None] - scores
-        part = Truth(truth.known[here], truth.valid[here], truth.near[here])
-        measure.add(delta, *candidates.classify(part, photo), rows[here].astype(np.int32))
+        part = Truth(truth.known[here], truth.relevant[here], truth.near[here])
+        measure.add(delta, *candidates.classify(part, image_ids), rows[here].astype(np.int32))
     return measure.facts()
 
 
@@ -169,7 +169,7 @@ class _Measure:
           forbidden: bool `[b, N]`.
           row_ids: int32 `[b]`, positions of the queries in the split.
         """
-        allowed, valid = ~forbidden, classes == CLASSES.index("valid")
+        allowed, relevant = ~forbidden, classes == CLASSES.index("relevant")
         self._counts += statistics.count_deltas(delta[allowed], classes[allowed], len(CLASSES))
         self._size = max(self._size, len(delta))
         padded = [mesh.pad_rows(x, self._size) for x in (delta, forbidden, row_ids)]
@@ -183,17 +183,17 @@ class _Measure:
         easy_above = np.asarray(by_trns.upper)
         bounds = {"lower": by_trns.lower, "upper": by_trns.upper, "zone": by_trns.zone}
         self._keep("bounds", {name: np.asarray(x, np.float64) for name, x in bounds.items()})
-        self._keep("oracle", statistics.of_candidates(delta, allowed, valid, easy_above))
+        self._keep("oracle", statistics.of_candidates(delta, allowed, relevant, easy_above))
         for rule, draw in self._draws.items():
             mined = by_trns if rule == "trns" else call(draw)
-            found = _figures(mined, delta, valid, easy_above)
+            found = _figures(mined, delta, relevant, easy_above)
             if rule not in ("trns", "qure"):  # the bounds that come with it are not its own
                 del found["zone"], found["fallback"]
             self._keep(rule, found)
         for setting in self._settings:
             mined = call(self._sweep, *np.asarray(setting, np.float32))
-            cut = statistics.of_cut(delta, allowed, valid, np.asarray(mined.lower))
-            self._keep(setting, cut | _figures(mined, delta, valid, easy_above))
+            cut = statistics.of_cut(delta, allowed, relevant, np.asarray(mined.lower))
+            self._keep(setting, cut | _figures(mined, delta, relevant, easy_above))
 
     def _keep(self, name: _Name, columns: dict[str, np.ndarray]) -> None:
         self._columns.setdefault(name, []).append(columns)
@@ -229,13 +229,13 @@ class _Measure:
 
 
 def _figures(
-    mined: Mined, delta: np.ndarray, valid: np.ndarray, easy_above: np.ndarray
+    mined: Mined, delta: np.ndarray, relevant: np.ndarray, easy_above: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Figures of what was drawn from all candidates `[b, N]`."""
     rows, drawn, lower, upper, zone = (
         np.asarray(x) for x in (mined.rows, mined.drawn, mined.lower, mined.upper, mined.zone)
     )
-    near, false = (np.take_along_axis(x, rows, axis=1) for x in (delta, valid))
+    near, false = (np.take_along_axis(x, rows, axis=1) for x in (delta, relevant))
     return statistics.of_candidates(near, drawn, false, easy_above) | statistics.of_zone(
         near, drawn, lower, upper, zone
     )

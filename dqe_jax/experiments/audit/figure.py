@@ -1,4 +1,4 @@
-"""The picture of an audit: where valid candidates lie, and what a lower bound trades."""
+"""The picture of an audit: where relevant candidates lie, and what a lower bound trades."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from dqe_jax.utils.files import JsonObject
 
 # Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well.
-_VALID, _NEAR, _UNRELATED, _ZONE = "#d55e00", "#0072b2", "#8c8c8c", "#009e73"
+_RELEVANT, _NEAR, _UNRELATED, _ZONE = "#d55e00", "#0072b2", "#8c8c8c", "#009e73"
 _FLOORS = (("#000000", "o"), ("#cc79a7", "s"))
 _CLASSES = {
-    "valid": (_VALID, "-", "in truth valid"),
+    "relevant": (_RELEVANT, "-", "truly relevant"),
     "near_miss": (_NEAR, "--", "near miss"),
     "unrelated": (_UNRELATED, "-", "unrelated"),
 }
 _NEAR_MISS = (
-    "Near miss: not valid, but the reference image itself or the target of another text on the "
+    "Near miss: not relevant, but the reference image itself or the target of another text on the "
     "same reference."
 )
 _INCHES, _DPI = 9.0, 200

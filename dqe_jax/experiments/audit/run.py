@@ -1,4 +1,4 @@
-"""Audits the negatives of a checkpoint: what share of what each rule mines is in truth valid.
+"""Audits the negatives of a checkpoint: what share of what each rule mines is truly relevant.
 
 Writes `audit-<split>-<step>.json` and a picture, `.png`, and logs two tables: the rules, and the
 rule `trns` against its lower bound. The figures are those of `statistics.py`.
@@ -57,7 +57,7 @@ def audit_checkpoint(
 
     Raises:
       UserError: the config, the data, the checkpoint or a file cannot be used, or the data do not
-        say which images are in truth valid.
+        say which images are truly relevant.
     """
     config = RunConfig.of(config)
     for rule in rules:
@@ -141,7 +141,7 @@ def _log(facts: JsonObject, of: int, path: epath.Path) -> None:
         logging.info("trns by its lower bound:\n%s", statistics.sweep_table(facts))
     if not facts["oracle"]["false"]:
         logging.warning(
-            "No candidate is in truth valid beside the known positives of %s: no rule can draw a "
+            "No candidate is truly relevant beside the known positives of %s: no rule can draw a "
             "false negative here.",
             facts["split"],
         )

@@ -2,7 +2,7 @@
 
 | figure of a rule | |
 | --- | --- |
-| `false` | share of the drawn that is in truth valid; `false_se`: standard error over queries |
+| `false` | share of the drawn that is truly relevant; `false_se`: standard error over queries |
 | `easy` | share of the drawn above the upper bound that the config gives the rule `trns` |
 | `beats` | share of the drawn that scores at least as high as the target: `delta <= 0` |
 | `delta` | mean `delta` of the drawn |
@@ -17,7 +17,7 @@ Each is the mean over queries. A setting of the sweep also has
 | `quantile`, `floor` | the lower bound: this quantile of the deltas, at least the floor |
 | `rank` | the quantile as a rank among the allowed candidates |
 | `cut` | allowed candidates that the lower bound cuts off, with the floor |
-| `valid_cut` | share of the valid ones that it cuts off |
+| `valid_cut` | share of the relevant ones that it cuts off |
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def mean(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
 
 
 def of_candidates(
-    delta: np.ndarray, counted: np.ndarray, valid: np.ndarray, easy_above: np.ndarray
+    delta: np.ndarray, counted: np.ndarray, relevant: np.ndarray, easy_above: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Figures of each query's candidates, `[B]` each; see the module's table.
 
     Args:
       delta: `[B, n]`.
       counted: bool `[B, n]`, the candidates that count: the drawn ones, or all allowed ones.
-      valid: bool `[B, n]`, in truth valid.
+      relevant: bool `[B, n]`, truly relevant.
       easy_above: `[B]`, the `delta` above which a candidate is easy.
     """
     return {
-        "false": share(valid, counted),
+        "false": share(relevant, counted),
         "easy": share(delta > easy_above[:, None], counted),
         "beats": share(delta <= 0, counted),
         "delta": mean(delta, counted),
@@ -82,18 +82,18 @@ def of_zone(
 
 
 def of_cut(
-    delta: np.ndarray, allowed: np.ndarray, valid: np.ndarray, lower: np.ndarray
+    delta: np.ndarray, allowed: np.ndarray, relevant: np.ndarray, lower: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What a lower bound cuts off: `cut` and `valid_cut`, `[B]` each.
 
     Args:
       delta: `[B, N]` of all candidates.
       allowed: bool `[B, N]`.
-      valid: bool `[B, N]`.
+      relevant: bool `[B, N]`.
       lower: `[B]`.
     """
     cut = allowed & (delta <= lower[:, None])
-    return {"cut": cut.sum(1).astype(np.float64), "valid_cut": share(cut, allowed & valid)}
+    return {"cut": cut.sum(1).astype(np.float64), "valid_cut": share(cut, allowed & relevant)}
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -191,7 +191,7 @@ def sweep_table(facts: JsonObject) -> str:
     """
     lines: list[tuple[str, ...]] = [
         (
-            *("lower", "rank", "floor", "cut", "valid cut"),
+            *("lower", "rank", "floor", "cut", "relevant cut"),
             *("false", "+-", "easy", "beats", "delta", "zone", "fallback", "drawn"),
         )
     ]
