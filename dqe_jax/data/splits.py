@@ -106,7 +106,7 @@ class Split:
     """A split: its queries, the gallery they rank, and the parts of it by name.
 
     A query whose reference or target is not at hand is not among the queries. Of its other
-    annotated targets those that are not at hand are left out; of its relevant rows they are counted,
+    annotated targets those that are not at hand are left out; of its relevant ones they are counted
     as rows beyond the gallery: no ranking finds them. `digest` is that of `data/digest.py`, "" if
     it is not known.
     """
