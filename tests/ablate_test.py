@@ -243,9 +243,10 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("ablate")
-    with compiled_once(directory / "compiled"):
+    prepared(directory)
+    with compiled_once():
         yield directory
 
 

@@ -36,7 +36,7 @@ from dqe_jax.utils.errors import UserError
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with compiled_once(tmp_path_factory.mktemp("compiled")):
+    with compiled_once():
         yield
 
 
@@ -374,9 +374,10 @@ def test_the_picture(change):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, prepared):
     """A trained run: (directory, workdir)."""
     base = tmp_path_factory.mktemp("audit")
+    prepared(base)
     changes = {"total_steps": 4, "checkpoint_every": 2, "eval_every": 4, "eval.split": "validation"}
     loop.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
     return base, base / "run"

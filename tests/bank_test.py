@@ -36,9 +36,10 @@ BANK = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     base = tmp_path_factory.mktemp("bank")
-    with compiled_once(base / "compiled"):
+    prepared(base)
+    with compiled_once():
         yield base
 
 
@@ -99,8 +100,8 @@ def test_an_interrupted_run_goes_on_exactly(base, mining):
 
 @pytest.mark.parametrize("warmup", ["random", "rule"])
 def test_warm_up(base, warmup):
-    config = config_of(base, total_steps=2, **{"negatives.warmup": warmup})
-    loop.train_and_evaluate(config, base / f"warm-{warmup}")
+    config = config_of(base, **{"negatives.warmup": warmup})
+    loop.train_and_evaluate(config, base / f"warm-{warmup}", stop_at=1)
     line = lines_of(base / f"warm-{warmup}")[1]
     assert "loss/preference" in line
     assert ("negatives/fallback" in line) == (warmup == "rule")
@@ -118,12 +119,9 @@ def test_infonce_has_no_warm_up():
 
 
 def test_both_sides_of_a_refresh_are_logged(base):
-    changes = {"log_every": 100, "total_steps": 10, "eval_every": 10, "checkpoint_every": 4}
-    config = config_of(
-        base, **changes | {"negatives.first_refresh": 4, "negatives.refresh_every": 4}
-    )
-    loop.train_and_evaluate(config, base / "sides")
-    assert sorted(lines_of(base / "sides")) == [4, 5, 8, 9, 10]
+    refreshes = {"negatives.first_refresh": 1, "negatives.refresh_every": 3}
+    loop.train_and_evaluate(config_of(base, log_every=100, **refreshes), base / "sides")
+    assert sorted(lines_of(base / "sides")) == [1, 2, 4, 5, 6]
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def base(tmp_path_factory):
         )
         preparation.prepare(builder)
         assert preparation.write_report(builder, preparation.report(builder), None) == []
-    with compiled_once(base / "compiled"):
+    with compiled_once():
         yield base
 
 

@@ -94,7 +94,7 @@ def finished(tmp_path_factory):
             "eval.sheet_queries": 1,
         },
     )
-    with compiled_once(base / "compiled"):
+    with compiled_once():
         points = bound_curve.run_curve(config, base / "runs", lowers=(0.0,), seeds=1)
     return config, base / "runs", points
 

@@ -1,4 +1,4 @@
-"""Runs the tests on eight CPU devices unless XLA_FLAGS already says how many."""
+"""Runs the tests on eight CPU devices unless XLA_FLAGS already says how many; compiles quickly."""
 
 import os
 
@@ -8,6 +8,7 @@ _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 import gc  # noqa: E402
+import shutil  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -16,6 +17,39 @@ from dqe_jax.testing.shapes import check_shapes  # noqa: E402
 
 # Shapes and dtypes of these rooms' functions are checked at every call.
 check_shapes("dqe_jax.method", "dqe_jax.models", "dqe_jax.embedding")
+
+from dqe_jax.data import datasets  # noqa: E402
+from dqe_jax.testing.small_runs import quick_settings, run_config  # noqa: E402
+
+for name, value in quick_settings().items():
+    jax.config.update(name, value)
+
+
+# Files that take longest, which start first: then no process is left alone with one of them.
+LONG = (
+    *("multi_process", "plan", "guards", "pretrained_run", "bank", "train_step", "models", "colab"),
+    *("parity", "ablate", "fault", "prepare", "zero", "parallel", "audit", "benchmark", "mining"),
+    *("benchmark_runs", "bound_curve", "fashion_products", "train", "damaged", "evaluate"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"{name}_test" for name in LONG]
+    place = {name: at for at, name in enumerate(names)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A function of a directory: gives it a copy, `prepared/`, of what `shapes:smoke` is read from.
+
+    All processes of the tests prepare it once, together.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    datasets.open_dataset(run_config(shared / "prepared").data)
+    return lambda directory: shutil.copytree(shared / "prepared", directory / "prepared")
 
 
 @pytest.fixture(autouse=True, scope="module")

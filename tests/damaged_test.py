@@ -19,9 +19,10 @@ from dqe_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("damaged")
-    with compiled_once(directory / "compiled"):
+    prepared(directory)
+    with compiled_once():
         yield directory
 
 

@@ -22,9 +22,10 @@ SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("digest")
-    with compiled_once(directory / "compiled"):
+    prepared(directory)
+    with compiled_once():
         yield directory
 
 

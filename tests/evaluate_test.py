@@ -17,7 +17,7 @@ from dqe_jax.data.examples import gallery_split
 from dqe_jax.evaluation import report
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import evaluate_checkpoint
-from dqe_jax.testing.small_runs import compiled_once, run_config, small_config
+from dqe_jax.testing.small_runs import compiled_once, compiles_quickly, run_config, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils import files
 from dqe_jax.utils.errors import UserError
@@ -32,11 +32,12 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, prepared):
     """A trained run: (directory, workdir, final metrics)."""
     base = tmp_path_factory.mktemp("evaluate")
+    prepared(base)
     changes = {"total_steps": 4, "checkpoint_every": 2, "eval_every": 2}
-    with compiled_once(base / "compiled"):
+    with compiled_once():
         metrics = loop.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
         yield base, base / "run", metrics
 
@@ -45,14 +46,8 @@ def run_binary(base, *arguments):
     """The binary in a process of its own."""
     command = [sys.executable, "-m", "dqe_jax.evaluate", *FLAGS, *arguments]
     command.append(f"--config.data.prepared_dir={base / 'prepared'}")
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(base / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, timeout=300
-    )
+    env = os.environ | compiles_quickly()
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 def evaluate(base, *arguments):

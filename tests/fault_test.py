@@ -19,6 +19,7 @@ import pytest
 from etils import epath
 
 from dqe_jax.checkpoints import store
+from dqe_jax.testing.small_runs import compiles_quickly
 
 ROOT = Path(__file__).resolve().parents[1]
 END = 40  # steps before the end in which nothing is killed
@@ -59,10 +60,8 @@ class Runs:
                 env={
                     **os.environ,
                     "JAX_PLATFORMS": "cpu",
-                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                    "JAX_COMPILATION_CACHE_DIR": str(self.base / "compiled"),
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-                    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                    # Of its own: a kill may leave half a program.
+                    **compiles_quickly(self.base / "compiled"),
                 },
                 stdout=log,
                 stderr=log,

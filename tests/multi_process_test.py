@@ -19,7 +19,7 @@ from etils import epath
 
 from dqe_jax.checkpoints import store
 from dqe_jax.distributed import processes
-from dqe_jax.testing.small_runs import assert_params_agree
+from dqe_jax.testing.small_runs import assert_params_agree, compiles_quickly
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,11 +53,7 @@ def command(base, workdir, *flags, **fields):
 
 def environment(devices, base, num_processes, **variables):
     # Programs of several processes are compiled anew: read from a cache they may wait for ever.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(base / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    cache = compiles_quickly(base / "compiled")
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -118,8 +114,10 @@ def finish(started, status=0):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tmp_path_factory.mktemp("processes")
+def base(tmp_path_factory, prepared):
+    base = tmp_path_factory.mktemp("processes")
+    prepared(base)
+    return base
 
 
 @pytest.fixture(scope="module")

@@ -51,10 +51,11 @@ FIELDS = {
 }
 
 
-def test_runs_agree_on_any_number_of_devices(tmp_path):
+def test_runs_agree_on_any_number_of_devices(tmp_path, prepared):
     """At a learning rate at which biases of keys are some 2e-4 apart, and nothing else is."""
+    prepared(tmp_path)
     params = []
-    with compiled_once(tmp_path / "compiled"):
+    with compiled_once():
         for count in (1, 8):
             workdir = tmp_path / f"run-{count}"
             config = small_config(tmp_path / "prepared", num_devices=count, **FIELDS)

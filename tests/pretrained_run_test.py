@@ -58,13 +58,14 @@ def write_tokenizer_config(directory, name, **fields):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     """Prepared data, and a Hugging Face directory of each backbone with a tokenizer."""
     directory = tmp_path_factory.mktemp("pretrained")
+    prepared(directory)
     for name, write in (("clip", write_clip_tokenizer), ("blip2", write_bert_tokenizer)):
         shutil.copytree(GOLDEN / name, directory / name)
         write(directory / name)
-    with compiled_once(directory / "compiled"):
+    with compiled_once():
         yield directory
 
 
@@ -269,7 +270,6 @@ def test_errors_before_training(base, tmp_path, monkeypatch, name, changes, word
         key: value.format(base=base) if isinstance(value, str) else value
         for key, value in changes.items()
     }
-    (base / "prepared").mkdir(exist_ok=True)
     with pytest.raises(UserError) as error:
         loop.train_and_evaluate(config_of(base, name, **filled), tmp_path)
     message = str(error.value)

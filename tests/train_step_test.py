@@ -452,3 +452,17 @@ def test_bfloat16_step_is_finite_and_near_float32():
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
         values[dtype] = float(loss)
     assert values["bfloat16"] == pytest.approx(values["float32"], rel=0.05)
+
+
+def test_one_batch_is_learnt_by_heart():
+    tx = optax.adam(3e-3)
+    step, devices = make_step(make_config("trns"), tx, 1)
+    state = start_state(tx, devices, start())
+    batch, stop = mesh.shard(make_batch(0), 1), np.zeros((1, 1), np.int32)
+    losses = []
+    for _ in range(60):
+        output = step(state, batch, stop)
+        state = output.state
+        losses.append(float(output.metrics["loss/in_batch"]))
+    assert losses[0] > 2
+    assert losses[-1] < 0.1

@@ -20,9 +20,10 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("train")
-    with compiled_once(directory / "compiled"):
+    prepared(directory)
+    with compiled_once():
         yield directory
 
 
@@ -133,8 +134,12 @@ def test_a_finished_run_is_only_evaluated(base, resumed, monkeypatch):
     assert lines_of(workdir) == before  # and not a second line of the same step
 
 
+@pytest.mark.slow  # `train_step_test.py` learns one batch by heart
 def test_it_learns(base, monkeypatch):
-    """600 scenes, 160 steps: random is R@1 .004, the untrained model 0 (it finds the reference)."""
+    """600 scenes, 160 steps: random is R@1 0.004, the untrained model 0 (it finds the reference).
+
+    Rounding alone, grown by the learning rate, moves R@1 between 0.14 and 0.20.
+    """
     variant = shapes_builder.ShapesConfig(name="learn", description="", references=(600, 24, 8))
 
     def builder(data, prepared_dir):

@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("watch")
-    with compiled_once(directory / "compiled"):
+    prepared(directory)
+    with compiled_once():
         yield directory
 
 

@@ -21,9 +21,10 @@ SHAPES |= {"even": (64, 128), "long": (9000,), "deep": (3, 4, 5, 200)}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, prepared):
     base = tmp_path_factory.mktemp("zero")
-    with compiled_once(base / "compiled"):
+    prepared(base)
+    with compiled_once():
         yield base
 
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import os
-from collections.abc import Iterator
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -15,6 +21,10 @@ from ml_collections import ConfigDict
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.config import RunConfig
 from dqe_jax.method.arrays import Params
+from dqe_jax.models.dqe import DQE
+from dqe_jax.training import session
+from dqe_jax.training.state import Optimizer
+from dqe_jax.training.step import Step
 
 # Pixels a side of the images of `small_benchmark_config`.
 BENCHMARK_SIZE = 16
@@ -61,25 +71,84 @@ def small_benchmark_config(
     return config
 
 
-@contextlib.contextmanager
-def compiled_once(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Compiles quickly, and lets runs of one shape share their programs through `directory`."""
-    settings = {
+def cache_directory() -> Path:
+    """Where tests keep compiled programs: one directory for this jax and this processor.
+
+    `DQE_TEST_CACHE` names another place than the user's cache. It may be removed at any time.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"flags.*", cpuinfo.read_text()) if cpuinfo.exists() else None
+    machine = f"{platform.machine()} {flags and flags[0]}"
+    key = f"{jax.__version__}-{hashlib.sha256(machine.encode()).hexdigest()[:12]}"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DQE_TEST_CACHE") or Path(home, "dqe_jax", "tests")) / key
+
+
+def compiles_quickly(directory: str | os.PathLike[str] | None = None) -> dict[str, str]:
+    """Environment in which a process compiles quickly, once: what `compiled_once` sets here.
+
+    Args:
+      directory: of compiled programs; None takes `cache_directory()`.
+    """
+    return {
+        name.upper(): str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in quick_settings(directory).items()
+    }
+
+
+def quick_settings(
+    directory: str | os.PathLike[str] | None = None,
+) -> dict[str, str | float | bool]:
+    """What jax is told to compile quickly, once, see `compiles_quickly`."""
+    return {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(directory),
+        "jax_compilation_cache_dir": str(directory or cache_directory()),
+        # With a limit jax locks the directory, which several processes use.
+        "jax_compilation_cache_max_size": 2**30,
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Compiles quickly; runs share their programs, in this process and with others."""
+    settings = quick_settings()
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
-        yield
+        with mock.patch.object(session, "make_step", _remembered(session.make_step)):
+            yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def _remembered(make_step: Callable[..., Step]) -> Callable[..., Step]:
+    """`make_step`, which gives an earlier run's step again if nothing that it needs differs."""
+    steps: dict[str, Step] = {}
+
+    def remembered(
+        config: RunConfig,
+        model: DQE,
+        made: Optimizer,
+        devices: Sequence[jax.Device],
+        *,
+        bank: bool = False,
+    ) -> Step:
+        # When a bank is made, the loop decides.
+        negatives = dataclasses.replace(config.negatives, first_refresh=0, refresh_every=1)
+        parts = (config.model, config.optimizer, negatives, config.loss, config.batch)
+        numbers = (config.seed, config.total_steps, [device.id for device in devices], bank)
+        key = repr((parts, numbers, model))
+        if key not in steps:
+            steps[key] = make_step(config, model, made, devices, bank=bank)
+        return steps[key]
+
+    return remembered
 
 
 def assert_params_agree(one: Params, other: Params, *, learning_rate: float) -> None:
