@@ -69,6 +69,8 @@ setup(
     ],
     extras_require={
         "beam": ["apache-beam>=2.61"],
+        # mkdocs 2 is announced to break themes and plugins.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
         "gpu": ["jax[cuda12]>=0.10"],
         "gpu13": ["jax[cuda13]>=0.10"],
         # Also compiles for TPUs on a machine without one (Linux, x86-64).

@@ -1,8 +1,8 @@
-"""What the README, launch files and docstrings tell readers to type is there.
+"""What the README, the docs, launch files and docstrings tell readers to type is there.
 
 A command names modules, configs, variants, fields and flags that exist; a link or a path in the
-README leads somewhere. Placeholders in capitals (`DIR`) and shell variables (`$DIR`) stand for any
-value.
+README or the docs leads somewhere. Placeholders in capitals (`DIR`) and shell variables (`$DIR`)
+stand for any value. Commands that need neither data nor hardware run, at the size of a smoke run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,16 +23,23 @@ import pytest
 from dqe_jax.cli.commands import COMMANDS
 from dqe_jax.cli.config_files import known as config_names
 from dqe_jax.config import fields as config_fields
+from dqe_jax.testing.small_runs import compiles_quickly
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+# What people read, beside docstrings.
+PAGES = (
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "dqe_jax").rglob("*.md")),
+)
 FIELDS = tuple(config_fields())
 FOLDERS = ("configs", "docs", "dqe_jax", "launch", "tests")
 
 
 def documents() -> dict[str, str]:
     """Every text that holds commands, by its path."""
-    files = [README, *sorted((ROOT / "launch").rglob("*"))]
+    files = [*PAGES, *sorted((ROOT / "launch").rglob("*"))]
     texts = {f: f.read_text(encoding="utf-8") for f in files if f.is_file() and f.suffix != ".pyc"}
     for folder in ("configs", "dqe_jax"):
         for f in sorted((ROOT / folder).rglob("*.py")):
@@ -140,9 +150,14 @@ def anchor_of(heading: str) -> str:
     return bare.replace(" ", "-")
 
 
-def links(text: str) -> Iterator[str]:
+def anchors_of(text: str) -> set[str]:
+    """The anchors of the headings of a page."""
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
-    anchors = {anchor_of(h) for h in re.findall(r"^#+ (.*)$", prose, flags=re.M)}
+    return {anchor_of(heading) for heading in re.findall(r"^#+ (.*)$", prose, flags=re.M)}
+
+
+def links(text: str, page: Path = README) -> Iterator[str]:
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
     targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose)
     targets += re.findall(r"(?:src|href)=\"([^\"]+)\"", prose)
     targets += re.findall(r"^\[[^\]]+\]:\s*(\S+)", prose, flags=re.M)
@@ -150,10 +165,11 @@ def links(text: str) -> Iterator[str]:
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
-        if path and not (ROOT / path).exists():
+        there = page.parent / path
+        if path and not there.exists():
             yield f"there is no {path}"
-        elif not path and anchor not in anchors:
-            yield f"there is no heading #{anchor}"
+        elif anchor and anchor not in anchors_of(there.read_text("utf-8") if path else text):
+            yield f"there is no heading #{anchor} in {path or 'this page'}"
 
 
 def paths(text: str) -> Iterator[str]:
@@ -172,11 +188,70 @@ def test_what_readers_are_told_to_type_exists(path: str, rule: Rule):
     assert list(rule(DOCUMENTS[path])) == []
 
 
-@pytest.mark.parametrize("rule", [links, paths], ids=lambda rule: rule.__name__)
-def test_links_and_paths_of_the_readme_exist(rule: Rule):
-    if not README.exists():
-        pytest.skip("there is no README.md")
-    assert list(rule(README.read_text(encoding="utf-8"))) == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_of_the_pages_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert [*links(text, page), *paths(text)] == []
+
+
+NEEDS = r"DIR|FILE|BUCKET|launch/|--coordinator|--topology|\[gpu|\[tpu|pytest|runs/(?!shapes)"
+
+
+def blocks(text: str) -> list[str]:
+    """The commands of a page: its blocks of bash."""
+    return re.findall(r"^```bash\n(.*?)^```", text, flags=re.S | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_command_needs_is_said(page: Path):
+    """Beside a placeholder for data, a page says what it needs."""
+    text = page.read_text(encoding="utf-8")
+    if page != README and re.search(r"--(data|raw)_dir=", "".join(blocks(text))):
+        assert re.search(r"\b[Nn]eed", text), "say which data the commands need"
+
+
+def smoke_runs() -> list[tuple[str, str]]:
+    """Commands that need nothing, with their page, in the size of a smoke run."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            for line in re.sub(r"\\\s*\n\s*", " ", block).splitlines():
+                command = re.search(r"(python -m dqe_jax|dqe-jax)\b.*", line)
+                if command is None or re.search(NEEDS, command[0].replace("benchmark", "")):
+                    continue
+                small = re.sub(r"shapes\.py(?!:)", "shapes.py:smoke", command[0])
+                small = re.sub(r"shapes\.py:(hard|coarse)(?!,)", r"shapes.py:\1,smoke", small)
+                small = re.sub(r"(total_steps|eval_every)=\d+", r"\1=4", small)
+                small = re.sub(r"(first_refresh|refresh_every)=\d+", r"\1=2", small)
+                small = re.sub(r"--(queries|gallery)=[\d,]+", r"--\1=64", small)
+                found.append((str(page.relative_to(ROOT)), small))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), smoke_runs())
+def test_commands_that_need_nothing_run(page: str, command: str, smoke_place: Path):
+    words = shlex.split(command)
+    start = [sys.executable, "-m", "dqe_jax"] if words[0] == "dqe-jax" else [sys.executable]
+    done = subprocess.run(
+        [*start, *words[1:]],
+        cwd=smoke_place,
+        env=os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, f"{page}: {command}\n{done.stderr[-2000:]}"
+
+
+@pytest.fixture(scope="module")
+def smoke_place(tmp_path_factory):
+    """A directory with a finished run of `shapes`, as a reader has after the first command."""
+    place = tmp_path_factory.mktemp("reader")
+    train = [sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"]
+    env = os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*train, "--workdir=runs/shapes"], cwd=place, env=env, check=True)
+    return place
 
 
 def test_paths_in_launch_files_exist():
@@ -233,6 +308,7 @@ REFUSED = [
     (fields, "`config.optimiser` or so"),
     (links, "[x](#none)"),
     (links, "[x](docs/none.md)"),
+    (links, "[x](docs/results.md#none)"),
     (links, '<img src="none.png">'),
     (paths, "in `dqe_jax/model.py`"),
     (paths, "see tests/none_*.py."),

@@ -316,7 +316,7 @@ def test_only_the_collectives_of_the_method_are_compiled(planned):
 @needs_libtpu
 def test_traffic_of_the_pool_grows_no_faster_than_the_global_batch(planned, tmp_path):
     # Of the step without a bank. What mining a bank at every step exchanges grows with the batch
-    # times the devices; see "Will it fit?" in the README.
+    # times the devices; see docs/how-to/planning.md.
     said, facts = plan_to(
         tmp_path / "facts.json", "--topology=v5e:4x8", "--programs=step", "--quick"
     )
