@@ -255,13 +255,29 @@ def test_a_config_file_that_raises(code, words, inside, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("None", "other than None"), ("3", "int, not a ConfigDict"), ("{'seed': 0}", "dict, not a")],
+    [
+        ("None", "gives None, not a ConfigDict"),
+        ("3", "int, not a ConfigDict"),
+        ("{'seed': 0}", "dict, not a"),
+    ],
 )
 def test_a_config_file_that_gives_no_config(given, words, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(f"def get_config():\n  return {given}\n")
     sentence = in_process(f"--config={file}", capsys=capsys)
     assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train", "--config must be given, such as --config=configs/shapes.py."),
+        ("export", "--workdir must be given, such as --workdir=runs/shapes."),
+        ("prepare", "--dataset must be given, such as --dataset=triplets."),
+    ],
+)
+def test_a_required_flag_that_is_not_given(name, words, capsys):
+    assert in_process(name=name, capsys=capsys) == f"error: {words}"
 
 
 def in_process(*arguments, capsys, name="train"):

@@ -72,6 +72,9 @@ def test_equals_the_final_evaluation_of_training(run, tmp_path, num_devices, bat
         f"--config.eval.batch_size={batch_size}",  # divides neither the gallery nor the queries
     )
     assert "reference_only" in log  # the table
+    assert "only shows that everything works" in log  # after so few steps
+    assert " P@10" not in log  # one target a query: it says nothing
+    assert "images ranked" not in log  # as many as are at hand
     report = json.loads((tmp_path / "test-4.json").read_text())
     trained = json.loads((workdir / "eval" / "test-4.json").read_text())
     assert report.keys() == trained.keys()

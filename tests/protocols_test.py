@@ -267,6 +267,14 @@ def made_circo(seed, num_gallery=120, num_queries=70):
     return records, ids
 
 
+def test_precision_is_a_column_only_where_queries_have_several_targets():
+    plain = protocols.PROTOCOLS["plain"]
+    found = {"R@1": 0.5, "P@10": 0.1, "P@10_ceiling": 0.1, "mAP@10": 0.6}
+    assert plain.columns(found) == ("R@1", "mAP@10")
+    assert plain.columns({**found, "P@10_ceiling": 0.2}) == ("R@1", "P@10", "mAP@10")
+    assert plain.columns({"R@1": 0.5}) == ("R@1",)
+
+
 @pytest.mark.parametrize("num_gallery", [120, 30, 3])
 def test_circo(num_gallery):
     records, ids = made_circo(num_gallery, num_gallery)

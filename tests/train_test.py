@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -11,10 +12,12 @@ from etils import epath
 from PIL import Image
 
 from dqe_jax.checkpoints import store
+from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets
 from dqe_jax.data.builders import shapes as shapes_builder
 from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
+from dqe_jax.utils.metric_log import NoLog
 
 STEPS = 40
 
@@ -132,6 +135,19 @@ def test_a_finished_run_is_only_evaluated(base, resumed, monkeypatch):
     assert loop.train_and_evaluate(config_of(base), workdir) == metrics
     assert json.loads((workdir / "eval" / "test-40.json").read_text())["metrics"] == metrics
     assert lines_of(workdir) == before  # and not a second line of the same step
+
+
+def test_lines_without_a_terminal(base, caplog):
+    """One for a tenth of the run: not one for each step."""
+    config = RunConfig.of(config_of(base, total_steps=1500))
+    session = types.SimpleNamespace(config=config)
+    reporter = loop._Reporter(session, NoLog(), loop.Stopwatch(), 0)
+    with caplog.at_level("INFO"):
+        for step in range(1, 1501):
+            reporter.write(step, {"loss": 0.5})
+    told = [line for line in caplog.messages if line.startswith("train: step")]
+    assert len(told) == 10
+    assert told[-1].startswith("train: step 1500 of 1500, loss 0.500, ")
 
 
 @pytest.mark.slow  # `train_step_test.py` learns one batch by heart

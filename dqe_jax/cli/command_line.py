@@ -29,6 +29,17 @@ from dqe_jax.utils.paths import look_anew
 _Value = TypeVar("_Value")
 _HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
 _NAME_ALONE = re.compile(r"""[\\'"]*(?P<name>\w+)[\\'"]*""")
+_MISSING = re.compile(r"Flag --(?P<name>\w+) must have a value other than None")
+# Of the flags that commands require.
+_EXAMPLES = {
+    "config": "configs/shapes.py",
+    "workdir": "runs/shapes",
+    "output": "DIR",
+    "dataset": "triplets",
+    "raw_dir": "DIR",
+    "source": "DIR",
+    "topology": "v5e:2x4",
+}
 _PARSING = "Error whilst parsing config file"
 _OLD_NEWS = (
     "OpenCV is not installed",  # an optional speed-up
@@ -175,6 +186,11 @@ def _check_numbers() -> None:
 def _flag_sentence(error: BaseException, value: str) -> str:
     """What went wrong while flags were parsed, `value` of `--config` among them."""
     file, origin = value.partition(":")[0], _raised_in(error, value.partition(":")[0])
+    if isinstance(error, flags.Error) and (missing := _MISSING.search(str(error))):
+        name = missing["name"]
+        if name == "config" and value:
+            return f"--config: get_config() of {file} gives None, not a ConfigDict."
+        return f"--{name} must be given, such as --{name}={_EXAMPLES[name]}."
     if isinstance(error, flags.Error) and (origin is None or _PARSING in str(error)):
         return _sentence(str(error))
     if isinstance(error, OSError) and not os.path.exists(file):

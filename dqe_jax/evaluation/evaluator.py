@@ -113,9 +113,9 @@ class RetrievalEvaluator:
 
     def describe(self, measured: dict[str, float]) -> str:
         """Headline metrics as a line, with the protocol and how much of the split was at hand."""
-        headline = self.protocol.headline
-        shown = {k: round(measured[k], 4) for k in headline if k in measured}
-        return f"{self.split.name} ({self.protocol.name}; {self.split.coverage}): {shown}"
+        shown = [f"{key} {measured[key]:.4f}" for key in self.protocol.columns(measured)]
+        figures = ", ".join(shown) or "no labels"
+        return f"{self.split.name} ({self.protocol.name}; {self.split.coverage}): {figures}"
 
     def run(self, params: Params, *, baselines: bool = False) -> Result:
         """Evaluates parameters that are replicated over the devices."""

@@ -62,6 +62,17 @@ class Protocol:
     exclude_reference: bool = False
     gallery_of_queries: bool = False
 
+    def columns(self, found: Mapping[str, float]) -> tuple[str, ...]:
+        """The headline metrics that say something: P@10 does not where a query has one target.
+
+        Args:
+          found: the metrics of a split.
+        """
+        single = found.get("P@10_ceiling", 1.0) <= 0.1
+        return tuple(
+            key for key in self.headline if key in found and not (single and key == "P@10")
+        )
+
 
 def protocol_of(dataset: str, variant: str = "original") -> Protocol:
     """The protocol of a data set.

@@ -72,13 +72,15 @@ def write_report(
     }
     queries, ids = split.queries, split.gallery.ids
     # Before anything is written: a full disk must not cost the figures.
+    ranked = "" if result.embedded == coverage.gallery else f"; {result.embedded:,} images ranked"
     logging.info(
-        "%s, step %d: %s; %d images ranked.\n%s",
-        *(split.name, step, coverage, result.embedded, table(result, protocol)),
+        "%s, step %d: %s%s.\n%s", split.name, step, coverage, ranked, table(result, protocol)
     )
+    if behind := behind_reference(result, protocol):
+        logging.info("%s", behind)
     write_json(directory / f"{name}.json", facts)
-    ranked = submissions.rankings(queries, ids, result.rows, RANKED)
-    write_json(directory / f"{name}.ranked.json", ranked, indent=None)
+    lists = submissions.rankings(queries, ids, result.rows, RANKED)
+    write_json(directory / f"{name}.ranked.json", lists, indent=None)
     drawn = draw(evaluator, result, directory / f"{name}.png", sheet_queries, attributes)
     logging.info("Queries on the contact sheet:\n  %s", "\n  ".join(drawn))
     logging.info("Files: %s*", directory / name)
@@ -112,7 +114,7 @@ def table(result: Result, protocol: protocols.Protocol) -> str:
     if not result.metrics:
         return "This split has no labels: no metrics, see the ranked lists."
     found = result.metrics
-    keys = [key for key in protocol.headline if key in found]
+    keys = protocol.columns(found)
     parts = [key.partition("/") for key in found]
     groups = sorted({group for key, _, group in parts if group and key in keys})
     # The lines of an attribute and of the kind that changes it would say the same.
@@ -128,9 +130,21 @@ def table(result: Result, protocol: protocols.Protocol) -> str:
         line(group, found, f"/{group}")
     for name, values in (result.baselines or {}).items():
         line(name, values)
-    if "P@10_ceiling" in found:
+    if "P@10" in keys and "P@10_ceiling" in found:
         line("ceiling", {"P@10": found["P@10_ceiling"]})
     return "\n".join(filter(None, [text_table(lines), protocol.note]))
+
+
+def behind_reference(result: Result, protocol: protocols.Protocol) -> str:
+    """What to think of a model that finds less than the reference alone does; "" of any other."""
+    alone = (result.baselines or {}).get("reference_only", {})
+    key = next(iter(protocol.columns(result.metrics)), "")
+    if result.metrics.get(key, 0.0) >= alone.get(key, 0.0):
+        return ""
+    return (
+        f"{key} is below that of the reference alone: this model has not learnt to read the text. "
+        "Such a run (as every smoke run) only shows that everything works."
+    )
 
 
 def draw(

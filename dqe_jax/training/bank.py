@@ -7,6 +7,7 @@ interval-based update). Until the first refresh there is none.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -147,7 +148,7 @@ class BankKeeper:
             total=len(starts),
             desc=f"bank, step {step}",
             leave=False,
-            disable=jax.process_index() > 0,
+            disable=jax.process_index() > 0 or not sys.stderr.isatty(),
         )
         for start, images in bar:
             tokens = self._fill(params, mesh.shard(images, len(first)), np.int32(start), tokens)

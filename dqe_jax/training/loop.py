@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -101,8 +102,12 @@ class Stopwatch:
             self._since = time.time()
 
 
+# Without a terminal there is a line after so many seconds, or this share of a run.
+LINE_SECONDS, LINE_SHARE = 60.0, 0.1
+
+
 class _Reporter:
-    """Logs what steps measured, and how fast they were; moves the bar."""
+    """Logs what steps measured, and how fast they were; moves the bar, or writes plain lines."""
 
     def __init__(self, session: Session, log: MetricLog | NoLog, stopwatch: Stopwatch, start: int):
         config = session.config
@@ -116,8 +121,9 @@ class _Reporter:
             desc="train",
             unit="step",
             dynamic_ncols=True,
-            disable=not processes.leads(),
+            disable=not processes.leads() or not sys.stderr.isatty(),
         )
+        self._told, self._told_at = start, time.time()
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Writes a line of metrics, and one of times."""
@@ -129,6 +135,17 @@ class _Reporter:
         self._log.write(step, {**values, "learning_rate": float(self._schedule(step - 1))})
         self._log.write_timing(step, {"train_seconds": seconds, "examples_per_second": rate})
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", examples_s=f"{rate:.0f}")
+        if processes.leads() and self.bar.disable:
+            self._tell(step, values["loss"], rate)
+
+    def _tell(self, step: int, loss: float, rate: float) -> None:
+        """A plain line, if one is due."""
+        total, now = self.bar.total, time.time()
+        long = now - self._told_at >= LINE_SECONDS
+        if long or step == total or step - self._told >= LINE_SHARE * total:
+            self._told, self._told_at = step, now
+            text = "train: step %d of %d, loss %.3f, %.0f examples per second"
+            logging.info(text, step, total, loss, rate)
 
 
 def _train(
