@@ -16,10 +16,12 @@ from dqe_jax.data import datasets, preparation, preprocess, splits
 from dqe_jax.data.builders import benchmarks
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.photos import load_photo, load_photos
+from dqe_jax.data.prepare import prepare_benchmark
 from dqe_jax.testing import standins
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import write_json
+from dqe_jax.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "annotations"
@@ -96,6 +98,7 @@ def test_cirr_val_and_test1_complete(tmp_path):
     standins.cirr(REAL / "cirr", tmp_path / "raw")
     error = run("--dataset=cirr", raw=tmp_path / "raw", data=tmp_path / "data", status=2)
     assert "lacks the file cap.rc2.train.json" in error
+    assert "Unknown size" not in error  # nothing is begun, and TFDS says nothing
     assert "Traceback" not in error
     run("--dataset=cirr", "--splits=val,test1", raw=tmp_path / "raw", data=tmp_path / "data")
     report = report_of(tmp_path / "data", "cirr", f"{SIZE}px-squash")
@@ -435,6 +438,33 @@ def test_training_without_the_data_says_what_to_run(name, tmp_path):
     with pytest.raises(UserError, match=rf"{dataset} .* is not prepared in .*: run `{command}"):
         loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_all_files_that_are_missing_are_named_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "split.rc2.val.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        prepare_benchmark("cirr", tmp_path / "raw", tmp_path / "data", splits=("train", "val"))
+    assert str(error.value) == (
+        f"{tmp_path / 'raw'} lacks 3 files: split.rc2.train.json, cap.rc2.train.json, "
+        "cap.rc2.val.json; put them there or in a folder below."
+    )
+    assert not (tmp_path / "data" / "cirr").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_what_an_interrupted_preparation_left_is_not_named_as_prepared(tmp_path):
+    config = fiq.get_config()
+    config.data.data_dir, config.data.image_size = str(tmp_path), SIZE
+    (tmp_path / "fashioniq" / f"{SIZE}px-target_pad").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"is not prepared in {tmp_path}: run"):
+        datasets.find_dataset(config.data)
+
+
+def test_progress_is_a_line_for_a_tenth(caplog):
+    with caplog.at_level("INFO"):
+        assert list(progress(iter(range(95)), 95, "Photos")) == list(range(95))
+    assert caplog.messages == [f"Photos: {n} of 95" for n in (*range(10, 95, 10), 95)]
 
 
 def test_another_size_is_named(spoiled):

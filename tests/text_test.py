@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import random
+import types
 
 import numpy as np
 import pytest
 
 from dqe_jax.data import lexicon
 from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.text import encode_texts
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.utils.errors import UserError
 
@@ -35,6 +37,18 @@ def words(tokenizer, text):
 
 
 # -------------------------------------------------------------------------------------- tokenizer
+
+
+def test_words_that_the_model_cannot_read_are_named(caplog):
+    known = text_tokens.train_word_tokenizer(["make it red", "a small circle"], 8)
+    texts = ("Cheap shoes, please!", "make it RED, cheap")
+    assert text_tokens.unknown_words(known, texts) == ["cheap", "shoes", "please"]
+    queries = types.SimpleNamespace(texts=texts)
+    split = types.SimpleNamespace(name="validation", queries=queries)
+    with caplog.at_level("WARNING"):
+        encode_texts(known, split)
+    assert "3 words of validation are in no training text" in caplog.text
+    assert "ignores them: cheap, shoes, please." in caplog.text
 
 
 def test_special_ids(tokenizer):

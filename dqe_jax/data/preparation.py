@@ -9,10 +9,11 @@ prepared, though nothing is thrown away: preparing again with a higher limit tak
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import io
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -124,11 +125,11 @@ def prepare(builder: tfds.core.DatasetBuilder, **download: object) -> None:
     if not is_prepared(builder):
         logging.info("Preparing %s in %s, once.", builder.name, builder.data_dir)
         start = time.time()
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()
+        tfds.disable_progress_bar()  # it does not know how much there is; builders show their own
         config = tfds.download.DownloadConfig(**download) if download else None
         try:
-            builder.download_and_prepare(download_config=config)
+            with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ... Unknown size"
+                builder.download_and_prepare(download_config=config)
         except OSError as error:
             if not is_prepared(builder):
                 raise UserError(

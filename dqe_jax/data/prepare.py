@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from dqe_jax.data import preparation
-from dqe_jax.data.builders.benchmarks import BUILDERS, Benchmark, make_builder, read_splits
+from dqe_jax.data.builders.benchmarks import (
+    BUILDERS,
+    Benchmark,
+    make_builder,
+    read_splits,
+    require_files,
+)
 from dqe_jax.data.datasets import DATASETS, split_of
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
@@ -67,8 +73,8 @@ def prepare_benchmark(
         num_workers=num_workers,
         beam=beam_runner is not None,
     )
-    builder = _open_builder(make, overwrite=overwrite, needed=wanted if splits else ())
     download = {} if beam_runner is None else _beam_fields(beam_runner, beam_options)
+    builder = _open_builder(make, overwrite=overwrite, needed=wanted if splits else ())
     preparation.prepare(builder, **download)
     found = _report(builder, max_missing)
     logging.info("Use it with --data_dir=%s.", data_dir)
@@ -106,10 +112,12 @@ def _open_builder(
     builder = make()
     for path in preparation.leftovers(builder):
         logging.warning("An interrupted run left %s: remove it.", path)
+    config = builder.builder_config
     if not preparation.is_prepared(builder):
+        # Before TFDS begins to write.
+        require_files(builder.name, RawFiles(config.raw_dir), config.splits)
         return builder
     if overwrite:
-        config = builder.builder_config
         read_splits(builder.name, RawFiles(config.raw_dir), config.splits)  # before it removes
         builder.data_path.rmtree()
         return make()

@@ -59,6 +59,20 @@ class RawFiles:
             )
         return self.root / (preferred or found)[0]
 
+    def require(self, names: Iterable[str]) -> None:
+        """Checks that there is a file of each name.
+
+        Raises:
+          UserError: some are missing; it names them all.
+        """
+        missing = [name for name in dict.fromkeys(names) if not self.has(name)]
+        if missing:
+            files = "the file" if len(missing) == 1 else f"{len(missing)} files:"
+            put = "put it" if len(missing) == 1 else "put them"
+            raise UserError(
+                f"{self.root} lacks {files} {', '.join(missing)}; {put} there or in a folder below."
+            )
+
     def has(self, name: str) -> bool:
         """Whether a file of this name is there."""
         return name in self._by_name

@@ -86,6 +86,26 @@ def tokenizer_in(directory: pathlib.Path, max_length: int) -> Tokenizer | None:
     return pretrained_tokenizer(directory, max_length)
 
 
+def unknown_words(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Words that a model cannot read, for they were in no training text: each once, in order.
+
+    A tokenizer that cuts words into known pieces leaves none.
+
+    Args:
+      tokenizer: of the model.
+      texts: any.
+    """
+    unknown = tokenizer.token_to_id(UNKNOWN)
+    found: dict[str, None] = {}
+    listed = list(texts)
+    for text, encoding in zip(listed, tokenizer.encode_batch(listed)):
+        for id_, (start, end) in zip(encoding.ids, encoding.offsets):
+            word = text[start:end].lower()
+            if id_ == unknown and any(map(str.isalnum, word)):  # no punctuation, no padding
+                found.setdefault(word)
+    return list(found)
+
+
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the texts, int32 `[len(texts), max_length]`, padded; and which texts were cut, bool.
 

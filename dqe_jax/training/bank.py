@@ -7,7 +7,6 @@ interval-based update). Until the first refresh there is none.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -28,6 +27,7 @@ from dqe_jax.models.build import DTYPES
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import bank_programs as programs
 from dqe_jax.training.state import splitter
+from dqe_jax.utils import progress
 
 
 class BankKeeper:
@@ -148,7 +148,7 @@ class BankKeeper:
             total=len(starts),
             desc=f"bank, step {step}",
             leave=False,
-            disable=jax.process_index() > 0 or not sys.stderr.isatty(),
+            disable=jax.process_index() > 0 or not progress.on_terminal(),
         )
         for start, images in bar:
             tokens = self._fill(params, mesh.shard(images, len(first)), np.int32(start), tokens)

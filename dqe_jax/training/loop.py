@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -29,6 +28,7 @@ from dqe_jax.training.session import Session, open_session, restore_or_init, sav
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import StepOutput
 from dqe_jax.training.workdir import claim_workdir, write_config
+from dqe_jax.utils import progress
 from dqe_jax.utils.metric_log import MetricLog, NoLog
 
 
@@ -102,10 +102,6 @@ class Stopwatch:
             self._since = time.time()
 
 
-# Without a terminal there is a line after so many seconds, or this share of a run.
-LINE_SECONDS, LINE_SHARE = 60.0, 0.1
-
-
 class _Reporter:
     """Logs what steps measured, and how fast they were; moves the bar, or writes plain lines."""
 
@@ -121,9 +117,9 @@ class _Reporter:
             desc="train",
             unit="step",
             dynamic_ncols=True,
-            disable=not processes.leads() or not sys.stderr.isatty(),
+            disable=not processes.leads() or not progress.on_terminal(),
         )
-        self._told, self._told_at = start, time.time()
+        self._pace = progress.Pace(config.total_steps, start)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Writes a line of metrics, and one of times."""
@@ -135,17 +131,9 @@ class _Reporter:
         self._log.write(step, {**values, "learning_rate": float(self._schedule(step - 1))})
         self._log.write_timing(step, {"train_seconds": seconds, "examples_per_second": rate})
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", examples_s=f"{rate:.0f}")
-        if processes.leads() and self.bar.disable:
-            self._tell(step, values["loss"], rate)
-
-    def _tell(self, step: int, loss: float, rate: float) -> None:
-        """A plain line, if one is due."""
-        total, now = self.bar.total, time.time()
-        long = now - self._told_at >= LINE_SECONDS
-        if long or step == total or step - self._told >= LINE_SHARE * total:
-            self._told, self._told_at = step, now
+        if processes.leads() and self.bar.disable and self._pace.due(step):
             text = "train: step %d of %d, loss %.3f, %.0f examples per second"
-            logging.info(text, step, total, loss, rate)
+            logging.info(text, step, self.bar.total, values["loss"], rate)
 
 
 def _train(

@@ -119,7 +119,12 @@ def _targets(record: object) -> tuple[str, ...]:
     return tuple(str(i) for i in dict.fromkeys((field(record, "target_img_id", int), *truths)))
 
 
+def _files(split: str) -> tuple[str, ...]:
+    return f"{SPLITS[split]}.json", IMAGE_INFO
+
+
 RAW = RawFormat(
+    files=_files,
     read=read,
     read_labels=functools.partial(read, gallery=False),
     shared_gallery=True,

@@ -91,4 +91,16 @@ def _targets(record: object, reference: str, known: Container[str]) -> tuple[str
     return tuple(dict.fromkeys((filled(record, "target_hard"), *soft)))
 
 
-RAW = RawFormat(read=read, read_labels=read, shared_gallery=False, stem=str, preprocess="squash")
+def _files(split: str) -> tuple[str, ...]:
+    official = SPLITS[split]
+    return f"split.rc2.{official}.json", f"cap.rc2.{official}.json"
+
+
+RAW = RawFormat(
+    files=_files,
+    read=read,
+    read_labels=read,
+    shared_gallery=False,
+    stem=str,
+    preprocess="squash",
+)

@@ -80,6 +80,16 @@ def _query(index: int, record: object, *, category: str, official: str) -> Annot
     )
 
 
+def _files(split: str) -> tuple[str, ...]:
+    kinds = ("split", "cap")
+    return tuple(f"{kind}.{c}.{SPLITS[split]}.json" for kind in kinds for c in CATEGORIES)
+
+
 RAW = RawFormat(
-    read=read, read_labels=read, shared_gallery=False, stem=str, preprocess="target_pad"
+    files=_files,
+    read=read,
+    read_labels=read,
+    shared_gallery=False,
+    stem=str,
+    preprocess="target_pad",
 )

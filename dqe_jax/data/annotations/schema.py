@@ -87,6 +87,8 @@ class RawFormat:
     """How the raw files of a data set are read.
 
     Attributes:
+      files: names of the annotation files of a split, by our name of it; () where a reader finds
+        them by itself.
       read: gives the annotations of a split, by our name of it.
       read_labels: the same to score files of predictions: images need not be listed where the
         annotations do without, and then the pools are the images that the queries name.
@@ -95,6 +97,7 @@ class RawFormat:
       preprocess: how photos become square by default, a name of `preprocess.PREPROCESS`.
     """
 
+    files: Callable[[str], tuple[str, ...]]
     read: Callable[[RawFiles, str], Annotations]
     read_labels: Callable[[RawFiles, str], Annotations]
     shared_gallery: bool

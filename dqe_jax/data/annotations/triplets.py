@@ -322,4 +322,11 @@ def _attributes(record: Mapping[str, object]) -> tuple[str, ...]:
     return pairs
 
 
-RAW = RawFormat(read=read, read_labels=read, shared_gallery=True, stem=str, preprocess="pad")
+RAW = RawFormat(
+    files=lambda split: (),  # one of two, which `read` looks for
+    read=read,
+    read_labels=read,
+    shared_gallery=True,
+    stem=str,
+    preprocess="pad",
+)

@@ -23,6 +23,7 @@ from dqe_jax.data.photos import Photo, load_photo, load_photos
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
+from dqe_jax.utils.progress import progress
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -97,8 +98,9 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
             rows = zip(range(len(images)), images, paths, (pools.get(i, []) for i in images))
             return beam.Create(list(rows)) | beam.Map(_beam_record, how)
         photos = load_photos(paths, *how, num_workers=config.num_workers)
+        seen = progress(photos, len(images), f"Photos of {self.name}")
         return self._generate_examples(
-            _item(image, photo, pools.get(image, ())) for image, photo in zip(images, photos)
+            _item(image, photo, pools.get(image, ())) for image, photo in zip(images, seen)
         )
 
     def _generate_examples(self, records: Iterable[examples.Record]) -> examples.Records:
@@ -111,6 +113,7 @@ def read_splits(dataset: str, files: RawFiles, splits: Sequence[str]) -> dict[st
     Raises:
       UserError: a file is missing or damaged, or a split has no sound record.
     """
+    require_files(dataset, files, splits)
     read = {split: BUILDERS[dataset].raw.read(files, split) for split in splits}
     for split, part in read.items():
         if not part.queries:
@@ -121,6 +124,12 @@ def read_splits(dataset: str, files: RawFiles, splits: Sequence[str]) -> dict[st
                 "split out by --splits."
             )
     return read
+
+
+def require_files(dataset: str, files: RawFiles, splits: Sequence[str]) -> None:
+    """Checks that the annotation files of splits are there; raises as `RawFiles.require`."""
+    names = BUILDERS[dataset].raw.files
+    files.require(name for split in splits for name in names(split))
 
 
 def _images(parts: Mapping[str, Annotations]) -> list[str]:
