@@ -6,6 +6,7 @@
 export DRY_RUN=${DRY_RUN:-false}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 args=()
+needed=() # names of variables that a script cannot do without
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -25,6 +26,16 @@ parse() {
       *) args+=("${arg}") ;;
     esac
   done
+  need_variables ${needed[@]+"${needed[@]}"}
+}
+
+# need_variables NAME...: ends a script that lacks variables, and names them all.
+need_variables() {
+  local name missing=""
+  for name in "$@"; do
+    if [ -z "${!name:-}" ]; then missing+="${missing:+, }${name}"; fi
+  done
+  [ -z "${missing}" ] || die "set ${missing}: launch/tpu/settings.sh says what they are."
 }
 
 # Ends a script that takes no arguments but got some.

@@ -238,6 +238,17 @@ def test_a_missing_project_is_named(world, name):
     assert calls == []
 
 
+@pytest.mark.parametrize("dry", [["--dry_run"], []])
+@pytest.mark.parametrize("name", ["create", "run"])
+def test_all_missing_variables_are_named_before_the_first_command(world, name, dry):
+    args = [CONFIG] if name == "run" else []
+    missing = {"PROJECT": None, "SOURCE": None, "REVISION": None, "GIT_DIR": "/none"}
+    result, calls = world.run(f"tpu/{name}.sh", *dry, *args, **missing)
+    assert result.returncode == 1
+    assert "set PROJECT, SOURCE, REVISION: launch/tpu/settings.sh says" in result.stderr
+    assert (result.stdout, calls) == ("", [])
+
+
 @pytest.mark.parametrize(
     ("args", "variables", "message"),
     [

@@ -6,9 +6,9 @@
 # Variables: launch/tpu/settings.sh. The VM costs money until launch/tpu/delete.sh.
 set -euo pipefail
 . "$(dirname "$0")/functions.sh"
+needed+=(SOURCE REVISION)
 parse "$@"
 need_no_args
-: "${SOURCE:?set SOURCE to a git address of dqe_jax}" "${REVISION:?set REVISION to a commit of it}"
 case "${SOURCE}" in
   http*://*@*) die "SOURCE holds a user or a password, which would be printed and sent: set one without." ;;
 esac

@@ -5,6 +5,7 @@
 # shellcheck source=settings.sh
 . "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
+needed+=(PROJECT)
 tpu=(gcloud compute tpus tpu-vm)
 where=(--project="${PROJECT}" --zone="${ZONE}")
 describe=("${tpu[@]}" describe "${NAME}" "${where[@]}" --format="value(state)")
@@ -16,6 +17,7 @@ on_bucket() { [[ "${WORKDIR}" == gs://* ]]; }
 
 # Whether the VM was preempted.
 preempted() {
+  if [ "${DRY_RUN}" = true ]; then return 1; fi
   case "$("${describe[@]}")" in PREEMPTED | TERMINATED) ;; *) return 1 ;; esac
 }
 

@@ -10,6 +10,7 @@
 set -euo pipefail
 here=$(dirname "$0")
 . "${here}/functions.sh"
+needed+=(SOURCE REVISION) # for create.sh
 parse "$@"
 job=train
 case "${args[0]:-}" in

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
 # The variables of the TPU scripts, which source this file. Set them in the environment.
 #
-#   PROJECT          Google Cloud project (required)
+#   PROJECT          Google Cloud project                           default: none, it is needed
 #   ZONE             zone of the TPU                                default: us-west4-a
 #   TYPE             accelerator type; one whose number is above 8
 #                    is a slice of several hosts                    default: v5litepod-8
@@ -27,7 +27,7 @@
 #   SSH_FLAGS        more flags for `gcloud ... ssh` and `scp`,
 #                    such as --internal-ip                          default: empty
 
-: "${PROJECT:?set PROJECT to your Google Cloud project}"
+PROJECT=${PROJECT:-}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-v5litepod-8}
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}
