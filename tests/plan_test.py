@@ -201,6 +201,27 @@ def facts(name="step", **fields):
     return compiler.Facts(name=name, queries=8, **given)
 
 
+def test_tables_are_narrow_and_say_what_is_what():
+    gib, names = 2**30, ("step", "bank step", "bank refresh", "gallery embedding")
+    kinds = ("all-gather", "all-reduce", "collective-permute")
+    traffic = {kind: hlo.Traffic(1234, 123 * gib, 123 * gib) for kind in kinds}
+    inputs = dict.fromkeys(table.INPUTS, 123 * gib)
+    large = {"inputs": inputs, "arguments": 600 * gib, "temporaries": 123 * gib, "code": gib}
+    large |= {"resident": 123 * gib, "needed": 900 * gib, "memory": 16 * gib, "flops": 1e15}
+    large |= {"compute_seconds": 123.4, "link_seconds": 12.3, "collectives": traffic}
+    programs = tuple(facts(name, **large, fits=name != "step") for name in names)
+    plans = [table.Plan(chips.parse_topology(f"v5e:{s}"), 4096, programs) for s in ("2x4", "16x16")]
+    said = table.tables(plans)
+    assert max(map(len, said.splitlines())) <= 100
+    assert "v5e:16x16: 256 chips, 4096 references" in said
+    memory = said.splitlines()[2:4]
+    assert memory[0].split()[:5] == ["GiB", "per", "device", "params", "optimiser"]
+    assert memory[1].startswith("step")
+    assert memory[1].endswith("too much")
+    assert "sent per device" in said
+    assert said.split("scaling")[2].split("\n")[1].endswith("3%")  # 8 of 256 devices' rate
+
+
 def test_advice_is_of_what_takes_most():
     config = RunConfig.of(fiq_clip.get_config())
     activations = table.advise(config, facts(temporaries=100), 8)

@@ -142,13 +142,9 @@ def _report(config: RunConfig, plans: Sequence[Plan], gallery: int, *, quick: bo
     lines = [
         f"jax {jax.__version__}, {config.model.backbone}, {config.model.dtype}, a gallery of "
         f"{gallery:,} images. Not measured: memory, collectives and cycles are the compiler's, "
-        "links ms is bytes over the published bandwidth.",
-        *(
-            f"{p.topology.name}: {p.topology.chips} chips, {p.references} references."
-            for p in plans
-        ),
-        table.memory_table(plans),
-        table.cost_table(plans),
+        "links ms is bytes over the published bandwidth; scaling is examples/s of a device, "
+        "relative to the first slice with the same chip.",
+        table.tables(plans),
     ]
     if quick:
         lines.append("--quick: the compiler did not try hard; a run may need less or more memory.")

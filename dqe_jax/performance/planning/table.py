@@ -45,56 +45,83 @@ def utilisation(facts: Facts, topology: Topology) -> float | None:
     return facts.flops / facts.seconds / topology.chip.peak
 
 
-def memory_table(plans: Sequence[Plan]) -> str:
-    """GiB a device of each program, by kind."""
-    head = ("GiB a device", *INPUTS, "temporaries", "code, rest", "beside it", "sum", "of memory")
-    lines: list[tuple[str, ...]] = [head]
+def tables(plans: Sequence[Plan]) -> str:
+    """Of each slice its memory, cost and traffic, in tables at most 100 wide.
+
+    `scaling` is examples per second of one device, relative to the first slice with the same chip.
+    """
+    first: dict[tuple[str, str], float] = {}
+    parts = []
     for plan in plans:
-        for facts in plan.facts:
-            cells = [_gib(facts.inputs.get(kind, 0)) for kind in INPUTS]
-            rest = facts.arguments - sum(facts.inputs.values()) + facts.code + facts.outputs
-            compiled = facts.fits is True or facts.code > 0
-            cells.append(_gib(facts.temporaries) if compiled or facts.temporaries else "")
-            cells.append(_gib(max(rest, 0)) if compiled else "")
-            cells += [_gib(facts.resident), _gib(facts.needed)]
-            cells.append(f"{facts.needed / facts.memory:.0%}" if facts.memory else "")
-            mark = "  DOES NOT FIT" if facts.fits is False else ""
-            lines.append((f"{plan.topology.name} {facts.name}{mark}", *cells))
+        chips, references = plan.topology.chips, plan.references
+        parts.append(f"{plan.topology.name}: {chips} chips, {references} references")
+        parts += filter(None, [memory_table(plan), cost_table(plan, first), traffic_table(plan)])
+    return "\n\n".join(parts)
+
+
+def memory_table(plan: Plan) -> str:
+    """GiB per device of each program, by kind."""
+    kinds = ("params", "optimiser", "bank", "batch")
+    head = ("GiB per device", *kinds, "temporary", "other", "kept too", "total", "used")
+    lines: list[tuple[str, ...]] = [head]
+    for facts in plan.facts:
+        cells = [_gib(facts.inputs.get(kind, 0)) for kind in INPUTS]
+        rest = facts.arguments - sum(facts.inputs.values()) + facts.code + facts.outputs
+        compiled = facts.fits is True or facts.code > 0
+        cells.append(_gib(facts.temporaries) if compiled or facts.temporaries else "")
+        cells.append(_gib(max(rest, 0)) if compiled else "")
+        cells += [_gib(facts.resident), _gib(facts.needed)]
+        used = f"{facts.needed / facts.memory:.0%}" if facts.memory else ""
+        cells.append("too much" if facts.fits is False else used)
+        lines.append((facts.name, *cells))
     return text_table(lines)
 
 
-def cost_table(plans: Sequence[Plan]) -> str:
-    """FLOP, collectives and the estimate of each program that was compiled or lowered.
+def _compiled(plan: Plan) -> list[Facts]:
+    """The programs that the compiler did not give up."""
+    return [facts for facts in plan.facts if facts.fits is not False or facts.code]
 
-    `a device` is examples a second of one device, relative to the first slice with the same chip.
+
+def cost_table(plan: Plan, first: dict[tuple[str, str], float]) -> str:
+    """FLOP and the estimate of a call of each program.
+
+    Args:
+      plan: of a slice.
+      first: gets the examples per second of a device, by chip and program, of the first slice.
     """
-    kinds = sorted({kind for plan in plans for facts in plan.facts for kind in facts.collectives})
-    head = ["a call", "examples", "TFLOP"]
-    head += [f"{kind} MB" for kind in kinds]
-    head += ["sent MB", "compute ms", "links ms", "examples/s", "MFU", "a device"]
-    lines: list[Sequence[str]] = [head]
-    first: dict[tuple[str, str], float] = {}
-    for plan in plans:
-        for facts in plan.facts:
-            if facts.fits is False and not facts.code:  # the compiler gave up
-                continue
-            cells = [f"{facts.queries:,}", f"{facts.flops / 1e12:.3g}"]
-            for kind in kinds:
-                traffic = facts.collectives.get(kind)
-                cells.append(f"{traffic.bytes / 1e6:.3g} ({traffic.count})" if traffic else "0")
-            cells.append(f"{facts.sent / 1e6:.3g}")
-            compute, links = facts.compute_seconds, facts.link_seconds
-            rate = examples_per_second(facts)
-            cells.append("" if rate is None or compute is None else f"{1e3 * compute:.3g}")
-            cells.append("" if links is None else f"{1e3 * links:.3g}")
-            if rate is None:
-                cells += [""] * 3
-            else:
-                each = rate / plan.topology.devices
-                base = first.setdefault((plan.topology.name.split(":")[0], facts.name), each)
-                cells += [f"{rate:,.0f}", f"{utilisation(facts, plan.topology):.1%}"]
-                cells.append(f"{each / base:.0%}")
-            lines.append((f"{plan.topology.name} {facts.name}", *cells))
+    head = ("cost of a call", "examples", "TFLOP", "compute ms", "links ms", "examples/s", "MFU")
+    lines: list[Sequence[str]] = [(*head, "scaling")]
+    for facts in _compiled(plan):
+        compute, links = facts.compute_seconds, facts.link_seconds
+        rate = examples_per_second(facts)
+        cells = [f"{facts.queries:,}", f"{facts.flops / 1e12:.3g}"]
+        cells.append("" if rate is None or compute is None else f"{1e3 * compute:.3g}")
+        cells.append("" if links is None else f"{1e3 * links:.3g}")
+        if rate is None:
+            cells += [""] * 3
+        else:
+            each = rate / plan.topology.devices
+            base = first.setdefault((plan.topology.name.split(":")[0], facts.name), each)
+            used = utilisation(facts, plan.topology)
+            cells += [f"{rate:,.0f}", f"{used:.1%}", f"{each / base:.0%}"]
+        lines.append((facts.name, *cells))
+    return text_table(lines) if len(lines) > 1 else ""
+
+
+def traffic_table(plan: Plan) -> str:
+    """Megabytes of each kind of collective, and how often a call does it, by program."""
+    found = _compiled(plan)
+    kinds = sorted({kind for facts in found for kind in facts.collectives})
+    if not kinds:
+        return ""
+    lines: list[Sequence[str]] = [("MB (times)", *(facts.name for facts in found))]
+    for kind in kinds:
+        cells = []
+        for facts in found:
+            traffic = facts.collectives.get(kind)
+            cells.append(f"{traffic.bytes / 1e6:.3g} ({traffic.count})" if traffic else "0")
+        lines.append((kind, *cells))
+    lines.append(("sent per device", *(f"{facts.sent / 1e6:.3g}" for facts in found)))
     return text_table(lines)
 
 
