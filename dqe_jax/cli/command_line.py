@@ -25,6 +25,7 @@ from dqe_jax.config import fields
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import is_of_disk
 from dqe_jax.utils.paths import look_anew
+from dqe_jax.utils.quiet import skip_absent_tpu
 
 _Value = TypeVar("_Value")
 _HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
@@ -60,6 +61,7 @@ def run(module: ModuleType, argv: Sequence[str]) -> None:
     def guarded(rest: Sequence[str]) -> None:
         log_plainly()
         look_anew()
+        skip_absent_tpu()
         try:
             if len(rest) > 1:
                 raise UserError(f"unexpected argument {rest[1]!r}: flags start with --.")

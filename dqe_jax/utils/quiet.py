@@ -1,8 +1,10 @@
-"""Imports libraries that talk, without their advice."""
+"""Libraries that talk, without their advice."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pathlib
 from types import ModuleType
 
 
@@ -12,3 +14,22 @@ def import_transformers() -> ModuleType:
     import transformers  # slow
 
     return transformers
+
+
+def skip_absent_tpu(devices: str | os.PathLike[str] = "/dev") -> None:
+    """Keeps JAX from looking for a TPU where there is none: libtpu would print errors of its own.
+
+    Call it before JAX is imported. It does nothing where a user has set JAX_PLATFORMS, where libtpu
+    is not installed, or where there is a device that it might be.
+
+    Args:
+      devices: where the system lists devices.
+    """
+    plugins = ("jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    if any(importlib.util.find_spec(name) is not None for name in plugins):
+        return  # of another accelerator: JAX decides
+    root = pathlib.Path(devices)
+    if not any(root.glob("accel*")) and not any(root.glob("vfio/*")):
+        os.environ["JAX_PLATFORMS"] = "cpu"
