@@ -61,7 +61,7 @@ class OptimizerConfig:
     )
     shard_state: bool = field(
         False,
-        "Shard the moments over the devices (ZeRO-1): less memory, as much is sent.",
+        "Shard the moments over the devices (ZeRO-1): less memory, the same communication.",
         flag(),
         "free",
     )
@@ -131,7 +131,7 @@ class RunConfig:
     )
     keep_period: int = field(
         0,
-        "Beside them those of every so many steps are kept; 0: none.",
+        "Also keep a checkpoint every so many steps; 0 keeps no others.",
         integer(0, MOST_STEPS),
         "free",
     )

@@ -2,9 +2,9 @@
 
 python -m dqe_jax.ablate --config=configs/shapes.py [--seeds=3] [--equal=both] [--workdir=DIR]
 
-The same command goes on with what was interrupted. See `dqe_jax/experiments/ablation/` for
-the variants, for what equal time means and for what is written. With `--lowers=0,0.005,0.02,0.1` it
-trains TRNS with these lower quantiles instead, with equal steps: see
+The same command continues an interrupted ablation. `dqe_jax/experiments/ablation/` lists the
+variants, and says what equal time means and what is written. With `--lowers=0,0.005,0.02,0.1` it
+trains TRNS with these lower quantiles instead, at equal steps: see
 `dqe_jax/experiments/bound_curve.py`.
 """
 
@@ -19,16 +19,22 @@ from dqe_jax.cli import command_line
 from dqe_jax.utils.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config that the variants change; its seed is the first.", lock_config=True
+    "config",
+    None,
+    "Config that the variants change; its seed is that of the first run.",
+    lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the ablation; default: runs/<name of the config>-ablation."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Short for --config.data.data_dir.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each variant, with seeds that follow.", 1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each variant, with consecutive seeds.", 1)
 _VARIANTS = flags.DEFINE_list("variants", [], "Variants to compare, beside infonce; default: all.")
 _EQUAL = flags.DEFINE_enum(
-    "equal", "both", ("steps", "time", "both"), "What the runs have in common."
+    "equal",
+    "both",
+    ("steps", "time", "both"),
+    "Whether runs have the same steps, the same training time, or both in turn.",
 )
 _LOWERS = flags.DEFINE_list(
     "lowers", [], "Lower quantiles of trns to train, in place of the variants: the curve of bounds."

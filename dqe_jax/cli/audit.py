@@ -1,10 +1,10 @@
-"""Audits negatives: what share of what each rule mines is truly relevant (false negatives).
+"""Audits negatives: how many of those that each rule mines are truly relevant (false negatives).
 
 python -m dqe_jax.audit --config=configs/fashion_products.py --data_dir=DIR --workdir=DIR
 
-For data that say which images are truly relevant. Writes `audit-<split>-<step>.json` and a picture,
-`.png`, and logs two tables: the rules, and the rule `trns` against its lower bound. The figures are
-those of `experiments/audit/statistics.py`.
+Needs data that say which images are truly relevant. Writes `audit-<split>-<step>.json` and a
+picture (`.png`), and logs two tables: one of the rules, and one of the rule `trns` by its lower
+bound. `experiments/audit/statistics.py` explains the figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of checkpoints,
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _SPLIT = flags.DEFINE_string("split", "train", "Split whose gallery is mined for its queries.")
 _QUERIES = flags.DEFINE_integer(
-    "queries", 2000, "Queries of the sample, which config.seed decides.", lower_bound=1
+    "queries", 2000, "Size of the sample of queries; config.seed chooses them.", lower_bound=1
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Where results go; default: <run>/eval.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Short for --config.data.data_dir.")

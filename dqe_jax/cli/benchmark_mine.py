@@ -1,9 +1,9 @@
-"""Times one refresh's mining, beside a plain matrix product and QuRe's rule in NumPy and Python.
+"""Times one refresh's mining against a plain matrix product and QuRe's rule in NumPy.
 
 python -m dqe_jax.mining_benchmark [--queries=18000 --gallery=18000 --tokens=32 --width=256]
 
-On random embeddings; the defaults are FashionIQ's size with BLIP-2. What is timed, and what the
-table says: `dqe_jax/performance/mining_benchmark.py`.
+It uses random embeddings; the defaults are the size of FashionIQ with BLIP-2.
+`dqe_jax/performance/mining_benchmark.py` says what is timed and what the table means.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RULE = flags.DEFINE_enum("rule", "trns", ["trns", "qure", "random", "hardest"],
 _BOUNDS = flags.DEFINE_enum("bounds", "quantile", ["absolute", "quantile", "std"], "Of trns.")
 _TIMED = flags.DEFINE_integer("timed_queries", 1024, "Queries of one call.", 1)
 _BASELINE = flags.DEFINE_integer(
-    "baseline_queries", 64, "Queries that NumPy mines, scaled to all; 0 leaves NumPy out.", 0
+    "baseline_queries", 64, "Queries that NumPy mines, scaled up to all; 0 leaves NumPy out.", 0
 )
 REQUIRED = ()
 

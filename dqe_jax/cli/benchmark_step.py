@@ -2,7 +2,7 @@
 
 python -m dqe_jax.benchmark --config=configs/shapes.py [--rounds=10] [--steps=3]
 
-What is timed, and what the table says: `dqe_jax/performance/step_benchmark.py`.
+`dqe_jax/performance/step_benchmark.py` says what is timed and what the table means.
 """
 
 from __future__ import annotations

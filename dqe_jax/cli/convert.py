@@ -2,8 +2,8 @@
 
 python -m dqe_jax.convert --source=DIR_OR_FILE_OR_HUB_ID --output=DIR
 
-`--config.model.weights=DIR` then starts a run from them: on a TPU pod every host reads its copy
-from one bucket, with the tokenizer, and neither a network nor Hugging Face files are needed.
+`--config.model.weights=DIR` then starts a run from them. On a TPU pod every host reads weights and
+tokenizer from one bucket; neither a network nor Hugging Face files are needed.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 python -m dqe_jax.describe --config=configs/fiq.py
 
-Needs neither data nor weights (sizes that a config leaves to its weights are read from them).
-GFLOP are of XLA's cost analysis of the program before it is optimised; a multiplication with an
-addition counts as two.
+Needs no data, and weights only where the config takes the model's sizes from them. GFLOP come from
+XLA's cost analysis of the program before it is optimised; a multiply-add counts as two.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes [--split=test]
 
-or of every checkpoint of a run that trains elsewhere, as it appears:
+To evaluate checkpoints while another machine trains:
 
 python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes --watch
 
-or of a file of predictions, without a model and without images:
+To score a file of predictions, without a model and without images:
 
 python -m dqe_jax.evaluate --config=configs/circo.py --split=val --predictions=FILE --raw_dir=DIR
 """
@@ -41,11 +41,16 @@ _HP_FASHIONIQ = flags.DEFINE_string(
     "hp_fashioniq", None, "Also measure the preference ratio on this hpfiq.json (FashionIQ, val)."
 )
 _WATCH = flags.DEFINE_bool(
-    "watch", False, "Follow the --workdir: evaluate each new checkpoint, until training is done."
+    "watch", False, "Evaluate each new checkpoint of --workdir until training is done."
 )
-_POLL_S = flags.DEFINE_float("poll_s", 30.0, "Seconds between looks of --watch.", 0.0, 1e6)
+_POLL_S = flags.DEFINE_float(
+    "poll_s", 30.0, "With --watch: seconds between looks at the directory of the run.", 0.0, 1e6
+)
 _PATIENCE_S = flags.DEFINE_float(
-    "patience_s", 0.0, "Seconds without a new checkpoint after which --watch fails; 0: never.", 0.0
+    "patience_s",
+    0.0,
+    "With --watch: seconds without a new checkpoint after which to fail; 0 waits for ever.",
+    0.0,
 )
 REQUIRED = ("config",)
 

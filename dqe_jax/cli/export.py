@@ -3,8 +3,8 @@
 python -m dqe_jax.export --workdir=runs/fiq --output=DIR [--step=N]
 
 Writes `model.safetensors` and `config.json`, which `CLIPModel` or `Blip2ForImageTextRetrieval` of
-`transformers` load, `tokenizer.json`, and `dqe.safetensors` with the parameters that no model of
-theirs has (attribute weights, temperature, CLIP's composer), named by their paths.
+`transformers` load, `tokenizer.json`, and `dqe.safetensors` with the parameters that these models
+do not have (attribute weights, temperature, CLIP's composer), named by their paths.
 """
 
 from __future__ import annotations

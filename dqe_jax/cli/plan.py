@@ -2,13 +2,13 @@
 
 python -m dqe_jax.plan --config=configs/fiq.py --topology=v5e:2x4,v5e:16x16 --per_chip_references=8
 
-Needs libtpu (pip install '.[tpu]', Linux x86-64), neither data nor weights. Prints bytes a device
-by kind, FLOP, collectives, and an estimate of the time: the compiler's own count of cycles, and
+Needs libtpu (pip install '.[tpu]', Linux x86-64), but no data and no weights. Prints memory per
+device, FLOP, collectives, and an estimate of the time: the compiler's own count of cycles, plus
 what the collectives send over the published bandwidth of the links, without overlap. Nothing is
 measured. With --topology=gpu programs are only lowered: bytes of arguments and FLOP, no estimate.
 Exits with status 1 if a program does not fit, and says what to change. Large models compile for
-many minutes; --quick takes a fraction of that, for memory (temporaries may be a quarter off) and
-collectives, without an estimate of time.
+many minutes. --quick takes a fraction of that; it gives memory (temporaries may be off by a
+quarter) and collectives, but no time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices such as v5e:2x4 or v4:2x
 _REFERENCES = flags.DEFINE_integer(
     "per_chip_references",
     0,
-    "Sets config.batch.references to this times the chips; 0 takes the config's.",
+    "References per chip: sets config.batch.references; 0 keeps the config's.",
     0,
 )
 _GALLERY = flags.DEFINE_integer(
@@ -38,10 +38,10 @@ _PROGRAMS = flags.DEFINE_list(
     "programs", [], "Of: step, bank step, bank refresh, mining, gallery embedding; all by default."
 )
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "Let the compiler try less hard: several times faster, but no estimate of time."
+    "quick", False, "Compile with less effort: several times faster, but no estimate of time."
 )
 _OPTIONS = flags.DEFINE_multi_string(
-    "compiler_option", [], "NAME=VALUE for the compiler; the program is then another one."
+    "compiler_option", [], "NAME=VALUE for the compiler, which changes the compiled program."
 )
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for all facts.")
 REQUIRED = ("config", "topology")

@@ -15,7 +15,9 @@ from dqe_jax.data.preprocess import PREPROCESS
 
 _NAMES = sorted(name for name in DATASETS if DATASETS[name].must_be_prepared)
 _DATASET = flags.DEFINE_enum("dataset", None, _NAMES, "Data set.")
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory of the raw files, in any folders below.")
+_RAW_DIR = flags.DEFINE_string(
+    "raw_dir", None, "Directory of the raw files, which may be in any folders below it."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/dqe_jax", "Where the prepared data go.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Pixels a side of the stored images.", 8)
 _PREPROCESS = flags.DEFINE_enum(
@@ -23,12 +25,18 @@ _PREPROCESS = flags.DEFINE_enum(
 )
 _SPLITS = flags.DEFINE_list("splits", None, "Splits, such as train,val; default: all.")
 _MAX_MISSING = flags.DEFINE_float(
-    "max_missing", None, "Share of a split that may be missing; default: train .1, others 0.", 0, 1
+    "max_missing",
+    None,
+    "Share of a split that may be missing; default: 0.1 for train, 0 for others.",
+    0,
+    1,
 )
-_NUM_WORKERS = flags.DEFINE_integer("num_workers", 0, "Processes; 0: one a core.", 0)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Prepare again what is prepared already.")
+_NUM_WORKERS = flags.DEFINE_integer(
+    "num_workers", 0, "Processes that decode photos; 0 for one per core.", 0
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Prepare again, even if it is prepared already.")
 _BEAM_RUNNER = flags.DEFINE_string(
-    "beam_runner", None, "Decode photos by this Apache Beam runner, such as DirectRunner."
+    "beam_runner", None, "Decode photos with this Apache Beam runner, such as DirectRunner."
 )
 _BEAM_OPTIONS = flags.DEFINE_list("beam_options", [], "Pipeline options of Beam, without dashes.")
 REQUIRED = ("dataset", "raw_dir")

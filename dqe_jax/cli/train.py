@@ -2,8 +2,8 @@
 
 python -m dqe_jax.main --config=configs/shapes.py [--workdir=DIR] [--config.field=value]
 
-Several processes are one run: see --distributed. SIGTERM and SIGINT save and end with status 143
-and 130; the same command goes on.
+Several processes can train one run together: see --distributed. After SIGTERM or SIGINT the run
+saves and ends with status 143 or 130; the same command continues it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Directory of the raw data; short for --config.data.data_dir."
 )
 _STOP_AT = flags.DEFINE_integer(
-    "stop_at", None, "End after this step, as if interrupted; the same command goes on.", 1
+    "stop_at",
+    None,
+    "End after this step, as if interrupted; the same command without it continues.",
+    1,
 )
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -59,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         train_and_evaluate(config, workdir, stop_at=_STOP_AT.value)
     except Interrupted as interrupted:
-        logging.info("Ended by %s; the same command goes on.", interrupted)
+        logging.info("Ended by %s; run the same command again to continue.", interrupted)
         processes.leave_at_once(interrupted.status)
         sys.exit(interrupted.status)
     except UserError:

@@ -72,9 +72,11 @@ class NegativesConfig:
         one_of(*BOUND_MODES),
     )
     lower: float = field(
-        0.02, "Lower bound of the mid-zone; not in it.", number(-1_000_000, 1_000_000)
+        0.02, "Lower bound of the mid-zone, which excludes it.", number(-1_000_000, 1_000_000)
     )
-    upper: float = field(0.6, "Upper bound of the mid-zone; in it.", number(-1_000_000, 1_000_000))
+    upper: float = field(
+        0.6, "Upper bound of the mid-zone, which includes it.", number(-1_000_000, 1_000_000)
+    )
     floor: float = field(
         0.0,
         "No candidate at or below this delta is in the zone, whatever the bounds say; -inf takes "
@@ -106,11 +108,13 @@ class LossConfig:
         0.1, "Weight of the margin term over the mined negatives.", weight(1_000_000)
     )
     intent: float = field(
-        0.1, "Weight of the attribute term that holds weights against mentions.", weight(1_000_000)
+        0.1,
+        "Weight of the term that teaches the attribute weights which attributes a text mentions.",
+        weight(1_000_000),
     )
     alignment: float = field(
         0.1,
-        "Weight of the attribute term that holds the query's features against the target's.",
+        "Weight of the term that pulls the query's attribute features to those of the target.",
         weight(1_000_000),
     )
     margin_size: float = field(

@@ -1,4 +1,4 @@
-"""Times one refresh's mining, beside a plain matrix product and QuRe's rule in NumPy and Python.
+"""Times one refresh's mining against a plain matrix product and QuRe's rule in NumPy.
 
 On random embeddings; the defaults are FashionIQ's size with BLIP-2. GFLOP/s count the products of
 queries and tokens alone; the plain product is of the same shapes, in the same run, without maximum,

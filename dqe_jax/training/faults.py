@@ -45,7 +45,7 @@ def _in_a_sentence(error: Exception, workdir: epath.Path, data_dir: epath.Path) 
         )
     else:
         return None
-    return UserError(f"{sentence}, and run the same command again: it goes on from there.")
+    return UserError(f"{sentence}, and run the same command again: it continues from there.")
 
 
 class Guard:
