@@ -1,23 +1,38 @@
-"""Fills the reference pages when the site is built, so that they say what the code says."""
+"""Fills the reference pages when the site is built, so that they say what the code says.
+
+A page holds a mark such as `<!-- commands -->`, which is replaced by what is generated.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from dqe_jax.cli.commands import COMMANDS
-from dqe_jax.config import fields
+from dqe_jax.config import RunConfig
+from dqe_jax.utils.fields import Field, fields_of
 
-# What the page of the Python API documents, by heading.
-MODULES = {
-    "Config": ("dqe_jax.config",),
+# What the page of the Python API documents, by heading: modules, or single functions.
+OBJECTS = {
+    "Config": ("dqe_jax.cli.config_files.load_config", "dqe_jax.config"),
     "Training and evaluation": (
-        "dqe_jax.training.loop",
+        "dqe_jax.training.loop.train_and_evaluate",
         "dqe_jax.evaluation.run",
-        "dqe_jax.evaluation.watch",
+        "dqe_jax.evaluation.evaluator",
+        "dqe_jax.evaluation.watch.watch",
         "dqe_jax.checkpoints.trained",
         "dqe_jax.checkpoints.export",
+    ),
+    "Data": (
+        "dqe_jax.data.prepare",
+        "dqe_jax.data.datasets",
+        "dqe_jax.data.examples",
+        "dqe_jax.data.splits",
+        "dqe_jax.data.tokenizer",
     ),
     "The method": (
         "dqe_jax.method.similarity",
@@ -40,45 +55,67 @@ MODULES = {
         "dqe_jax.evaluation.protocols",
         "dqe_jax.evaluation.predictions",
     ),
-    "Data": ("dqe_jax.data.datasets", "dqe_jax.data.examples", "dqe_jax.data.splits"),
+    "Experiments and cost": (
+        "dqe_jax.experiments.ablation.runs.run_ablation",
+        "dqe_jax.experiments.bound_curve.run_curve",
+        "dqe_jax.experiments.audit.run.audit_checkpoint",
+        "dqe_jax.performance.planning.run.plan_config",
+        "dqe_jax.performance.describe.describe_model",
+        "dqe_jax.performance.step_benchmark.benchmark_step",
+        "dqe_jax.performance.mining_benchmark.benchmark_mining",
+    ),
 }
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replaces the marks of a page by what is generated; called by mkdocs."""
-    made = {"config fields": config_fields, "commands": commands, "modules": modules}
+    made = {"config fields": config_fields, "commands": commands, "python api": python_api}
     return re.sub(r"<!-- ([\w ]+) -->", lambda mark: made[mark[1]](), markdown)
 
 
 def config_fields() -> str:
-    """A table of every section of a config."""
-    sections: dict[str, list[str]] = {}
-    for name, field in fields().items():
-        section = name.rpartition(".")[0]
-        cells = (f"`{name}`", f"`{field.default!r}`", f"{field.doc} *{field.role}*")
-        row = " | ".join(cell.replace("|", r"\|") for cell in cells)
-        sections.setdefault(section, []).append(f"| {row} |")
-    head = "| field | default | meaning; what it decides |\n| --- | --- | --- |"
+    """A table of each section of a config."""
     return "\n\n".join(
-        f"## {section or 'Top level'}\n\n" + "\n".join([head, *rows])
-        for section, rows in sorted(sections.items())
+        f"## {name or 'Top level'}\n\n{about}\n\n"
+        + "| field | default | meaning |\n| --- | --- | --- |\n"
+        + "\n".join(map(_row, own))
+        for name, about, own in _sections(RunConfig)
     )
 
 
+def _sections(config: type, name: str = "") -> Iterator[tuple[str, str, list[Field]]]:
+    """Name, description and own fields of a config and of each section in it."""
+    about = (config.__doc__ or "").partition("\n\n")[0]
+    prefix = name and f"{name}."
+    own = [field for field in fields_of(config, prefix) if field.name.rpartition(".")[0] == name]
+    yield name, about, own
+    for inside in dataclasses.fields(config):
+        if isinstance(inside.default_factory, type):
+            yield from _sections(inside.default_factory, prefix + inside.name)
+
+
+def _row(field: Field) -> str:
+    """The row of a field, which `#negatives.rule` links to."""
+    name = f'<span id="{field.name}">`{field.name}`</span>'
+    about = html.escape(f"{field.doc} Allowed: {field.check.words}.", quote=False)
+    cells = (name, f"`{field.default!r}`", f"{about} *{field.role}*")
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
 def commands() -> str:
-    """What each command says of itself, by its name."""
+    """What `--help` of each command says."""
     parts = []
-    for name in COMMANDS:
+    for name, (_, does) in COMMANDS.items():
         help_of = [sys.executable, "-m", "dqe_jax", *name.split(), "--help"]
         said = subprocess.run(help_of, check=True, capture_output=True, text=True).stdout
-        parts.append(f"## dqe-jax {name}\n\n```text\n{said.strip()}\n```")
+        parts.append(f"## dqe-jax {name}\n\n{does}\n\n```text\n{said.strip()}\n```")
     return "\n\n".join(parts)
 
 
-def modules() -> str:
-    """A section of each heading of `MODULES`, which mkdocstrings fills."""
+def python_api() -> str:
+    """The headings of `OBJECTS`, below which mkdocstrings puts what the docstrings say."""
     return "\n\n".join(
         f"## {heading}\n\n"
-        + "\n\n".join(f"::: {module}\n    options:\n      heading_level: 3" for module in names)
-        for heading, names in MODULES.items()
+        + "\n\n".join(f"::: {name}\n    options:\n      heading_level: 3" for name in names)
+        for heading, names in OBJECTS.items()
     )
