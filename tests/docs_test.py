@@ -2,7 +2,8 @@
 
 A command names modules, configs, variants, fields and flags that exist; a link or a path in the
 README or the docs leads somewhere. Placeholders in capitals (`DIR`) and shell variables (`$DIR`)
-stand for any value. Commands that need neither data nor hardware run, at the size of a smoke run.
+stand for any value. What data and hardware a command needs is said near it. Commands that need
+neither run, at the size of a smoke run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -194,20 +196,89 @@ def test_links_and_paths_of_the_pages_exist(page: Path):
     assert [*links(text, page), *paths(text)] == []
 
 
-NEEDS = r"DIR|FILE|BUCKET|launch/|--coordinator|--topology|\[gpu|\[tpu|pytest|runs/(?!shapes)"
+NEEDS = (
+    r"DIR|FILE|BUCKET|launch/|--coordinator|--topology|\[gpu|\[tpu|pytest|runs/(?!shapes|python)"
+)
+# What the reader has to bring; a README's test command needs nothing.
+BROUGHT = r"DIR|FILE|BUCKET|launch/|--coordinator|--topology|\[gpu|\[tpu|tests/parity"
 
 
-def blocks(text: str) -> list[str]:
+def blocks(text: str, language: str = "bash") -> list[str]:
     """The commands of a page: its blocks of bash."""
-    return re.findall(r"^```bash\n(.*?)^```", text, flags=re.S | re.M)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
 
 
+def needs(text: str) -> Iterator[str]:
+    """Commands that need something which neither their section nor the page's top names."""
+    top, *sections = re.split(r"^##+ .*$", text, flags=re.M)
+    for section in [top, *sections]:
+        said = re.sub(r"```.*?```", "", top + section, flags=re.S)
+        for block in blocks(section):
+            if re.search(BROUGHT, block) and not re.search(r"\b[Nn]eeds?\b", said):
+                yield f"say near it what this needs: {block}"
+
+
+def unmade_runs(text: str) -> Iterator[str]:
+    """Runs that a command reads, but that neither the page nor a config by default makes."""
+    every = list(words_of(text))
+    named = {word for module, words in every if module == "dqe_jax.main" for word in words}
+    for module, words in every:
+        configs = re.findall(r"--config=configs/(\w+)\.py:?([\w,]*)", " ".join(words))
+        configs = configs or [(name, "") for name in config_names()]
+        defaults = {
+            "-".join([name, *filter(None, variants.split(","))]) for name, variants in configs
+        }
+        for word in words:
+            run = word.removeprefix("--workdir=runs/")
+            if word not in (run, *named) and run not in defaults:
+                yield f"{module} reads runs/{run}, which nothing makes"
+
+
+@pytest.mark.parametrize("rule", [needs, unmade_runs], ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_command_needs_is_said(page: Path):
-    """Beside a placeholder for data, a page says what it needs."""
-    text = page.read_text(encoding="utf-8")
-    if page != README and re.search(r"--(data|raw)_dir=", "".join(blocks(text))):
-        assert re.search(r"\b[Nn]eed", text), "say which data the commands need"
+def test_pages_say_what_commands_need_and_read_runs_that_are_made(page: Path, rule: Rule):
+    assert list(rule(page.read_text(encoding="utf-8"))) == []
+
+
+ROOMS = sorted((ROOT / "dqe_jax").glob("*/README.md"))
+
+
+def test_every_room_says_what_is_there():
+    rooms = {file.parent for file in (ROOT / "dqe_jax").glob("*/__init__.py")}
+    assert {page.parent for page in ROOMS} == rooms
+
+
+@pytest.mark.parametrize("page", ROOMS, ids=lambda page: page.parent.name)
+def test_files_that_a_room_names_are_in_it(page: Path):
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", page.read_text(encoding="utf-8")):
+        assert (page.parent / name).exists() or (ROOT / name).exists(), name
+
+
+@functools.cache
+def hooks():
+    """The module that fills the reference pages when the site is built."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_lists_every_field_with_what_it_may_be():
+    tables = hooks().config_fields()
+    assert re.findall(r'<span id="([\w.]+)">', tables) == sorted(
+        FIELDS, key=lambda name: tables.index(f'"{name}"')
+    )
+    for field in config_fields().values():
+        (row,) = (line for line in tables.splitlines() if f'"{field.name}"' in line)
+        assert f"`{field.default!r}`" in row
+        assert f"*{field.role}* |" in row
+
+
+def test_the_marks_of_the_reference_pages_are_known():
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        marks = re.findall(r"<!-- (.*?) -->", page.read_text(encoding="utf-8"))
+        assert set(marks) <= {"config fields", "commands", "python api"}, page
+    assert "::: dqe_jax.method.trns\n" in hooks().on_page_markdown("<!-- python api -->")
 
 
 def smoke_runs() -> list[tuple[str, str]]:
@@ -242,6 +313,23 @@ def test_commands_that_need_nothing_run(page: str, command: str, smoke_place: Pa
         timeout=800,
     )
     assert done.returncode == 0, f"{page}: {command}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_the_python_of_the_pages_runs(smoke_place: Path):
+    pages = {page: blocks(page.read_text(encoding="utf-8"), "python") for page in PAGES}
+    assert any(pages.values())
+    for page, parts in pages.items():
+        for part in parts:  # in order: one may read the run that an earlier one made
+            done = subprocess.run(
+                [sys.executable, "-c", part],
+                cwd=smoke_place,
+                env=os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=800,
+            )
+            assert done.returncode == 0, f"{page}: {part}\n{done.stderr[-2000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +378,11 @@ ACCEPTED = [
     (fields, "--config.negatives.lower=0.1 --config.seed=3, or `config.optimizer`, `config.json`"),
     (fields, "`config.data.lexicon` names it"),
     (links, "# A b-c: d!\n[x](#a-b-c-d) [y](pyproject.toml) [z](https://a.b/c#d)"),
+    (needs, "Needs it.\n\n```bash\nx --data_dir=DIR\n```\n"),
+    (needs, "# A\n\nNeeds it.\n\n## B\n\n```bash\nx --data_dir=DIR\n```\n"),
+    (needs, "```bash\npython -m dqe_jax.main\n```\n"),
+    (unmade_runs, "-m dqe_jax.evaluate --config=configs/fiq.py:vit_l --workdir=runs/fiq-vit_l"),
+    (unmade_runs, "-m dqe_jax.main --workdir=runs/x\n-m dqe_jax.audit --workdir=runs/x"),
     (paths, "`dqe_jax/data/lexicon.txt`, configs/, tests/*_test.py and /other/dqe_jax/none.py."),
 ]
 REFUSED = [
@@ -310,6 +403,10 @@ REFUSED = [
     (links, "[x](docs/none.md)"),
     (links, "[x](docs/results.md#none)"),
     (links, '<img src="none.png">'),
+    (needs, "# A\n\n## B\n\nNeeds it.\n\n## C\n\n```bash\nx --data_dir=DIR\n```\n"),
+    (needs, "```bash\npip install '.[gpu]'\n```\n"),
+    (unmade_runs, "-m dqe_jax.evaluate --config=configs/fiq.py:vit_l --workdir=runs/fiq"),
+    (unmade_runs, "-m dqe_jax.export --workdir=runs/x"),
     (paths, "in `dqe_jax/model.py`"),
     (paths, "see tests/none_*.py."),
 ]

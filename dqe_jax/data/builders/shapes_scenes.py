@@ -132,7 +132,7 @@ class Renderer:
         self._sprites: dict[Thing, Sprite] = {}
 
     def render(self, scene: Scene, rng: random.Random) -> np.ndarray:
-        """The scene as uint8 `[H, W, 3]`; each object is off its cell's centre by up to 5 %."""
+        """The scene as uint8 `[H, W, 3]`; each object is off its cell's centre by up to 5%."""
         size = self.image_size
         image = np.empty((size, size, 3), np.uint8)
         image[:] = BACKGROUND
