@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from dqe_jax import __version__
 from dqe_jax.cli.commands import COMMANDS
 from dqe_jax.cli.config_files import known as config_names
 from dqe_jax.config import fields as config_fields
@@ -340,6 +341,12 @@ def smoke_place(tmp_path_factory):
     env = os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)}
     subprocess.run([*train, "--workdir=runs/shapes"], cwd=place, env=env, check=True)
     return place
+
+
+def test_the_version_is_stated_once():
+    """The changelog and the citation say what the package says."""
+    assert f"The version in the code is {__version__}." in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_paths_in_launch_files_exist():

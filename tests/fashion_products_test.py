@@ -565,7 +565,7 @@ def test_too_many_bad_photos(tmp_path):
     photos = made_photos(rows)
     del photos["10007"]
     raw = write(tmp_path / "one", rows, photos)
-    assert prepare(raw, tmp_path / "prepared").info.metadata["lost_rows"] == 1  # Below 1 %.
+    assert prepare(raw, tmp_path / "prepared").info.metadata["lost_rows"] == 1  # Below 1%.
     del photos["10008"]
     raw = write(tmp_path / "two", rows, photos)
     with pytest.raises(errors.UserError, match=r"2 of 150 products .*10007.* is missing") as e:

@@ -31,7 +31,7 @@ The rules:
     files is ambiguous, and an unknown image id.
 -   **Gallery.** Every image below the raw directory, for all splits.
 -   **Splits.** `train`, `val` or `validation`, `test`. If no record states one, a hash of the
-    reference's path (SHA-256) assigns 80 % of the references to train, 10 % to validation, 10 % to
+    reference's path (SHA-256) assigns 80% of the references to train, 10% to validation, 10% to
     test, so that the queries of one reference stay together. If some do, the others are malformed.
 -   **Targets.** Several targets are all that are relevant. With one, what else is, is unknown. In
     test it may be missing, then the query has no labels.

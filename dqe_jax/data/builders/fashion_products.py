@@ -15,8 +15,8 @@ if both are there) or a folder `images/` of `<id>.jpg`. The rules:
     counted and named in the TFDS metadata; more than `max_bad_fraction` of them is an error. Photos
     without a row are counted and named too. Photos that are not square are padded with white, then
     reduced.
--   **Splits.** A hash of the photo's content assigns 72 % of the products to train, 8 % to
-    validation and 20 % to test. Products with identical photos go to the same split. A split's
+-   **Splits.** A hash of the photo's content assigns 72% of the products to train, 8% to
+    validation and 20% to test. Products with identical photos go to the same split. A split's
     gallery is all of its products, in the order of `styles.csv`.
 -   **Ambiguous photos.** A photo that occurs with different attributes is neither a reference nor a
     target, since its text could contradict what is seen. Its rows stay in the gallery, and among
