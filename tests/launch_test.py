@@ -279,8 +279,9 @@ def test_create_installs_one_commit_on_all_workers(world):
     assert " git checkout --quiet abc " in line
 
 
-def test_no_password_is_sent(world):
-    result, calls = world.run("tpu/create.sh", SOURCE="https://me:secret@example.com/x.git")
+@pytest.mark.parametrize("command", [["tpu/create.sh"], ["tpu/run.sh", CONFIG]])
+def test_no_password_is_sent(world, command):
+    result, calls = world.run(*command, SOURCE="https://me:secret@example.com/x.git")
     assert result.returncode == 1
     assert "SOURCE holds a user or a password" in result.stderr
     assert "secret" not in result.stdout + result.stderr

@@ -198,6 +198,8 @@ def test_what_is_missing_is_left_out_and_counted():
     assert split.queries.relevant[1].tolist() == [0, 4]  # but counts as valid, beyond the gallery
     assert split.queries.subset[1].tolist() == [2, 0]
     assert str(split.coverage) == "2 of 5 queries, 3 of 4 gallery images"
+    whole = dataclasses.replace(split.coverage, official_queries=2, official_gallery=3)
+    assert str(whole) == "all 2 queries, all 3 gallery images"
     assert not split.coverage.complete
     np.testing.assert_array_equal(split.gallery[1], gallery[2]["image"][0])
 

@@ -456,7 +456,10 @@ def test_all_files_that_are_missing_are_named_before_anything_is_written(tmp_pat
 def test_what_an_interrupted_preparation_left_is_not_named_as_prepared(tmp_path):
     config = fiq.get_config()
     config.data.data_dir, config.data.image_size = str(tmp_path), SIZE
-    (tmp_path / "fashioniq" / f"{SIZE}px-target_pad").mkdir(parents=True)
+    records = tmp_path / "fashioniq" / f"{SIZE}px-target_pad" / "1.0.0"
+    records.mkdir(parents=True)
+    (records / "dataset_info.json").write_text('{"name": "fashioniq", "version": "1.0.0"}')
+    # The report, which is written last, is not there.
     with pytest.raises(UserError, match=rf"is not prepared in {tmp_path}: run"):
         datasets.find_dataset(config.data)
 
@@ -464,7 +467,10 @@ def test_what_an_interrupted_preparation_left_is_not_named_as_prepared(tmp_path)
 def test_progress_is_a_line_for_a_tenth(caplog):
     with caplog.at_level("INFO"):
         assert list(progress(iter(range(95)), 95, "Photos")) == list(range(95))
-    assert caplog.messages == [f"Photos: {n} of 95" for n in (*range(10, 95, 10), 95)]
+        assert next(zip(range(1), progress(iter("x"), 1, "One"))) == (0, "x")
+    *lines, last = caplog.messages
+    assert last == "One: 1 of 1"  # though nobody asks for a second
+    assert lines == [f"Photos: {n} of 95" for n in (*range(10, 95, 10), 95)]
 
 
 def test_another_size_is_named(spoiled):

@@ -14,6 +14,7 @@ from dqe_jax.utils.quiet import skip_absent_tpu
         (["libtpu"], [], None, "cpu"),
         (["libtpu"], ["accel0"], None, None),
         (["libtpu"], ["vfio/0"], None, None),
+        (["libtpu"], ["vfio/vfio"], None, "cpu"),
         (["libtpu", "jax_plugins"], [], None, None),
         (["libtpu"], [], "tpu", "tpu"),
         ([], [], None, None),

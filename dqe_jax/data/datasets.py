@@ -77,7 +77,8 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
     if not preparation.is_prepared(builder) or complaints is None:
         root = epath.Path(where) / data.dataset
         folders = root.iterdir() if root.is_dir() else []
-        others = sorted(p.name for p in folders if any(p.glob("*/dataset_info.json")))
+        pattern = f"*/{preparation.REPORT}"  # the last thing that is written
+        others = sorted(p.name for p in folders if any(p.glob(pattern)))
         held = f" (it has {', '.join(others)})" if others else ""
         raise UserError(
             f"{data.dataset} with {data.image_size} pixels and preprocessing {data.preprocess!r} "

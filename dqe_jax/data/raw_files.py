@@ -9,6 +9,7 @@ from etils import epath
 
 from dqe_jax.utils.errors import UserError
 
+_NAMED = 12  # files in a sentence
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -69,8 +70,10 @@ class RawFiles:
         if missing:
             files = "the file" if len(missing) == 1 else f"{len(missing)} files:"
             put = "put it" if len(missing) == 1 else "put them"
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise UserError(
-                f"{self.root} lacks {files} {', '.join(missing)}; {put} there or in a folder below."
+                f"{self.root} lacks {files} {', '.join(missing[:_NAMED])}{more}; {put} there or in "
+                "a folder below."
             )
 
     def has(self, name: str) -> bool:

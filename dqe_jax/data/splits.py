@@ -90,10 +90,11 @@ class Coverage:
     official_gallery: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.queries:,} of {self.official_queries:,} queries, "
-            f"{self.gallery:,} of {self.official_gallery:,} gallery images"
-        )
+        def some(used: int, official: int) -> str:
+            return f"all {used:,}" if used == official else f"{used:,} of {official:,}"
+
+        queries = some(self.queries, self.official_queries)
+        return f"{queries} queries, {some(self.gallery, self.official_gallery)} gallery images"
 
     @property
     def complete(self) -> bool:

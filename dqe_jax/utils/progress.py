@@ -51,6 +51,6 @@ def progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
         return
     pace = Pace(total)
     for count, item in enumerate(items, 1):
-        yield item
-        if pace.due(count):
+        if pace.due(count):  # before the item: who takes them may stop at the last one
             logging.info("%s: %d of %d", what, count, total)
+        yield item

@@ -20,7 +20,7 @@ def skip_absent_tpu(devices: str | os.PathLike[str] = "/dev") -> None:
     """Keeps JAX from looking for a TPU where there is none: libtpu would print errors of its own.
 
     Call it before JAX is imported. It does nothing where a user has set JAX_PLATFORMS, where libtpu
-    is not installed, or where there is a device that it might be.
+    is not installed, where variables speak of a TPU, or where there is a device that may be one.
 
     Args:
       devices: where the system lists devices.
@@ -31,5 +31,7 @@ def skip_absent_tpu(devices: str | os.PathLike[str] = "/dev") -> None:
     if any(importlib.util.find_spec(name) is not None for name in plugins):
         return  # of another accelerator: JAX decides
     root = pathlib.Path(devices)
-    if not any(root.glob("accel*")) and not any(root.glob("vfio/*")):
+    asked = any(name.startswith(("TPU_", "CLOUD_TPU", "JAX_FORCE_TPU")) for name in os.environ)
+    # vfio/vfio alone is the driver's own, without a device.
+    if not asked and not any(root.glob("accel*")) and not any(root.glob("vfio/[0-9]*")):
         os.environ["JAX_PLATFORMS"] = "cpu"

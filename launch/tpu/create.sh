@@ -9,9 +9,7 @@ set -euo pipefail
 needed+=(SOURCE REVISION)
 parse "$@"
 need_no_args
-case "${SOURCE}" in
-  http*://*@*) die "SOURCE holds a user or a password, which would be printed and sent: set one without." ;;
-esac
+check_source
 
 read -ra flags <<<"--accelerator-type=${TYPE} --version=${VERSION} ${CREATE_FLAGS}"
 if [ "${SPOT}" = true ]; then flags+=(--spot); fi

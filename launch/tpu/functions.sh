@@ -39,6 +39,13 @@ check_run() {
   case "${WORKDIR}" in /* | \~*) die "set WORKDIR to gs://BUCKET/DIR or a relative path." ;; esac
 }
 
+# Ends a script whose SOURCE would print and send a password.
+check_source() {
+  case "${SOURCE}" in
+    http*://*@*) die "SOURCE holds a user or a password, which would be printed and sent: set one without." ;;
+  esac
+}
+
 # remote WORKERS COMMAND: sets `ssh` to what runs a line of shell on workers (a number, or all).
 remote() {
   ssh=("${tpu[@]}" ssh "${NAME}" "${where[@]}" "${ssh_flags[@]}" --worker="$1" --command="$2")

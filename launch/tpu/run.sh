@@ -20,6 +20,7 @@ case "${args[0]:-}" in
     ;;
 esac
 check_run
+check_source
 if [ "${detach}" = true ]; then die "run.sh deletes the VM at the end, so it cannot detach."; fi
 if [ "${job}" = evaluator ] && ! on_bucket; then die "set WORKDIR to that of the training run."; fi
 if [ "${DRY_RUN}" = false ] && state=$("${describe[@]}" 2>/dev/null); then
