@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -81,7 +82,12 @@ def cache_directory() -> Path:
     machine = f"{platform.machine()} {flags and flags[0]}"
     key = f"{jax.__version__}-{hashlib.sha256(machine.encode()).hexdigest()[:12]}"
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DQE_TEST_CACHE") or Path(home, "dqe_jax", "tests")) / key
+    place = Path(os.environ.get("DQE_TEST_CACHE") or Path(home, "dqe_jax", "tests")) / key
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:  # such as a home that cannot be written
+        place = Path(tempfile.gettempdir(), "dqe_jax-tests", key)
+    return place
 
 
 def compiles_quickly(directory: str | os.PathLike[str] | None = None) -> dict[str, str]:
