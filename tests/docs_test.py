@@ -307,15 +307,7 @@ def smoke_runs() -> list[tuple[str, str]]:
 def test_commands_that_need_nothing_run(page: str, command: str, smoke_place: Path):
     words = shlex.split(command)
     start = [sys.executable, "-m", "dqe_jax"] if words[0] == "dqe-jax" else [sys.executable]
-    done = subprocess.run(
-        [*start, *words[1:]],
-        cwd=smoke_place,
-        env=os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, f"{page}: {command}\n{done.stderr[-2000:]}"
+    run_there([*start, *words[1:]], smoke_place, f"{page}: {command}")
 
 
 @pytest.mark.slow
@@ -324,15 +316,7 @@ def test_the_python_of_the_pages_runs(smoke_place: Path):
     assert any(pages.values())
     for page, parts in pages.items():
         for part in parts:  # in order: one may read the run that an earlier one made
-            done = subprocess.run(
-                [sys.executable, "-c", part],
-                cwd=smoke_place,
-                env=os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                timeout=800,
-            )
-            assert done.returncode == 0, f"{page}: {part}\n{done.stderr[-2000:]}"
+            run_there([sys.executable, "-c", part], smoke_place, f"{page}: {part}")
 
 
 @pytest.fixture(scope="module")
@@ -340,9 +324,15 @@ def smoke_place(tmp_path_factory):
     """A directory with a finished run of `shapes`, as a reader has after the first command."""
     place = tmp_path_factory.mktemp("reader")
     train = [sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"]
-    env = os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*train, "--workdir=runs/shapes"], cwd=place, env=env, check=True)
+    run_there([*train, "--workdir=runs/shapes"], place, "the first command")
     return place
+
+
+def run_there(command: list[str], place: Path, what: str) -> None:
+    """Runs a command in a directory; it must end well."""
+    env = os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, f"{what}\n{done.stderr[-2000:]}"
 
 
 def test_the_version_is_stated_once():

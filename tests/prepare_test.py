@@ -466,11 +466,12 @@ def test_what_an_interrupted_preparation_left_is_not_named_as_prepared(tmp_path)
 
 def test_progress_is_a_line_for_a_tenth(caplog):
     with caplog.at_level("INFO"):
-        assert list(progress(iter(range(95)), 95, "Photos")) == list(range(95))
-        assert next(zip(range(1), progress(iter("x"), 1, "One"))) == (0, "x")
-    *lines, last = caplog.messages
-    assert last == "One: 1 of 1"  # though nobody asks for a second
-    assert lines == [f"Photos: {n} of 95" for n in (*range(10, 95, 10), 95)]
+        items = range(9501)
+        # As builders do: nobody asks for more than the last one.
+        assert [item for _, item in zip(items, progress(iter(items), 9501, "Photos"))] == [*items]
+        assert list(progress("few", 3, "Photos")) == ["f", "e", "w"]
+    steps = (*range(951, 9501, 951), 9501)
+    assert caplog.messages == [f"Photos: {n} of 9501" for n in steps]
 
 
 def test_another_size_is_named(spoiled):

@@ -192,7 +192,7 @@ def _flag_sentence(error: BaseException, value: str) -> str:
         name = missing["name"]
         if name == "config" and value:
             return f"--config: get_config() of {file} gives None, not a ConfigDict."
-        return f"--{name} must be given, such as --{name}={_EXAMPLES[name]}."
+        return f"--{name} must be given, such as --{name}={_EXAMPLES.get(name, 'VALUE')}."
     if isinstance(error, flags.Error) and (origin is None or _PARSING in str(error)):
         return _sentence(str(error))
     if isinstance(error, OSError) and not os.path.exists(file):

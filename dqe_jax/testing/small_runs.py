@@ -16,7 +16,6 @@ from unittest import mock
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from dqe_jax.cli.config_files import load_config
@@ -91,7 +90,7 @@ def cache_directory() -> Path:
 
 
 def compiles_quickly(directory: str | os.PathLike[str] | None = None) -> dict[str, str]:
-    """Environment in which a process compiles quickly, once: what `compiled_once` sets here.
+    """Environment in which a process compiles quickly: `quick_settings` for another process.
 
     Args:
       directory: of compiled programs; None takes `cache_directory()`.
@@ -105,7 +104,11 @@ def compiles_quickly(directory: str | os.PathLike[str] | None = None) -> dict[st
 def quick_settings(
     directory: str | os.PathLike[str] | None = None,
 ) -> dict[str, str | float | bool]:
-    """What jax is told to compile quickly, once, see `compiles_quickly`."""
+    """Settings of jax by which tests compile quickly, and each program once for all processes.
+
+    Args:
+      directory: of compiled programs; None takes `cache_directory()`.
+    """
     return {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(directory or cache_directory()),
@@ -118,19 +121,9 @@ def quick_settings(
 
 @contextlib.contextmanager
 def compiled_once() -> Iterator[None]:
-    """Compiles quickly; runs share their programs, in this process and with others."""
-    settings = quick_settings()
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        with mock.patch.object(session, "make_step", _remembered(session.make_step)):
-            yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    """Runs of this process share their steps, so that a step is traced and compiled once."""
+    with mock.patch.object(session, "make_step", _remembered(session.make_step)):
+        yield
 
 
 def _remembered(make_step: Callable[..., Step]) -> Callable[..., Step]:

@@ -14,6 +14,7 @@ _T = TypeVar("_T")
 
 # Without a terminal there is a line after so many seconds, or this share of the work.
 SECONDS, SHARE = 60.0, 0.1
+MANY = 1000  # of fewer pieces nothing is said: they take seconds
 
 
 def on_terminal() -> bool:
@@ -39,13 +40,16 @@ class Pace:
 
 
 def progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
-    """The same items; shows how many of `total` have come by.
+    """The same items; shows how many of `total` have come by, if that is `MANY`.
 
     Args:
       items: any.
       total: how many there are.
       what: begins each line, such as "Decoding photos".
     """
+    if total < MANY:
+        yield from items
+        return
     if on_terminal():
         yield from tqdm.tqdm(items, total=total, desc=what, dynamic_ncols=True, leave=False)
         return

@@ -63,6 +63,7 @@ from dqe_jax.data.builders.fashion_raw import (
 from dqe_jax.data.builders.fashion_texts import ATTRIBUTES
 from dqe_jax.utils import errors
 from dqe_jax.utils.files import JsonObject, is_regular
+from dqe_jax.utils.progress import progress
 
 # Columns that gallery records state besides, where the file has them.
 EXTRA_COLUMNS = ("masterCategory", "subCategory", "year")
@@ -167,6 +168,7 @@ def _load_products(
     styles, photos = read_styles(raw_dir / "styles.csv"), Photos(raw_dir)
     ids = (row["id"] for row in styles.rows)
     decoded = decode_all(photos, ids, config.image_size, config.preprocess)
+    decoded = progress(decoded, len(styles.rows), "Photos of fashion_products")
     galleries, unseen = _place_products(styles, decoded, RELEVANCE[config.relevance], images)
     lost = {row_id or "(no id)": "its row is incomplete" for row_id in styles.incomplete_ids}
     lost |= unseen

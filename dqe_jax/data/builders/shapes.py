@@ -30,6 +30,7 @@ from dqe_jax.data.builders.shapes_exact import make_exact_split
 from dqe_jax.data.builders.shapes_scenes import Renderer, Scene, content_of, describe_scene
 from dqe_jax.data.builders.shapes_variants import CONFIGS, ShapesConfig
 from dqe_jax.data.examples import SPLITS, GalleryItem, Query, Records, features, gallery_split
+from dqe_jax.utils.progress import progress
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
@@ -79,7 +80,8 @@ def make_split(config: ShapesConfig, split: str, used: set[Scene]) -> DrawnSplit
 
 
 def _gallery_items(name: str, split: DrawnSplit, renderer: Renderer) -> Iterator[GalleryItem]:
-    for row, scene in enumerate(split.scenes):
+    scenes = progress(split.scenes, len(split.scenes), f"Scenes of {name}")
+    for row, scene in enumerate(scenes):
         image = renderer.render(scene, random.Random(f"render:{name}:{row}"))
         yield GalleryItem(f"{name}-{row:06d}", image, row, describe_scene(scene))
 
