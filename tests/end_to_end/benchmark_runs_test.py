@@ -1,0 +1,256 @@
+"""Made copies of each benchmark, from raw files through training to metrics and submissions."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dqe_jax.config import RunConfig
+from dqe_jax.data import datasets, preparation
+from dqe_jax.data.builders.benchmarks import make_builder
+from dqe_jax.evaluation import predictions
+from dqe_jax.evaluation.run import evaluate_checkpoint
+from dqe_jax.testing import standins
+from dqe_jax.testing.small_runs import (
+    BENCHMARK_SIZE,
+    compiled_once,
+    small_benchmark_config,
+)
+from dqe_jax.training import loop
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKERS = {
+    "fashioniq": standins.small_fashioniq,
+    "cirr": standins.small_cirr,
+    "circo": standins.small_circo,
+    "triplets": standins.small_triplets,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """`raw/<data set>` as published, `data` prepared, `compiled` programs."""
+    base = tmp_path_factory.mktemp("benchmarks")
+    for dataset, make in MAKERS.items():
+        make(base / "raw" / dataset)
+        builder = make_builder(
+            dataset,
+            str(base / "data"),
+            image_size=BENCHMARK_SIZE,
+            preprocess={"fashioniq": "target_pad", "triplets": "pad"}.get(dataset, "squash"),
+            raw_dir=str(base / "raw" / dataset),
+            splits=tuple(datasets.DATASETS[dataset].splits),
+            num_workers=1,
+        )
+        preparation.prepare(builder)
+        assert preparation.write_report(builder, preparation.report(builder), None) == []
+    with compiled_once():
+        yield base
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def fashioniq_run(base):
+    config = small_benchmark_config("fiq:smoke", base / "data")
+    return config, base / "fiq", loop.train_and_evaluate(config, base / "fiq")
+
+
+def test_fashioniq(base, fashioniq_run):
+    config, workdir, metrics = fashioniq_run
+    report = read(workdir / "eval" / "validation-2.json")
+    assert report["protocol"] == "fashioniq-original"
+    assert report["queries"] == {"used": 36, "official": 36}
+    assert report["gallery"] == {"used": 120, "official": 120}
+    assert metrics["categories"] == 3
+    ranked = read(workdir / "eval" / "validation-2.ranked.json")
+    # Every list is of its own category, all of it, and the reference stays.
+    assert {len(ids) for ids in ranked.values()} == {40}
+    assert all({image[0] for image in ids} == {q[0].upper()} for q, ids in ranked.items())
+    file = workdir / "eval" / "validation-2.ranked.json"
+    scored = predictions.score("fashioniq", "val", file, base / "raw" / "fashioniq")
+    assert scored | metrics == pytest.approx(scored, abs=1e-9)
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    assert any("validation/R@10/dress" in line for line in lines)
+
+    config = small_benchmark_config("fiq:smoke", base / "data", **{"eval.protocol": "val"})
+    evaluate_checkpoint(config, workdir, split="val")
+    assert read(workdir / "eval" / "validation-2.json") == report  # not overwritten
+    report = read(workdir / "eval-val" / "validation-2.json")
+    assert report["protocol"] == "fashioniq-val"
+    named = {q["candidate"] for q in read_captions(base)} | {
+        q["target"] for q in read_captions(base)
+    }
+    assert report["ranked_images"] == len(named)
+    lists = read(workdir / "eval-val" / "validation-2.ranked.json")
+    assert set().union(*lists.values()) == named
+
+
+def read_captions(base):
+    folder = base / "raw" / "fashioniq" / "captions"
+    return [q for file in sorted(folder.glob("cap.*.val.json")) for q in read(file)]
+
+
+def test_fashioniq_without_labels(base, fashioniq_run):
+    config, workdir, _ = fashioniq_run
+    evaluate_checkpoint(config, workdir, split="test", output=base / "test")
+    report = read(base / "test" / "test-2.json")
+    assert report["metrics"] == {}
+    assert len(read(base / "test" / "test-2.ranked.json")) == 36
+    assert not list((base / "test").glob("*.cirr*"))
+
+
+def test_hp_fashioniq(base, fashioniq_run):
+    config, workdir, _ = fashioniq_run
+    path = "/-/image_data/{}/{}.jpg"
+    sets = [[path.format("shirt", f"SVAL{i + j:04d}") for j in range(5)] for i in (3, 20, 3)]
+    half = {
+        "ref_img_paths": [path.format("shirt", "SVAL0000")] * 3,
+        "targ_img_paths": [path.format("shirt", "SVAL0001")] * 3,
+        "sentences": ["is more 0  and is reddotmark"] * 3,
+        "retrieved_set1": [{"img_path": sets[0], "user_score": "4"}] * 3,
+        "retrieved_set2": [{"img_path": sets[k], "user_score": "3"} for k in (1, 1, 2)],
+        "preferred set": ["1", "2", "1"],
+    }
+    half["retrieved_set1"][1] = {"img_path": [sets[0][0][:-8] + "9999.jpg"] * 5, "user_score": "1"}
+    write_json(base / "hpfiq.json", {"user_1": {"question_set_1": half}})
+    evaluate_checkpoint(
+        config, workdir, split="val", output=base / "hp", hp_fashioniq=base / "hpfiq.json"
+    )
+    found = read(base / "hp" / "hp_fashioniq-2.json")
+    assert (found["judgements"], found["official"]) == (2, 3)  # one names an image not at hand
+    assert found["ties"] == 1  # the same five images
+    assert found["always_first"] == 1.0
+    with pytest.raises(UserError, match=r"FashionIQ's val split, not test"):
+        evaluate_checkpoint(config, workdir, split="test", hp_fashioniq=base / "hpfiq.json")
+
+
+@pytest.fixture(scope="module")
+def cirr_run(base):
+    config = small_benchmark_config("cirr:smoke", base / "data")
+    return config, base / "cirr", loop.train_and_evaluate(config, base / "cirr")
+
+
+def test_cirr(base, cirr_run):
+    _, workdir, metrics = cirr_run
+    report = read(workdir / "eval" / "validation-2.json")
+    assert report["protocol"] == "cirr"
+    assert metrics["mean"] == pytest.approx((metrics["R@5"] + metrics["R_subset@1"]) / 2)
+    ranked = read(workdir / "eval" / "validation-2.ranked.json")
+    labels = read(base / "raw" / "cirr" / "captions" / "cap.rc2.val.json")
+    assert all(q["reference"] not in ranked[str(q["pairid"])] for q in labels)
+    file = workdir / "eval" / "validation-2.ranked.json"
+    scored = predictions.score("cirr", "val", file, base / "raw" / "cirr")
+    for k in (1, 5, 10, 50):
+        assert scored[f"R@{k}"] == pytest.approx(metrics[f"R@{k}"], abs=1e-9)
+
+
+def test_cirr_submissions(base, cirr_run):
+    config, workdir, _ = cirr_run
+    evaluate_checkpoint(config, workdir, split="test1", output=base / "test1")
+    recall = read(base / "test1" / "test-2.cirr_recall.json")
+    subset = read(base / "test1" / "test-2.cirr_recall_subset.json")
+    queries = {str(q["pairid"]): q for q in read_json_list(base, "cirr", "cap.rc2.test1.json")}
+    assert (recall.pop("version"), recall.pop("metric")) == ("rc2", "recall")
+    assert (subset.pop("version"), subset.pop("metric")) == ("rc2", "recall_subset")
+    assert recall.keys() == subset.keys() == queries.keys()
+    for pair, query in queries.items():
+        assert len(set(recall[pair])) == 50
+        assert len(set(subset[pair])) == 3
+        assert set(subset[pair]) < set(query["img_set"]["members"])
+        assert query["reference"] not in recall[pair] + subset[pair]
+        # Both rank by the same scores.
+        order = [image for image in recall[pair] if image in subset[pair]]
+        assert order == subset[pair][: len(order)]
+    file = base / "test1" / "test-2.cirr_recall.json"
+    with pytest.raises(UserError, match=r"keeps the rules .* send it to http"):
+        predictions.score_predictions("cirr", "test1", file, base / "raw" / "cirr")
+
+
+def read_json_list(base, dataset, name):
+    return read(base / "raw" / dataset / "captions" / name)
+
+
+def test_circo_by_the_model_of_cirr(base, cirr_run):
+    _, workdir, _ = cirr_run
+    config = small_benchmark_config("circo:smoke", base / "data")
+    evaluate_checkpoint(config, workdir, split="val", output=base / "circo")
+    report = read(base / "circo" / "validation-2.json")
+    assert report["protocol"] == "circo"
+    assert {"mAP@5", "mAP@10/addition", "mAP@10/negation", "R@50"} <= report["metrics"].keys()
+    ranked = base / "circo" / "validation-2.ranked.json"
+    scored = predictions.score("circo", "val", ranked, base / "raw" / "circo")
+    for name, value in report["metrics"].items():
+        assert scored[name] == pytest.approx(value, abs=1e-9)
+    evaluate_checkpoint(config, workdir, split="test", output=base / "circo")
+    made = read(base / "circo" / "test-2.circo.json")
+    assert made.keys() == {"0", "1", "2", "3"}
+    assert all(len(set(v)) == 50 and {type(i) for i in v} == {int} for v in made.values())
+    with pytest.raises(UserError, match=r"circo has no split 'train'; it has validation, test"):
+        loop.train_and_evaluate(config, base / "no")
+
+
+def test_predictions_are_scored_by_the_binary(base):
+    queries = read(base / "raw" / "circo" / "annotations" / "val.json")
+    perfect = {str(q["id"]): q["gt_img_ids"] for q in queries}
+    write_json(base / "perfect.json", perfect)
+    command = [
+        *(sys.executable, "-m", "dqe_jax.evaluate", "--config=configs/circo.py", "--split=val"),
+        *(f"--predictions={base / 'perfect.json'}", f"--raw_dir={base / 'raw' / 'circo'}"),
+        f"--output={base / 'scored'}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert '"protocol": "circo"' in done.stderr
+    found = read(base / "scored" / "predictions-validation.json")
+    assert found["protocol"] == "circo"
+    assert found["metrics"]["mAP@50"] == found["metrics"]["mAP@10/addition"] == 1.0
+
+
+def test_triplets(base):
+    config = small_benchmark_config("triplets:tiny,smoke", base / "data")
+    metrics = loop.train_and_evaluate(config, base / "triplets")
+    assert metrics["queries"] == 10
+    assert metrics["R@50"] == 1.0  # the gallery has 24 images: lists end there
+    assert {"P@10/tint", "mAP@10/attribute:color", "R_valid@10"} <= metrics.keys()
+    ranked = read(base / "triplets" / "eval" / "test-2.ranked.json")
+    assert {len(ids) for ids in ranked.values()} == {24}
+    assert all(image.startswith("images/") for ids in ranked.values() for image in ids)
+
+
+def test_rankings_do_not_depend_on_devices(base, cirr_run):
+    _, workdir, _ = cirr_run
+    for devices in (1, 8):
+        config = small_benchmark_config("cirr:smoke", base / "data", num_devices=devices)
+        evaluate_checkpoint(config, workdir, split="test1", output=base / f"on{devices}")
+    for name in ("cirr_recall", "cirr_recall_subset", "ranked"):
+        one, other = (read(base / f"on{devices}" / f"test-2.{name}.json") for devices in (1, 8))
+        assert one == other
+
+
+def test_captions_in_both_orders(base):
+    from dqe_jax.data import splits
+    from dqe_jax.data.text import encode_texts, encode_wordings
+    from dqe_jax.data.tokenizer import train_word_tokenizer
+
+    data = RunConfig.of(small_benchmark_config("fiq:smoke", base / "data")).data
+    assert data.captions == "random"
+    builder = datasets.open_dataset(data)
+    split = splits.open_split(data, builder, "train")
+    assert split.queries.texts[3] == "is more 3 and is red"
+    words = train_word_tokenizer(split.queries.texts, 12)
+    both = encode_wordings(words, split, "random")
+    assert both.shape == (36, 2, 12)
+    backwards = dataclasses.replace(data, captions="reverse")
+    other = splits.open_split(backwards, builder, "train")
+    assert other.queries.texts[3] == "is red and is more 3"
+    np.testing.assert_array_equal(encode_texts(words, other), both[:, 1])
+    assert encode_wordings(words, split, "forward").shape == (36, 1, 12)

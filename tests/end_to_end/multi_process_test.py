@@ -1,0 +1,271 @@
+"""A run of several processes: the same as of one, and it ends as one."""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from dqe_jax.checkpoints import store
+from dqe_jax.distributed import processes
+from dqe_jax.testing.small_runs import assert_params_agree, compiles_quickly
+from dqe_jax.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+FIELDS = {
+    "total_steps": STEPS,
+    "log_every": 1,
+    "eval_every": 20,
+    "checkpoint_every": 10,
+    "optimizer.warmup_steps": 4,
+    "optimizer.learning_rate": 3e-4,
+    "batch.references": 8,
+    "batch.queries_per_reference": 2,
+    "model.tiny.image_depth": 0,
+    "model.tiny.text_depth": 0,
+    "negatives.pool": "bank",
+    "negatives.first_refresh": 0,
+    "negatives.refresh_every": 8,
+}
+
+
+def command(base, workdir, *flags, **fields):
+    changes = {**FIELDS, "data.prepared_dir": str(base / "prepared"), **fields}
+    return [
+        *(sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"),
+        f"--workdir={base / workdir}",
+        *(f"--config.{name}={value}" for name, value in changes.items()),
+        *flags,
+    ]
+
+
+def environment(devices, base, num_processes, **variables):
+    # Programs of several processes are compiled anew: read from a cache they may wait for ever.
+    cache = compiles_quickly(base / "compiled")
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **(cache if num_processes == 1 else {}),
+        **variables,
+    }
+
+
+def free_port():
+    with socket.socket() as held:
+        held.bind(("localhost", 0))
+        return held.getsockname()[1]
+
+
+def start(base, workdir, num_processes, devices, *flags, environments=None, **fields):
+    """Starts a run: one `Popen` a process, `devices` in all."""
+    started = []
+    coordinator = f"localhost:{free_port()}"
+    for i in range(num_processes):
+        joining = ()
+        if num_processes > 1 and environments is None:
+            joining = (
+                f"--coordinator={coordinator}",
+                f"--num_processes={num_processes}",
+                f"--process_id={i}",
+            )
+        started.append(
+            subprocess.Popen(
+                command(base, workdir, *joining, *flags, **fields),
+                cwd=ROOT,
+                env=environment(
+                    devices // num_processes, base, num_processes, **(environments or [{}] * 9)[i]
+                ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def outputs_of(started):
+    """What they printed, when all have ended; read side by side, so that no full pipe blocks."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(started)) as pool:
+            return list(pool.map(lambda process: process.communicate(timeout=600)[0], started))
+    finally:
+        for process in started:
+            process.kill()
+
+
+def finish(started, status=0):
+    outputs = outputs_of(started)
+    assert [process.returncode for process in started] == [status] * len(started), outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, prepared):
+    base = tmp_path_factory.mktemp("processes")
+    prepared(base)
+    return base
+
+
+@pytest.fixture(scope="module")
+def one(base):
+    """One process with one device."""
+    finish(start(base, "one", 1, 1))
+    return base / "one"
+
+
+@pytest.fixture(scope="module")
+def two(base, one):
+    """Two processes with four devices each, joined by Slurm's variables; and what they printed."""
+    job = {
+        "SLURM_JOB_ID": str(free_port()),  # JAX makes the coordinator's port of it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    tasks = [{**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    return base / "two", finish(start(base, "two", 2, 8, environments=tasks))
+
+
+def arrays(workdir, step):
+    return store.restore_params(store.open_for_reading(epath.Path(workdir)), step)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one, other):
+    """Parameters after 20 steps, and the metrics of every step, those of the negatives too."""
+    rate = FIELDS["optimizer.learning_rate"]
+    assert_params_agree(arrays(one, STEPS), arrays(other, STEPS), learning_rate=rate)
+    # A run that was stopped on purpose has evaluated there too.
+    logged, again = ([x for x in lines(run) if "loss" in x] for run in (one, other))
+    assert [line["step"] for line in logged] == [line["step"] for line in again]
+    for first, second in zip(logged, again):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-4), (name, first)
+
+
+def test_two_processes_train_as_one_device_does(one, two):
+    assert_same_run(one, two[0])
+
+
+def test_process_0_alone_writes_and_logs(two):
+    workdir, (first, second) = two
+    assert "Ready after" in first
+    assert "Ready after" not in second
+    assert "train:" not in second
+    steps = [line["step"] for line in lines(workdir) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert len(list((workdir / "events").iterdir())) == 1
+
+
+@pytest.mark.slow  # the next test has its parts
+def test_two_processes_train_as_one_with_eight_devices(base, two):
+    finish(start(base, "eight", 1, 8))
+    assert_same_run(base / "eight", two[0])
+
+
+def test_a_checkpoint_goes_on_with_other_devices(base, one, two):
+    """The first half by two processes with 8 devices, the second by one with one device."""
+    moved = base / "moved"
+    shutil.copytree(two[0], moved)
+    shutil.rmtree(moved / "checkpoints" / str(STEPS))
+    assert (moved / "checkpoints" / "10").is_dir()  # between two refreshes of the bank
+    (said,) = finish(start(base, "moved", 1, 1))
+    assert "Resumed from step 10 of " in said
+    assert_same_run(one, moved)
+
+
+@pytest.mark.slow  # `zero_test.py` has it in one process
+def test_two_processes_with_a_sharded_optimizer_train_as_one_device_does(base, one):
+    sharded = {"optimizer.shard_state": True}
+    finish(start(base, "sharded", 2, 8, "--stop_at=7", **sharded))
+    finish(start(base, "sharded", 2, 8, **sharded))
+    assert_same_run(one, base / "sharded")
+
+
+def test_a_signal_to_one_process_ends_all_of_them_after_one_save(base):
+    changes = {"eval_every": 0, "checkpoint_every": 1000, "total_steps": 1000}
+    changes |= {"optimizer.shard_state": True}  # so that saving gathers it from both
+    started = start(base, "signal", 2, 8, **changes)
+    log = base / "signal" / "metrics.jsonl"
+    until = time.time() + 600
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        if time.time() > until or any(process.poll() is not None for process in started):
+            for process in started:
+                process.kill()
+            pytest.fail(str(outputs_of(started)))
+        time.sleep(0.2)
+    started[1].send_signal(signal.SIGTERM)
+    outputs = finish(started, status=143)
+    assert "SIGTERM after step" in outputs[0]
+    saved = int(outputs[0].rpartition("SIGTERM after step ")[2].split(";")[0])
+    manager = store.open_for_reading(epath.Path(base / "signal"))
+    assert manager.latest_step() == saved
+    items = manager.restore(saved, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
+    shapes = {x.shape for x in jax.tree.leaves(arrays(base / "signal", saved))}
+    assert {np.shape(x) for x in jax.tree.leaves(items["opt_state"])} <= shapes | {()}
+
+
+def test_slurms_variables_start_two_processes(two):
+    (devices,) = [line for line in two[1][0].splitlines() if line.startswith("Devices: ")]
+    assert len(devices.split(", ")) == 8
+
+
+def test_an_error_of_all_processes_ends_all(base):
+    started = start(base, "odd", 2, 6)
+    outputs = outputs_of(started)
+    assert started[0].returncode == 2, outputs
+    assert started[1].returncode, outputs  # its own error, or that the leader has gone
+    message = "batch.references is 8: it must be a multiple of the 6 devices of 2 processes"
+    assert message in outputs[0]
+
+
+def test_an_error_of_the_leader_ends_all(base):
+    """It alone writes, and the other waits for it."""
+    (base / "held").mkdir()
+    (base / "held" / "config.json").mkdir()
+    started = start(base, "held", 2, 2)
+    outputs = outputs_of(started)
+    assert started[0].returncode == 2, outputs
+    assert "error: --workdir: cannot write to" in outputs[0]
+    assert started[1].returncode, outputs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coordinator": "a:1"}, "--num_processes and --process_id missing"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process_id is 2"),
+        (
+            {"mode": "off", "coordinator": "a:1", "num_processes": 2, "process_id": 1},
+            "contradict",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_together(arguments, message):
+    with pytest.raises(UserError, match=message):
+        processes.join(**arguments, environ={})
+
+
+def test_alone_nothing_is_joined(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    processes.join(environ={})
+    processes.join(environ={"SLURM_NTASKS": "8"})  # a batch script, not a task
+    processes.join("off", environ={"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"})

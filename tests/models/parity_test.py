@@ -1,0 +1,383 @@
+"""CLIP and BLIP-2 give what PyTorch gives: from golden files, and live where torch is installed."""
+
+import dataclasses
+import functools
+import gc
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from dqe_jax.models.build import BACKBONES, VARIANTS
+from dqe_jax.models.encoder import Compute, flash_takes
+from dqe_jax.models.weights import hugging_face, rules, sizes, transfer
+from dqe_jax.models.weights.source import open_source
+from dqe_jax.models.weights.stacking import stack_layers
+
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
+NAMES = ("clip", "blip2")
+
+
+@functools.cache
+def torch_models():
+    pytest.importorskip("torch", reason="PyTorch is not installed; the golden files are compared")
+    from dqe_jax.testing import torch_models
+
+    return torch_models
+
+
+def load(directory, name, image_size=32, compute=None, **fields):
+    """The backbone of a Hugging Face directory, and its parameters."""
+    source = open_source(str(directory))
+    its_sizes = sizes.from_hugging_face(name, source.config, str(directory))
+    module = BACKBONES[name](its_sizes, image_size, compute=compute or Compute(), **fields)
+    return module, transfer.read_backbone(source, name, its_sizes)
+
+
+def outputs_of(name, module, params, image, ids):
+    """The same outputs as `torch_models` gives, from our modules."""
+
+    def call(*args, method=None):
+        return module.apply({"params": params}, *args, method=method)
+
+    ids = np.asarray(ids, np.int32)
+    text = call(ids, method="encode_text")
+    features = call(image, method="encode_image")
+    scores = call(image, ids[: len(image)]) if name == "blip2" else call(image, ids)
+    out = {"text_tokens": text.tokens * text.mask[..., None], "text": text.pooled}
+    if name == "clip":
+        last, before = call(image, method=lambda m, x: m.vision(x))
+        # Tokens that composer and attributes see leave out the class token.
+        np.testing.assert_array_equal(features.tokens, before[:, 1:])
+        return out | {
+            "last": last,
+            "penultimate": before,
+            "image": features.gallery[:, 0],
+            "scores": scores,
+        }
+    paired = ids[: len(image)]
+    composed = call(features, call(paired, method="encode_text"), method="compose")
+    every = module.apply({"params": params}, image, ids[: len(image)])
+    contrast = np.einsum("imd,td->itm", unit(features.gallery), unit(text.pooled)).max(-1)
+    np.testing.assert_allclose(every[0], contrast[:, : len(image)], atol=1e-5)
+    return out | {
+        "tokens": features.tokens,
+        "gallery": features.gallery,
+        "fused": call(features.tokens, paired, method="fuse"),
+        "composed": composed,
+        "scores": contrast,
+        "matching": every[1],
+    }
+
+
+def unit(x):
+    return np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    assert set(ours) == set(theirs)
+    for key, expected in theirs.items():
+        expected, got = np.asarray(expected), np.asarray(ours[key])
+        assert got.shape == expected.shape, key
+        error = np.abs(got - expected).max() / np.abs(expected).max()
+        assert error < tolerance, (key, error)
+
+
+def golden(name):
+    arrays = load_file(GOLDEN / f"{name}_outputs.safetensors")
+    return arrays.pop("input_image"), arrays.pop("input_ids"), arrays
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def saved(request, tmp_path_factory):
+    """Name, PyTorch model and its directory."""
+    models = torch_models()
+    directory = tmp_path_factory.mktemp(request.param)
+    model = models.MODELS[request.param][0]()
+    model.save_pretrained(directory)
+    return request.param, model, directory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_files(name):
+    image, ids, expected = golden(name)
+    module, params = load(GOLDEN / name, name)
+    assert_close(outputs_of(name, module, params, image, ids), expected)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "variant"), [("clip", "vit_b_32"), ("clip", "vit_l_14"), ("blip2", "vit_g_14")]
+)
+def test_full_size(name, variant, tmp_path):
+    """Up to 16 GB of memory for ViT-g."""
+    models = torch_models()
+    import torch
+    import transformers
+
+    its_sizes = VARIANTS[name][variant]
+    fields = hugging_face.config_of(its_sizes)
+    kind, config = {
+        "clip": (transformers.CLIPModel, transformers.CLIPConfig),
+        "blip2": (transformers.Blip2ForImageTextRetrieval, transformers.Blip2Config),
+    }[name]
+    model = models.randomize(kind(config.from_dict(fields)), scale=0.02)
+    end = its_sizes.end_id if name == "clip" else 102
+    image, ids = models.inputs(texts=2, images=1, size=224, vocab=its_sizes.vocab_size, end=end)
+    with torch.no_grad():
+        expected = models.MODELS[name][1](model, image, ids)
+    model.save_pretrained(tmp_path)
+    del model
+    gc.collect()
+    module, params = load(tmp_path, name, image_size=224)
+    assert module.sizes == its_sizes
+    assert_close(outputs_of(name, module, params, image, ids), expected)
+
+
+@pytest.mark.torch
+def test_live(saved):
+    name, model, directory = saved
+    models = torch_models()
+    image, ids = models.inputs(texts=5, images=4, seed=1)
+    import torch
+
+    with torch.no_grad():
+        expected = models.MODELS[name][1](model, image, ids)
+    module, params = load(directory, name)
+    assert_close(outputs_of(name, module, params, image, ids), expected)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("clip", {"activation": "gelu"}), ("clip", {"end_id": 2}), ("blip2", {"qkv_bias": False})],
+)
+def test_live_variants(name, options, tmp_path):
+    models = torch_models()
+    import torch
+
+    make, outputs = models.MODELS[name]
+    model = make(**options)
+    model.save_pretrained(tmp_path)
+    image, ids = models.inputs()
+    module, params = load(tmp_path, name)
+    if options.get("end_id") == 2:
+        # The highest id ends a text in models that were saved with the wrong id, 2.
+        mask = torch.from_numpy((ids > 0).astype(np.int64))
+        with torch.no_grad():
+            text = model.text_model(torch.from_numpy(ids), attention_mask=mask)
+            expected = model.text_projection(text.pooler_output)
+        ours = module.apply({"params": params}, np.int32(ids), method="encode_text").pooled
+        return assert_close({"text": ours}, {"text": expected})
+    with torch.no_grad():
+        expected = outputs(model, image, ids)
+    return assert_close(outputs_of(name, module, params, image, ids), expected)
+
+
+@pytest.mark.torch
+def test_blip2_with_a_clip_tower(tmp_path):
+    """ViT-L/14's kind: a CLIP tower without its last layer, a norm behind it, then the Q-Former."""
+    models = torch_models()
+    import torch
+
+    clip, blip2 = models.small_clip(), models.small_blip2()
+    image, _ = models.inputs()
+    norm = models.randomize(torch.nn.LayerNorm(16), seed=3)
+    with torch.no_grad():
+        hidden = clip.vision_model(models.pixels(image), output_hidden_states=True).hidden_states
+        tokens = norm(hidden[-2])
+        queries = blip2.query_tokens.expand(len(image), -1, -1)
+        expected = blip2.vision_projection(
+            blip2.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
+        )
+    tensors = {k: v.numpy() for k, v in blip2.state_dict().items() if "vision_model" not in k}
+    tower = {k: v.numpy() for k, v in clip.state_dict().items() if "vision_model" in k}
+    tower = {k: v for k, v in tower.items() if "layers.2." not in k and "post_" not in k}
+    tower["vision_model.post_layernorm.weight"] = norm.weight.detach().numpy()
+    tower["vision_model.post_layernorm.bias"] = norm.bias.detach().numpy()
+    save_file(tensors | tower, tmp_path / "ours.safetensors")
+    blip2.save_pretrained(tmp_path / "hf")
+    clip.save_pretrained(tmp_path / "clip")
+    base = load(tmp_path / "hf", "blip2")[0].sizes
+    vision = load(tmp_path / "clip", "clip")[0].sizes.vision
+    its_sizes = dataclasses.replace(base, vision=dataclasses.replace(vision, depth=2))
+    module = BACKBONES["blip2"](its_sizes, 32)
+    source = open_source(str(tmp_path / "ours.safetensors"))
+    params = transfer.read_backbone(source, "blip2", its_sizes)
+    features = module.apply({"params": params}, image, method="encode_image")
+    assert_close(
+        {"tokens": features.tokens, "gallery": features.gallery},
+        {"tokens": tokens, "gallery": expected},
+    )
+    # The same parameters under the names of LAVIS.
+    lavis, flat = {}, flatten_dict(params, sep="/")
+    for rule in rules.blip2_lavis_layout(its_sizes).rules:
+        lavis |= transfer.to_tensors(rule, flat[rule.path], 8)
+    lavis["Qformer.cls.predictions.bias"] = np.zeros(3, np.float32)
+    assert "visual_encoder.transformer.resblocks.0.attn.in_proj_weight" in lavis
+    save_file(lavis, tmp_path / "lavis.safetensors")
+    again = transfer.read_backbone(
+        open_source(str(tmp_path / "lavis.safetensors")), "blip2", its_sizes
+    )
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.torch
+def test_gradients(saved):
+    name, model, directory = saved
+    models = torch_models()
+    import torch
+
+    image, ids = models.inputs(texts=3, images=3)
+    outputs = models.MODELS[name][1](model, image, ids)
+    keys = (
+        ("image", "text", "scores")
+        if name == "clip"
+        else ("gallery", "text", "composed", "matching")
+    )
+    rng = np.random.default_rng(0)
+    weights = {k: rng.normal(size=outputs[k].shape).astype(np.float32) for k in keys}
+    model.zero_grad()
+    sum((outputs[k] * torch.from_numpy(weights[k])).sum() for k in keys).backward()
+
+    module, params = load(directory, name)
+
+    def loss(params):
+        def call(*args, method=None):
+            return module.apply({"params": params}, *args, method=method)
+
+        text = call(np.int32(ids), method="encode_text")
+        features = call(image, method="encode_image")
+        if name == "clip":
+            out = {"image": features.gallery[:, 0], "scores": call(image, np.int32(ids))}
+        else:
+            out = {
+                "gallery": features.gallery,
+                "composed": call(features, text, method="compose"),
+                "matching": call(image, np.int32(ids))[1],
+            }
+        out["text"] = text.pooled
+        return sum((out[k] * weights[k]).sum() for k in keys)
+
+    ours = flatten_dict(jax.jit(jax.grad(loss))(params), sep="/")
+    theirs = dict(model.named_parameters())
+    layout = rules.layouts_of(module.sizes)[0]
+    largest = 0.0
+    for rule in layout.rules:
+        gradients = [theirs[n].grad for n in rule.names]
+        expected = transfer.to_parameter(
+            rule,
+            [
+                np.zeros(theirs[n].shape, np.float32) if g is None else g.numpy()
+                for n, g in zip(rule.names, gradients)
+            ],
+        )
+        scale = np.abs(expected).max()
+        largest = max(largest, scale)
+        if scale > 1e-3:
+            assert np.abs(ours[rule.path] - expected).max() / scale < 1e-3, rule.path
+        else:
+            assert np.abs(ours[rule.path]).max() < 2e-3, rule.path
+    assert largest > 0.1
+
+
+@pytest.mark.torch
+def test_round_trip_through_safetensors(saved, tmp_path):
+    import torch
+
+    name, model, directory = saved
+    models = torch_models()
+    module, params = load(directory, name)
+    moved = jax.tree.map(lambda x: x + 0.01, params)
+    meta = {
+        "config": {"model": {"backbone": name}, "data": {"image_size": 32}},
+        "sizes": sizes.to_json(module.sizes),
+        "tokenizer": None,
+    }
+    whole = {"backbone": stack_layers(moved), "log_scale": np.float32(1)}
+    hugging_face.write(tmp_path, whole, meta)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    image, ids = models.inputs()
+    with torch.no_grad():
+        expected = models.MODELS[name][1](again.eval(), image, ids)
+        before = models.MODELS[name][1](model, image, ids)
+    assert not np.allclose(expected["text"], before["text"])
+    assert_close(outputs_of(name, module, moved, image, ids), expected)
+    assert load_file(tmp_path / "dqe.safetensors").keys() == {"log_scale"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_close(name):
+    image, ids, _ = golden(name)
+    module, params = load(GOLDEN / name, name)
+    half, _ = load(GOLDEN / name, name, compute=Compute(jnp.bfloat16))
+
+    def embeddings(module):
+        call = functools.partial(module.apply, {"params": params})
+        features = call(image, method="encode_image")
+        text = call(np.int32(ids[: len(image)]), method="encode_text")
+        out = [features.gallery, text.pooled]
+        if name == "blip2":  # CLIP's composer has no weights here
+            out.append(call(features, text, method="compose"))
+        return [unit(np.float32(x)) for x in out]
+
+    for full, low in zip(embeddings(module), embeddings(half)):
+        assert np.abs(full - low).max() < 2e-2
+        assert np.abs(full - low).max() > 0
+
+
+@pytest.mark.torch
+def test_positions_are_interpolated_as_in_transformers(tmp_path):
+    models = torch_models()
+    import torch
+
+    model = models.small_clip()
+    model.save_pretrained(tmp_path)
+    image, ids = models.inputs(size=48)
+    with torch.no_grad():
+        expected = models.clip_outputs(model, image, ids, interpolate_pos_encoding=True)
+    module, params = load(tmp_path, "clip", image_size=48)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), image, np.int32(ids)))
+    fitted = transfer.fit(params, flatten_dict(shapes["params"], sep="/"), "here")
+    assert fitted["vision/positions"].shape == (37, 16)
+    fitted = unflatten_dict(fitted, sep="/")
+    assert_close(outputs_of("clip", module, fitted, image, ids), expected)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("old", "new"), [(4, 4), (4, 6), (7, 3), (2, 5)])
+def test_bicubic_matrix(old, new):
+    matrix = transfer.bicubic_matrix(old, new)
+    np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)  # a constant stays
+    if old == new:
+        np.testing.assert_allclose(matrix, np.eye(old), atol=1e-12)
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: it would interpolate")
+    x = np.random.default_rng(0).normal(size=(1, 1, old, old))
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(x), size=(new, new), mode="bicubic", align_corners=False
+    )
+    np.testing.assert_allclose(matrix @ x[0, 0] @ matrix.T, expected[0, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "size", "dtype", "masked", "expected"),
+    [
+        (257, 257, 88, "bfloat16", False, True),  # EVA ViT-g
+        (32, 257, 64, "bfloat16", False, True),  # queries over the image
+        (64, 64, 64, "bfloat16", True, True),  # queries and text
+        (33, 33, 64, "bfloat16", True, False),
+        (32, 32, 64, "float32", True, False),
+        (32, 32, 12, "bfloat16", False, False),
+        (32, 32, 136, "bfloat16", False, False),
+    ],
+)
+def test_what_flash_attention_takes(length, keys, size, dtype, masked, expected):
+    q = jax.ShapeDtypeStruct((2, length, 4, size), dtype)
+    k = jax.ShapeDtypeStruct((2, keys, 4, size), dtype)
+    assert flash_takes(q, k, np.ones((2, keys), bool) if masked else None) == expected

@@ -1,0 +1,417 @@
+"""Plans: facts from the text of compiled programs, and the binary with the real TPU compiler."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import fiq_clip, shapes
+from dqe_jax.config import RunConfig
+from dqe_jax.performance.planning import chips, compiler, hlo, table, traced
+from dqe_jax.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the TPU compiler (Linux x86-64)",
+)
+
+# ------------------------------------------------------------------------ text of a program (HLO)
+
+MODULE = """\
+HloModule jit_step, is_scheduled=true
+
+%add.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  ROOT %sum = f32[]{:T(128)} add(%a, %a), backend_config={"estimated_cycles":"1000000"}
+}
+
+%inside (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %neg = bf16[8,128]{1,0} negate(%p), backend_config={"estimated_cycles":"1000000"}
+}
+
+%body (s: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %s = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %f = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%s), kind=kLoop, calls=%inside, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %ar = bf16[8,128]{1,0} all-reduce(%f), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.1
+  ROOT %t = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%s, %ar)
+}
+
+%condition (s.1: (s32[], bf16[8,128])) -> pred[] {
+  %s.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s.1), index=0
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%endless (s.2: (s32[], bf16[8,128])) -> pred[] {
+  %s.2 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  ROOT %go = pred[]{:T(512)} custom-call(%s.2), custom_call_target="Go"
+}
+
+%begin (x: f32[4,256]) -> (f32[4,256], f32[32,256], u32[]) {
+  %x = f32[4,256]{1,0} parameter(0)
+  %ag.1 = f32[32,256]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %c.1 = (f32[4,256]{1,0}, f32[32,256]{1,0}, u32[]{:S(2)}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (y: f32[4,256]) -> f32[32,256] {
+  %y = f32[4,256]{1,0} parameter(0)
+  %ag.2 = f32[32,256]{1,0} all-gather(%y), replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %c.2 = f32[32,256]{1,0} custom-call(%ag.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (q: bf16[8,128], r: f32[4,256]) -> (s32[], bf16[8,128]) {
+  %q = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %r = f32[4,256]{1,0} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %init = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%zero, %q)
+  %loop = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%init), condition=%condition, body=%body
+  %again = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%loop), condition=%endless, body=%body
+  %start = (f32[4,256]{1,0}, f32[32,256]{1,0}, u32[]{:S(2)}) fusion(%r), kind=kCustom, calls=%begin
+  %done = f32[32,256]{1,0} fusion(%start), kind=kCustom, calls=%go_on
+  %rs = f32[4,256]{1,0} reduce-scatter(%done), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add.1
+  %ags = (f32[4,256]{1,0}, f32[32,256]{1,0}) all-gather-start(%rs), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %agd = f32[32,256]{1,0} all-gather-done(%ags), backend_config={"estimated_cycles":"50"}
+  ROOT %out = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%loop, %again)
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", 2048),
+        ("f32[]{:T(128)}", 4),
+        ("pred[16]{0}", 16),
+        ("s4[16]{0}", 8),
+        ("f8e4m3fn[16]{0}", 16),
+        ("(f32[2,3]{1,0}, /*index=1*/s32[]{:T(128)}, (u8[5]{0}, token[]))", 24 + 4 + 5),
+        ("f32[0,4]{1,0}", 0),
+    ],
+)
+def test_bytes_of_a_shape(shape, size):
+    assert hlo.shape_bytes(shape) == size
+
+
+def test_elements_of_a_tuple():
+    assert hlo.elements("(f32[2,3]{1,0:T(8,128)}, (u8[5]{0}, s32[]))") == [
+        "f32[2,3]{1,0:T(8,128)}",
+        "(u8[5]{0}, s32[])",
+    ]
+    assert hlo.elements("f32[2,3]{1,0}") == ["f32[2,3]{1,0}"]
+
+
+def test_loops_count_as_often_as_they_run():
+    module = hlo.Module(MODULE)
+    assert module.entry == "main"
+    assert module.endless == 1  # the second loop: once
+    # Neither what is inside a fusion nor the sum of a collective counts.
+    assert module.cycles() == 13 * 100 + 50
+
+
+def test_collectives_count_once_and_loops_multiply_them():
+    found = hlo.Module(MODULE).traffic()
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
+    assert found["all-reduce"] == hlo.Traffic(13, 13 * 2048, 13 * 2048 * 2 * 3 / 4)
+    # One is woven into two fusions, the other has a start and a done.
+    assert found["all-gather"] == hlo.Traffic(2, 2 * 32768, 2 * 32768 * 7 / 8)
+    assert found["reduce-scatter"] == hlo.Traffic(1, 4096, 4096 * 7)
+
+
+def test_a_fused_reduce_scatter_is_no_all_reduce():
+    text = MODULE.replace("calls=%begin", "calls=%all-reduce-scatter.2").replace(
+        "%begin (", "%all-reduce-scatter.2 ("
+    )
+    text = text.replace(
+        "%ag.1 = f32[32,256]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}, "
+        'frontend_attributes={chain_id="0"}',
+        "%ag.1 = f32[32,256]{1,0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add.1",
+    )
+    found = hlo.Module(text).traffic()
+    assert found["reduce-scatter"] == hlo.Traffic(2, 2 * 4096, 2 * 4096 * 7)
+    assert found["all-reduce"] == hlo.Module(MODULE).traffic()["all-reduce"]
+
+
+def test_the_limit_of_a_loop_is_found_in_what_it_carries():
+    text = MODULE.replace(
+        "  %limit = s32[]{:T(128)} constant(12)",
+        "  %limit = s32[]{:T(128)} get-tuple-element(%s.1), index=2",
+    ).replace("tuple(%zero, %q)", "tuple(%zero, %q, %five)")
+    text = text.replace("  %zero =", "  %five = s32[]{:T(128)} constant(5)\n  %zero =")
+    assert hlo.Module(text).cycles() == 6 * 100 + 50
+
+
+# ------------------------------------------------------------------------------- traced programs
+
+
+def test_flop_of_loops_and_large_arrays():
+    def step(x, weights):
+        def layer(carry, w):
+            return jnp.tanh(carry @ w), None
+
+        x = jax.lax.scan(layer, x, weights)[0]
+        return jax.lax.cond(x.sum() > 0, lambda y: y @ y.T, lambda y: y.sum() * (y @ y.T), x)
+
+    shapes = jnp.zeros((4, 16)), jnp.zeros((3, 16, 16))
+    jaxpr = jax.make_jaxpr(step)(*shapes).jaxpr
+    assert traced.matrix_flops(jaxpr) == 3 * 2 * 4 * 16 * 16 + 2 * 4 * 4 * 16
+    largest = traced.largest_arrays(jaxpr, 1)[0]
+    assert (largest.shape, largest.bytes) == ("float32[4,16]", 256)
+    assert largest.count >= 6
+
+
+# ------------------------------------------------------------------------------ slices and advice
+
+
+def test_slices_by_name():
+    assert chips.parse_topology("v5e:16x16").devices == 256
+    assert chips.parse_topology("v4:2x2x2").devices == 8
+    assert chips.parse_topology("v3:2x2").devices == 8  # two cores a chip
+    assert chips.parse_topology("gpu").chip is None
+    assert chips.parse_topology("h100:8").devices == 8
+
+
+@pytest.mark.parametrize("name", ["v5x:2x4", "v5e", "v5e:0", "", "tpu"])
+def test_an_unknown_slice_names_those_that_exist(name):
+    with pytest.raises(UserError, match=r"--topology=.*v4:2x2x2.*v5e:2x4.*v6e:2x4.*gpu:8"):
+        chips.parse_topology(name)
+
+
+def test_the_compilers_errors_are_read():
+    one = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (49.19G) exceeds available HBM (15.75G)."
+    )
+    assert compiler.read_out_of_memory(one) == (round(49.19 * 2**30), 0, round(15.75 * 2**30))
+    other = "Ran out of memory in memory space hbm. Used 20.5G of 512.00M hbm. Exceeded by"
+    assert compiler.read_out_of_memory(other) == (0, round(20.5 * 2**30), 2**29)
+    assert compiler.read_out_of_memory("something else") == (0, 0, 0)
+
+
+def facts(name="step", **fields):
+    given = {"inputs": {"parameters": 1, "optimiser": 2, "batch": 1}, "fits": False, **fields}
+    return compiler.Facts(name=name, queries=8, **given)
+
+
+def test_tables_are_narrow_and_say_what_is_what():
+    gib, names = 2**30, ("step", "bank step", "bank refresh", "gallery embedding")
+    kinds = ("all-gather", "all-reduce", "collective-permute")
+    traffic = {kind: hlo.Traffic(1234, 123 * gib, 123 * gib) for kind in kinds}
+    inputs = dict.fromkeys(table.INPUTS, 123 * gib)
+    large = {"inputs": inputs, "arguments": 600 * gib, "temporaries": 123 * gib, "code": gib}
+    large |= {"resident": 123 * gib, "needed": 900 * gib, "memory": 16 * gib, "flops": 1e15}
+    large |= {"compute_seconds": 123.4, "link_seconds": 12.3, "collectives": traffic}
+    programs = tuple(facts(name, **large, fits=name != "step") for name in names)
+    plans = [table.Plan(chips.parse_topology(f"v5e:{s}"), 4096, programs) for s in ("2x4", "16x16")]
+    said = table.tables(plans)
+    assert max(map(len, said.splitlines())) <= 100
+    assert "v5e:16x16: 256 chips, 4096 references" in said
+    memory = said.splitlines()[2:4]
+    assert memory[0].split()[:5] == ["GiB", "per", "device", "params", "optimiser"]
+    assert memory[1].startswith("step")
+    assert memory[1].endswith("too much")
+    assert "sent per device" in said
+    assert said.split("scaling")[2].split("\n")[1].endswith("3%")  # 8 of 256 devices' rate
+
+
+def test_advice_is_of_what_takes_most():
+    config = RunConfig.of(fiq_clip.get_config())
+    activations = table.advise(config, facts(temporaries=100), 8)
+    assert activations[0].startswith("a smaller config.batch.references")
+    assert activations[1] == "config.model.remat=True"
+    assert not any("frozen" in one for one in activations)
+    weights = table.advise(config, facts(inputs={"parameters": 100}), 8)
+    assert weights[0] == "config.model.frozen_dtype=bfloat16"
+    moments = table.advise(config, facts(inputs={"optimiser": 100}), 8)
+    assert moments[0] == "config.optimizer.shard_state=True (ZeRO-1)"
+    assert "config.model.frozen" in moments[1]
+    one = table.advise(config, facts(inputs={"optimiser": 100}), 1)
+    assert "config.model.frozen" in one[0]
+    bank = table.advise(
+        RunConfig.of(shapes.get_config()), facts("bank step", inputs={"bank": 100}), 8
+    )
+    assert bank[0] == "config.negatives.bank_dtype=bfloat16"
+    assert "more chips" in bank[1]
+    gallery = table.advise(config, facts("gallery embedding", temporaries=100), 8)
+    assert "config.eval.batch_size" in gallery[0]
+
+
+# ------------------------------------------------------------------- the binary, with the compiler
+
+
+def plan(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "dqe_jax.plan", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stderr
+
+
+SMOKE = "--config=configs/shapes.py:smoke"
+
+
+def plan_to(file, *arguments):
+    status, said = plan(SMOKE, "--per_chip_references=2", f"--output={file}", *arguments)
+    assert status == 0, said
+    return said, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """All programs with a bank on 8 chips, and lowered for GPUs: what is said, and the JSON."""
+    file = tmp_path_factory.mktemp("plan") / "facts.json"
+    return plan_to(file, "--topology=v5e:2x4,gpu:2", "--config.negatives.pool=bank")
+
+
+@needs_libtpu
+@pytest.mark.tpu
+@pytest.mark.slow  # tests of the bank compile the same program for CPUs
+def test_mining_at_a_refresh_compiles(tmp_path):
+    flags = ("--programs=mining", "--config.negatives.pool=bank", "--quick")
+    refresh = "--config.negatives.mining=refresh"
+    _, facts = plan_to(tmp_path / "facts.json", "--topology=v5e:2x4", refresh, *flags)
+    (mined,) = facts["plans"][0]["programs"]
+    assert (mined["name"], mined["fits"], mined["queries"]) == ("mining", True, 1024)
+
+
+@needs_libtpu
+@pytest.mark.tpu
+def test_the_table_and_the_json_have_all_programs(planned):
+    said, facts = planned
+    assert "Not measured" in said
+    names = ["step", "bank step", "bank refresh", "gallery embedding"]
+    slices = re.split(r"^(\S+): \d+ chips, \d+ references$", said, flags=re.M)
+    tables = dict(zip(slices[1::2], slices[2::2]))
+    for one, devices in zip(facts["plans"], (8, 2)):
+        lines = tables[one["topology"]].split("\n")
+        assert one["devices"] == devices
+        assert one["references"] == 2 * devices
+        assert [p["name"] for p in one["programs"]] == names
+        for p in one["programs"]:
+            # Of memory, and of cost.
+            assert sum(line.startswith(f"{p['name']}  ") for line in lines) == 2
+            assert p["flops"] > 0
+            assert p["inputs"]["batch"] > 0
+    for p in facts["plans"][0]["programs"]:
+        assert p["fits"]
+        # The exchange of tokens takes turns until all are sent: hardly ever more than one.
+        assert p["loops_unknown"] == (p["name"] == "bank step")
+        assert p["needed"] >= p["arguments"] + p["temporaries"] + p["resident"]
+        assert p["memory"] == 16 * 2**30
+        assert 0 < p["estimated_mfu"] < 1
+        assert p["estimated_examples_per_second"] > 0
+    step = facts["plans"][0]["programs"][0]
+    assert step["arguments"] >= sum(step["inputs"].values())
+    assert step["inputs"]["optimiser"] > 2 * step["inputs"]["parameters"] - 64
+    assert step["temporaries"] > 0
+    for p in facts["plans"][1]["programs"]:
+        assert p["fits"] is None
+        assert p["estimated_examples_per_second"] is None
+
+
+@needs_libtpu
+@pytest.mark.tpu
+def test_only_the_collectives_of_the_method_are_compiled(planned):
+    # The pool and what is mined are gathered; their gradients, those of the parameters and sums of
+    # the loss are added up (scattered where the compiler finds that cheaper). Candidates from a
+    # bank go to the devices that decide on their queries. Nothing else moves.
+    programs = planned[1]["plans"][0]["programs"]
+    for p in programs:
+        allowed = {"all-gather", "all-reduce", "reduce-scatter"}
+        allowed |= {"all-to-all"} if p["name"] == "bank step" else set()
+        assert set(p["collectives"]) <= allowed
+    by_name = {p["name"]: p["collectives"] for p in programs}
+    assert {"all-gather", "all-reduce"} <= set(by_name["step"])
+    assert by_name["bank refresh"] == {}
+
+
+@needs_libtpu
+@pytest.mark.tpu
+def test_traffic_of_the_pool_grows_no_faster_than_the_global_batch(planned, tmp_path):
+    # Of the step without a bank. What mining a bank at every step exchanges grows with the batch
+    # times the devices; see docs/how-to/planning.md.
+    said, facts = plan_to(
+        tmp_path / "facts.json", "--topology=v5e:4x8", "--programs=step", "--quick"
+    )
+    assert "--quick" in said.splitlines()[-1]
+    few, many = planned[1]["plans"][0]["programs"][0], facts["plans"][0]["programs"][0]
+    assert many["estimated_seconds"] is None
+
+    def of_pool(program, chips):
+        """Bytes sent beside the gradients, which do not grow: all parameters train."""
+        gradients = 2 * (chips - 1) / chips * program["inputs"]["parameters"]
+        return program["sent"] - gradients
+
+    assert 0 < of_pool(few, 8) < of_pool(many, 32)
+    # 4 times the batch; a ring of 32 sends 31/32 of what it gathers, one of 8 sends 7/8.
+    assert of_pool(many, 32) <= 4 * (31 / 32) / (7 / 8) * of_pool(few, 8)
+
+
+@needs_libtpu
+@pytest.mark.tpu
+def test_a_sharded_optimizer_takes_an_eighth_and_sends_as_much(tmp_path):
+    file = tmp_path / "facts.json"
+    flags = ("--topology=v5e:2x4,gpu:8", "--programs=step", "--quick", f"--output={file}")
+    sharded = "--config.optimizer.shard_state=True"
+    status, said = plan("--config=configs/shapes.py", sharded, "--per_chip_references=2", *flags)
+    assert status == 0, said
+    step, lowered = (one["programs"][0] for one in json.loads(file.read_text())["plans"])
+    weights = step["inputs"]["parameters"]
+    # Two moments of each; small arrays are not sharded, and slices of large ones are padded.
+    assert weights / 4 < step["inputs"]["optimiser"] < 1.5 * weights / 4
+    assert step["inputs"] == lowered["inputs"]
+    assert step["fits"]
+    assert {"all-gather", "reduce-scatter"} <= set(step["collectives"])
+    # The sum of the gradients of all parameters takes 2 * 7 / 8 of their bytes.
+    assert step["sent"] < 1.2 * 2 * 7 / 8 * weights
+
+
+@needs_libtpu
+@pytest.mark.tpu
+def test_what_does_not_fit_ends_with_status_1_and_advice():
+    status, said = plan(
+        SMOKE, "--topology=v5e:2x4", "--per_chip_references=4096", "--programs=step"
+    )
+    assert status == 1, said
+    last = said.splitlines()[-1]
+    assert last.startswith("v5e:2x4: the step does not fit: it needs ")
+    assert "float32[16384,163840]" in last
+    assert "a smaller config.batch.references (now 32768) or more chips" in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v7:2x2"], "error: --topology=v7:2x2: give a chip and the shape of a slice"),
+        (["--topology=gpu:3"], "error: config.batch.references is 8: it must be a multiple of"),
+        (["--topology=gpu", "--programs=all"], "error: --programs=all: give some of step, bank"),
+        (["--topology=gpu", "--output=none/x.json"], "error: --output=none/x.json: there is no"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, words):
+    status, said = plan(SMOKE, *arguments)
+    assert status == 2
+    assert said.startswith(words)
+    assert said.count("\n") == 1
+
+
+@needs_libtpu
+@pytest.mark.tpu
+def test_a_shape_that_is_no_slice_is_refused():
+    status, said = plan(SMOKE, "--topology=v5e:3x5")
+    assert status == 2
+    assert "the TPU compiler knows no such slice" in said
