@@ -9,6 +9,7 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 import gc  # noqa: E402
 import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -19,7 +20,7 @@ from dqe_jax.testing.shapes import check_shapes  # noqa: E402
 check_shapes("dqe_jax.method", "dqe_jax.models", "dqe_jax.embedding")
 
 from dqe_jax.data import datasets  # noqa: E402
-from dqe_jax.testing.small_runs import quick_settings, run_config  # noqa: E402
+from dqe_jax.testing.small_runs import compiled_once, quick_settings, run_config  # noqa: E402
 
 for name, value in quick_settings().items():
     jax.config.update(name, value)
@@ -52,13 +53,22 @@ def prepared(tmp_path_factory):
     return lambda directory: shutil.copytree(shared / "prepared", directory / "prepared")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _steps_compiled_once():
+    """Runs of a process whose steps are the same share them."""
+    with compiled_once():
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _drop_programs():
-    """Drops a file's compiled programs at its end.
+    """Drops the compiled programs at the end of a file when there are many.
 
     Each holds dozens of memory mappings: those of the whole suite in two processes come near the
     65,530 that Linux allows a process, and beyond them it dies.
     """
     yield
-    gc.collect()
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        gc.collect()
+        jax.clear_caches()

@@ -12,6 +12,7 @@ result. A replicated one is the same in all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -22,6 +23,9 @@ from jax import lax
 from dqe_jax.utils.errors import UserError
 
 AXIS = "devices"
+# Programs that are remembered, of each kind: another run of the same process does not trace and
+# compile them again. A handful of models in a process is many.
+REMEMBERED = 16
 
 _Array = jax.Array | np.ndarray
 _In = ParamSpec("_In")
@@ -61,7 +65,11 @@ def pmap(
 
 def placer(devices: Sequence[jax.Device]) -> Program[[_Array], _Array]:
     """A program that gives an array `[devices, ...]` as it lies on them: it is sent there once."""
+    return _placer(tuple(devices))
 
+
+@functools.lru_cache(REMEMBERED)
+def _placer(devices: tuple[jax.Device, ...]) -> Program[[_Array], _Array]:
     def same(x: _Array) -> _Array:
         return x
 
@@ -142,7 +150,13 @@ def gather_rows(
     fn: Callable[..., _Tree], *, columns: int, devices: Sequence[jax.Device]
 ) -> Program[..., _Tree]:
     """The mapped program of `map_rows`: its arrays have a leading axis of devices."""
+    return _gather_rows(fn, columns, tuple(devices))
 
+
+@functools.lru_cache(REMEMBERED)
+def _gather_rows(
+    fn: Callable[..., _Tree], columns: int, devices: tuple[jax.Device, ...]
+) -> Program[..., _Tree]:
     def gathered(params: object, *arrays: jax.Array) -> _Tree:
         return jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), fn(params, *arrays))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
+from dqe_jax.distributed.mesh import REMEMBERED
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import QueryOutput
 from dqe_jax.models.dqe import DQE
@@ -15,8 +17,9 @@ EncodeQuery = Callable[[Params, Array, Array], QueryOutput]
 EncodeGallery = Callable[[Params, Array], Array]
 
 
+@functools.lru_cache(REMEMBERED)
 def encoders(model: DQE) -> tuple[EncodeQuery, EncodeGallery]:
-    """The two entry points as functions of parameters."""
+    """The two entry points as functions of parameters; the same ones for an equal model."""
 
     def encode_query(params: Params, image: Array, text: Array) -> QueryOutput:
         out = model.apply({"params": params}, image, text, method="encode_query")
@@ -27,3 +30,16 @@ def encoders(model: DQE) -> tuple[EncodeQuery, EncodeGallery]:
         return cast(Array, out)
 
     return encode_query, encode_gallery
+
+
+@functools.lru_cache(REMEMBERED)
+def query_fields(
+    encode_query: EncodeQuery, *names: str
+) -> Callable[[Params, Array, Array], tuple[Array, ...]]:
+    """`encode_query` that gives the fields of `QueryOutput` with these names alone."""
+
+    def fields(params: Params, image: Array, text: Array) -> tuple[Array, ...]:
+        out = encode_query(params, image, text)
+        return tuple(getattr(out, name) for name in names)
+
+    return fields

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from dqe_jax.data.splits import Split
-from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery
+from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.evaluation import metrics, protocols, ranking
 from dqe_jax.evaluation.protocols import Protocol
-from dqe_jax.method.arrays import Array, Params
+from dqe_jax.method.arrays import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +86,12 @@ class RetrievalEvaluator:
         pools = split.pools or {"": np.arange(len(split.gallery))}
         self._pools = protocols.pool_rows(protocol, split.queries, pools)
 
-        def query(params: Params, image: Array, text: Array) -> tuple[Array, Array]:
-            out = encode_query(params, image, text)
-            return out.embedding, out.attribute_weights
-
         batch = -(-batch_size // len(devices)) * len(devices)
         self._embed_queries = RowEmbedder[tuple[np.ndarray, np.ndarray]](
-            query, columns=1, batch_size=batch, devices=devices
+            query_fields(encode_query, "embedding", "attribute_weights"),
+            columns=1,
+            batch_size=batch,
+            devices=devices,
         )
         self._embed_rows = RowEmbedder[np.ndarray](
             encode_gallery, columns=0, batch_size=batch, devices=devices

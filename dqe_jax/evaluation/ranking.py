@@ -79,12 +79,7 @@ def make_rank_fn(
     if min(k, chunk_rows, chunk_queries) < 1:
         raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
     devices = mesh.all_devices() if devices is None else list(devices)
-    rank_chunk = mesh.pmap(
-        functools.partial(_rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries),
-        in_axes=(None, None, 0, None),
-        out_axes=(None, None),
-        devices=devices,
-    )
+    rank_chunk = _rank_program(k, chunk_rows, chunk_queries, tuple(devices))
     place = mesh.placer(devices)
 
     def rank(
@@ -114,6 +109,18 @@ def make_rank_fn(
         return rows, scores
 
     return rank
+
+
+@functools.lru_cache(mesh.REMEMBERED)
+def _rank_program(
+    k: int, chunk_rows: int, chunk_queries: int, devices: tuple[jax.Device, ...]
+) -> mesh.Program[..., tuple[jax.Array, jax.Array]]:
+    return mesh.pmap(
+        functools.partial(_rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries),
+        in_axes=(None, None, 0, None),
+        out_axes=(None, None),
+        devices=devices,
+    )
 
 
 def _own_chunks(gallery: np.ndarray, chunk_rows: int, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -188,12 +195,7 @@ def make_score_fn(
     """
     devices = mesh.all_devices() if devices is None else list(devices)
     chunk = chunk_queries * len(devices)
-
-    def score_shard(_: object, queries: Array, tokens: Array) -> Array:
-        """Per device: nothing, `[C, d]`, `[C, S, M, d]` to `[C, S]`."""
-        return listed_similarity(queries, tokens)
-
-    score_chunk = mesh.map_rows(score_shard, columns=2, devices=devices)
+    score_chunk = mesh.map_rows(_score_shard, columns=2, devices=devices)
 
     def score(queries: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Scores `rows` of `gallery` for each of `queries`: see `make_score_fn`."""
@@ -211,6 +213,11 @@ def make_score_fn(
         return np.where(rows >= 0, np.concatenate(parts), -np.inf).astype(np.float32)
 
     return score
+
+
+def _score_shard(_: object, queries: Array, tokens: Array) -> Array:
+    """Per device: nothing, `[C, d]`, `[C, S, M, d]` to `[C, S]`."""
+    return listed_similarity(queries, tokens)
 
 
 def order_subset(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer
 
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.settings import DataConfig
+from dqe_jax.distributed.mesh import REMEMBERED
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.models import freeze
 from dqe_jax.models.build import DTYPES, build_model, parts_of
@@ -163,16 +166,10 @@ def init_params(
     Raises:
       UserError: the weights do not fit the model.
     """
-    size = data.image_size
-    image = np.zeros((1, size, size, 3), np.uint8)
-    text = np.ones((1, 1, data.max_length), np.int32)
-
-    def init(key: jax.Array) -> Params:
-        return model.init(key, image, text, image[:, None], train=False)["params"]
-
+    sizes, key = (model, data.image_size, data.max_length), jax.random.key(seed)
     given: dict[str, Array] = {}
     if pretrained is not None and pretrained.origin:
-        shapes = flatten_dict(jax.eval_shape(init, jax.random.key(seed)), sep="/")
+        shapes = jax.eval_shape(_initializer(*sizes, frozenset()), key)
         held = pretrained.read()
         if config.scan_layers:
             held = stack_layers(held)
@@ -180,11 +177,23 @@ def init_params(
         fitted = fit(held, own, pretrained.origin)
         given = {BACKBONE + path: x for path, x in fitted.items()}
 
-    def missing(key: jax.Array) -> dict[str, Array]:  # what is given is not drawn at all
-        return {p: x for p, x in flatten_dict(init(key), sep="/").items() if p not in given}
-
-    flat = jax.jit(missing)(jax.random.key(seed)) | given
+    flat = _initializer(*sizes, frozenset(given))(key) | given
     parts = parts_of(config.backbone)
     dtype = DTYPES[config.frozen_dtype]
     training, frozen = freeze.split(unflatten_dict(flat, sep="/"), config.frozen, parts)
     return freeze.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))
+
+
+@functools.lru_cache(REMEMBERED)
+def _initializer(
+    model: DQE, image_size: int, max_length: int, given: frozenset[str]
+) -> Callable[[jax.Array], dict[str, Array]]:
+    """Draws the parameters of a model by path; those that are given are not drawn at all."""
+    image = np.zeros((1, image_size, image_size, 3), np.uint8)
+    text = np.ones((1, 1, max_length), np.int32)
+
+    def draw(key: jax.Array) -> dict[str, Array]:
+        params = model.init(key, image, text, image[:, None], train=False)["params"]
+        return {path: x for path, x in flatten_dict(params, sep="/").items() if path not in given}
+
+    return jax.jit(draw)

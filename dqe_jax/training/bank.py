@@ -17,7 +17,7 @@ from absl import logging
 from dqe_jax.config import RunConfig
 from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
 from dqe_jax.distributed import mesh
-from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, encoders
+from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, encoders, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import Batch, MinedNegatives
@@ -81,12 +81,12 @@ class BankKeeper:
         self._dtype = DTYPES[negatives.bank_dtype]
         self._encode_gallery = encode_gallery
 
-        def embed(params: Params, images: Array, text: Array) -> Array:
-            return encode_query(params, images, text).embedding
-
         self._fill = programs.make_fill(encode_gallery, self._dtype, devices)
-        self._embed = RowEmbedder[np.ndarray](
-            embed, columns=1, batch_size=len(devices) * self._rows_per_call, devices=devices
+        self._embed = RowEmbedder[tuple[np.ndarray]](
+            query_fields(encode_query, "embedding"),
+            columns=1,
+            batch_size=len(devices) * self._rows_per_call,
+            devices=devices,
         )
         rule = MiningRule.of(negatives)
         self._mine = None if rule is None else programs.make_mine(rule, devices)
@@ -171,7 +171,8 @@ class BankKeeper:
     def embed_queries(self, params: Params, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the queries at these positions of the split: float32 `[B, d]`."""
         split = self._split
-        return self._embed(params, split.gallery, split.queries.reference[rows], self._text[rows])
+        references = split.queries.reference[rows]
+        return self._embed(params, split.gallery, references, self._text[rows])[0]
 
     def mine_all(
         self, params: Params, key: jax.Array, rows: np.ndarray | None = None, batch: int = 1024

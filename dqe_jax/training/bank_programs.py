@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -34,7 +35,13 @@ def make_fill(
 
     Embeds the images into rows `start` to `start + b` of each of the `D` devices.
     """
+    return _make_fill(encode_gallery, np.dtype(dtype), tuple(devices))
 
+
+@functools.lru_cache(mesh.REMEMBERED)
+def _make_fill(
+    encode_gallery: EncodeGallery, dtype: np.dtype, devices: tuple[jax.Device, ...]
+) -> Program[[Params, Array, Array | np.int32, Array], Array]:
     def fill(params: Params, images: Array, start: Array | np.int32, tokens: Array) -> Array:
         new = encode_gallery(params, images).astype(dtype)
         return lax.dynamic_update_slice(tokens, new, (start, 0, 0))
@@ -47,7 +54,13 @@ def make_mine(
     rule: MiningRule, devices: Sequence[jax.Device]
 ) -> Program[[Array, Array, Array, Array, Array, Bank], Mined]:
     """`(key, query [B, d], target_row [B], known [B, P], row_ids [B], bank) -> Mined`."""
+    return _make_mine(rule, tuple(devices))
 
+
+@functools.lru_cache(mesh.REMEMBERED)
+def _make_mine(
+    rule: MiningRule, devices: tuple[jax.Device, ...]
+) -> Program[[Array, Array, Array, Array, Array, Bank], Mined]:
     def mine(
         key: Array, query: Array, target_row: Array, known: Array, row_ids: Array, bank: Bank
     ) -> Mined:

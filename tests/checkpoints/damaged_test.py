@@ -13,7 +13,7 @@ from etils import epath
 from dqe_jax.checkpoints import store
 from dqe_jax.checkpoints.export import export_run
 from dqe_jax.evaluation.run import evaluate_checkpoint
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -22,8 +22,7 @@ from dqe_jax.utils.errors import UserError
 def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("damaged")
     prepared(directory)
-    with compiled_once():
-        yield directory
+    return directory
 
 
 def config_of(base, **changes):

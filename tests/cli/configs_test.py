@@ -41,7 +41,7 @@ OF_PRETRAINED = {
 }
 
 
-# Fields that only a bank reads, beside `RunConfig.of`: tests/training/bank_test.py sees that it does.
+# Fields that only a bank reads, beside `RunConfig.of`: `bank_test.py` sees that it does.
 OF_BANK = {
     "negatives.mining",
     "negatives.first_refresh",

@@ -13,7 +13,7 @@ from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.evaluation.watch import watch
 from dqe_jax.testing import standins
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -25,8 +25,7 @@ SPLITS = ("train", "validation", "test")
 def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("digest")
     prepared(directory)
-    with compiled_once():
-        yield directory
+    return directory
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.testing import standins
 from dqe_jax.testing.small_runs import (
     BENCHMARK_SIZE,
-    compiled_once,
     small_benchmark_config,
 )
 from dqe_jax.training import loop
@@ -50,8 +49,7 @@ def base(tmp_path_factory):
         )
         preparation.prepare(builder)
         assert preparation.write_report(builder, preparation.report(builder), None) == []
-    with compiled_once():
-        yield base
+    return base
 
 
 def read(path):

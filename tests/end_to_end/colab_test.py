@@ -22,6 +22,7 @@ from configs import fiq_clip
 from dqe_jax.data import preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.testing import standins
+from dqe_jax.testing.small_runs import compiles_quickly
 from dqe_jax.training.loop import train_and_evaluate
 from dqe_jax.utils.files import write_json
 
@@ -152,7 +153,7 @@ def execute(name, directory, **settings):
         "HF_HUB_OFFLINE": "1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",  # one device
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **compiles_quickly(),
     }
     directory.mkdir(parents=True, exist_ok=True)
     resources = {"metadata": {"path": str(directory)}}

@@ -1,6 +1,7 @@
 """A run that is killed again and again ends as one that was left alone, to the byte.
 
-The short form kills a few times; `python -m pytest -m slow tests/end_to_end/fault_test.py` at least 20.
+The short form kills a few times, the slow one at least 20 times:
+`python -m pytest -m slow tests/end_to_end/fault_test.py`.
 """
 
 import json

@@ -18,17 +18,20 @@ import pytest
 from etils import epath
 
 from dqe_jax.checkpoints import store
+from dqe_jax.cli.config_files import load_config
 from dqe_jax.distributed import processes
-from dqe_jax.testing.small_runs import assert_params_agree, compiles_quickly
+from dqe_jax.testing.small_runs import assert_params_agree
+from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 20
+STEPS = 40
+SIGNAL = 9  # lines of the log before a process gets it: between two refreshes of the bank
 FIELDS = {
     "total_steps": STEPS,
     "log_every": 1,
-    "eval_every": 20,
-    "checkpoint_every": 10,
+    "eval_every": 40,
+    "checkpoint_every": 40,
     "optimizer.warmup_steps": 4,
     "optimizer.learning_rate": 3e-4,
     "batch.references": 8,
@@ -41,25 +44,26 @@ FIELDS = {
 }
 
 
+def fields_of(base, **fields):
+    return {**FIELDS, "data.prepared_dir": str(base / "prepared"), **fields}
+
+
 def command(base, workdir, *flags, **fields):
-    changes = {**FIELDS, "data.prepared_dir": str(base / "prepared"), **fields}
     return [
         *(sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"),
         f"--workdir={base / workdir}",
-        *(f"--config.{name}={value}" for name, value in changes.items()),
+        *(f"--config.{name}={value}" for name, value in fields_of(base, **fields).items()),
         *flags,
     ]
 
 
-def environment(devices, base, num_processes, **variables):
+def environment(devices, **variables):
     # Programs of several processes are compiled anew: read from a cache they may wait for ever.
-    cache = compiles_quickly(base / "compiled")
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        **(cache if num_processes == 1 else {}),
         **variables,
     }
 
@@ -70,31 +74,32 @@ def free_port():
         return held.getsockname()[1]
 
 
-def start(base, workdir, num_processes, devices, *flags, environments=None, **fields):
-    """Starts a run: one `Popen` a process, `devices` in all."""
+def start(base, workdir, devices, *flags, environments=None, **fields):
+    """Starts a run of two processes: one `Popen` each, with `devices` in all."""
     started = []
     coordinator = f"localhost:{free_port()}"
-    for i in range(num_processes):
+    for i in range(2):
         joining = ()
-        if num_processes > 1 and environments is None:
-            joining = (
-                f"--coordinator={coordinator}",
-                f"--num_processes={num_processes}",
-                f"--process_id={i}",
-            )
+        if environments is None:
+            joining = (f"--coordinator={coordinator}", "--num_processes=2", f"--process_id={i}")
         started.append(
             subprocess.Popen(
                 command(base, workdir, *joining, *flags, **fields),
                 cwd=ROOT,
-                env=environment(
-                    devices // num_processes, base, num_processes, **(environments or [{}] * 9)[i]
-                ),
+                env=environment(devices // 2, **(environments or [{}] * 2)[i]),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
     return started
+
+
+def alone(base, workdir, num_devices=1, **fields):
+    """A run of this process alone."""
+    config = load_config("shapes:smoke")
+    config.update_from_flattened_dict(fields_of(base, num_devices=num_devices, **fields))
+    loop.train_and_evaluate(config, base / workdir)
 
 
 def outputs_of(started):
@@ -123,13 +128,16 @@ def base(tmp_path_factory, prepared):
 @pytest.fixture(scope="module")
 def one(base):
     """One process with one device."""
-    finish(start(base, "one", 1, 1))
+    alone(base, "one")
     return base / "one"
 
 
 @pytest.fixture(scope="module")
-def two(base, one):
-    """Two processes with four devices each, joined by Slurm's variables; and what they printed."""
+def two(base):
+    """Two processes with four devices each, joined by Slurm's variables; and what they printed.
+
+    One of them gets a signal half-way, which must end both.
+    """
     job = {
         "SLURM_JOB_ID": str(free_port()),  # JAX makes the coordinator's port of it
         "SLURM_STEP_NODELIST": "localhost",
@@ -137,7 +145,18 @@ def two(base, one):
         "SLURM_STEP_NUM_NODES": "1",
     }
     tasks = [{**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-    return base / "two", finish(start(base, "two", 2, 8, environments=tasks))
+    # The state of the optimizer is in slices, so that saving gathers it from both.
+    started = start(base, "two", 8, environments=tasks, **{"optimizer.shard_state": True})
+    log = base / "two" / "metrics.jsonl"
+    until = time.time() + 600
+    while not (log.exists() and len(log.read_text().splitlines()) > SIGNAL):
+        if time.time() > until or any(process.poll() is not None for process in started):
+            for process in started:
+                process.kill()
+            pytest.fail(str(outputs_of(started)))
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGTERM)
+    return base / "two", finish(started, status=143)
 
 
 def arrays(workdir, step):
@@ -149,7 +168,7 @@ def lines(workdir):
 
 
 def assert_same_run(one, other):
-    """Parameters after 20 steps, and the metrics of every step, those of the negatives too."""
+    """Parameters at the end, and the metrics of every step, those of the negatives too."""
     rate = FIELDS["optimizer.learning_rate"]
     assert_params_agree(arrays(one, STEPS), arrays(other, STEPS), learning_rate=rate)
     # A run that was stopped on purpose has evaluated there too.
@@ -161,66 +180,48 @@ def assert_same_run(one, other):
             assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-4), (name, first)
 
 
-def test_two_processes_train_as_one_device_does(one, two):
-    assert_same_run(one, two[0])
-
-
 def test_process_0_alone_writes_and_logs(two):
     workdir, (first, second) = two
     assert "Ready after" in first
     assert "Ready after" not in second
     assert "train:" not in second
     steps = [line["step"] for line in lines(workdir) if "loss" in line]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps == list(range(1, len(steps) + 1))
     assert len(list((workdir / "events").iterdir())) == 1
 
 
-@pytest.mark.slow  # the next test has its parts
-def test_two_processes_train_as_one_with_eight_devices(base, two):
-    finish(start(base, "eight", 1, 8))
-    assert_same_run(base / "eight", two[0])
+def test_a_signal_to_one_process_ends_all_of_them_after_one_save(two):
+    workdir, outputs = two
+    assert "SIGTERM after step" in outputs[0]
+    saved = int(outputs[0].rpartition("SIGTERM after step ")[2].split(";")[0])
+    assert SIGNAL <= saved < STEPS
+    manager = store.open_for_reading(epath.Path(workdir))
+    assert manager.latest_step() == saved
+    items = manager.restore(saved, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
+    shapes = {x.shape for x in jax.tree.leaves(arrays(workdir, saved))}
+    assert {np.shape(x) for x in jax.tree.leaves(items["opt_state"])} <= shapes | {()}
 
 
-def test_a_checkpoint_goes_on_with_other_devices(base, one, two):
-    """The first half by two processes with 8 devices, the second by one with one device."""
-    moved = base / "moved"
-    shutil.copytree(two[0], moved)
-    shutil.rmtree(moved / "checkpoints" / str(STEPS))
-    assert (moved / "checkpoints" / "10").is_dir()  # between two refreshes of the bank
-    (said,) = finish(start(base, "moved", 1, 1))
-    assert "Resumed from step 10 of " in said
-    assert_same_run(one, moved)
+def test_two_processes_and_then_one_train_as_one_device_does(base, one, two):
+    """The first part by two processes with 8 devices, the second by one with one device."""
+    shutil.copytree(two[0], base / "moved")
+    alone(base, "moved")
+    assert_same_run(one, base / "moved")
+
+
+@pytest.mark.slow  # the last test has its parts
+def test_two_processes_train_as_one_with_eight_devices(base):
+    alone(base, "eight", 8)
+    finish(start(base, "whole", 8))
+    assert_same_run(base / "eight", base / "whole")
 
 
 @pytest.mark.slow  # `zero_test.py` has it in one process
 def test_two_processes_with_a_sharded_optimizer_train_as_one_device_does(base, one):
     sharded = {"optimizer.shard_state": True}
-    finish(start(base, "sharded", 2, 8, "--stop_at=7", **sharded))
-    finish(start(base, "sharded", 2, 8, **sharded))
+    finish(start(base, "sharded", 8, "--stop_at=7", **sharded))
+    finish(start(base, "sharded", 8, **sharded))
     assert_same_run(one, base / "sharded")
-
-
-def test_a_signal_to_one_process_ends_all_of_them_after_one_save(base):
-    changes = {"eval_every": 0, "checkpoint_every": 1000, "total_steps": 1000}
-    changes |= {"optimizer.shard_state": True}  # so that saving gathers it from both
-    started = start(base, "signal", 2, 8, **changes)
-    log = base / "signal" / "metrics.jsonl"
-    until = time.time() + 600
-    while not (log.exists() and len(log.read_text().splitlines()) > 2):
-        if time.time() > until or any(process.poll() is not None for process in started):
-            for process in started:
-                process.kill()
-            pytest.fail(str(outputs_of(started)))
-        time.sleep(0.2)
-    started[1].send_signal(signal.SIGTERM)
-    outputs = finish(started, status=143)
-    assert "SIGTERM after step" in outputs[0]
-    saved = int(outputs[0].rpartition("SIGTERM after step ")[2].split(";")[0])
-    manager = store.open_for_reading(epath.Path(base / "signal"))
-    assert manager.latest_step() == saved
-    items = manager.restore(saved, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
-    shapes = {x.shape for x in jax.tree.leaves(arrays(base / "signal", saved))}
-    assert {np.shape(x) for x in jax.tree.leaves(items["opt_state"])} <= shapes | {()}
 
 
 def test_slurms_variables_start_two_processes(two):
@@ -229,7 +230,7 @@ def test_slurms_variables_start_two_processes(two):
 
 
 def test_an_error_of_all_processes_ends_all(base):
-    started = start(base, "odd", 2, 6)
+    started = start(base, "odd", 6)
     outputs = outputs_of(started)
     assert started[0].returncode == 2, outputs
     assert started[1].returncode, outputs  # its own error, or that the leader has gone
@@ -241,7 +242,7 @@ def test_an_error_of_the_leader_ends_all(base):
     """It alone writes, and the other waits for it."""
     (base / "held").mkdir()
     (base / "held" / "config.json").mkdir()
-    started = start(base, "held", 2, 2)
+    started = start(base, "held", 2)
     outputs = outputs_of(started)
     assert started[0].returncode == 2, outputs
     assert "error: --workdir: cannot write to" in outputs[0]

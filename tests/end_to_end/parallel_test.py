@@ -9,7 +9,7 @@ import pytest
 
 from dqe_jax.checkpoints import store
 from dqe_jax.distributed import mesh
-from dqe_jax.testing.small_runs import assert_params_agree, compiled_once, small_config
+from dqe_jax.testing.small_runs import assert_params_agree, small_config
 from dqe_jax.training import loop
 
 
@@ -55,12 +55,11 @@ def test_runs_agree_on_any_number_of_devices(tmp_path, prepared):
     """At a learning rate at which biases of keys are some 2e-4 apart, and nothing else is."""
     prepared(tmp_path)
     params = []
-    with compiled_once():
-        for count in (1, 8):
-            workdir = tmp_path / f"run-{count}"
-            config = small_config(tmp_path / "prepared", num_devices=count, **FIELDS)
-            loop.train_and_evaluate(config, workdir)
-            params.append(store.restore_params(store.open_for_reading(workdir), 20))
+    for count in (1, 8):
+        workdir = tmp_path / f"run-{count}"
+        config = small_config(tmp_path / "prepared", num_devices=count, **FIELDS)
+        loop.train_and_evaluate(config, workdir)
+        params.append(store.restore_params(store.open_for_reading(workdir), 20))
     assert_params_agree(*params, learning_rate=RATE)
 
 

@@ -19,7 +19,7 @@ from dqe_jax.models import freeze, setup
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -65,8 +65,7 @@ def base(tmp_path_factory, prepared):
     for name, write in (("clip", write_clip_tokenizer), ("blip2", write_bert_tokenizer)):
         shutil.copytree(GOLDEN / name, directory / name)
         write(directory / name)
-    with compiled_once():
-        yield directory
+    return directory
 
 
 def binary(name, *arguments, status=0):

@@ -15,7 +15,7 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets
 from dqe_jax.data.builders import shapes as shapes_builder
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.metric_log import NoLog
 
@@ -26,8 +26,7 @@ STEPS = 40
 def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("train")
     prepared(directory)
-    with compiled_once():
-        yield directory
+    return directory
 
 
 def config_of(base, **changes):

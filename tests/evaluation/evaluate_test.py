@@ -17,7 +17,7 @@ from dqe_jax.data.examples import gallery_split
 from dqe_jax.evaluation import report
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import evaluate_checkpoint
-from dqe_jax.testing.small_runs import compiled_once, compiles_quickly, run_config, small_config
+from dqe_jax.testing.small_runs import compiles_quickly, run_config, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils import files
 from dqe_jax.utils.errors import UserError
@@ -37,9 +37,8 @@ def run(tmp_path_factory, prepared):
     base = tmp_path_factory.mktemp("evaluate")
     prepared(base)
     changes = {"total_steps": 4, "checkpoint_every": 2, "eval_every": 2}
-    with compiled_once():
-        metrics = loop.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
-        yield base, base / "run", metrics
+    metrics = loop.train_and_evaluate(small_config(base / "prepared", **changes), base / "run")
+    return base, base / "run", metrics
 
 
 def run_binary(base, *arguments):

@@ -12,7 +12,7 @@ from etils import epath
 
 from dqe_jax.checkpoints import store
 from dqe_jax.evaluation.watch import watch
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import compiles_quickly, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -23,8 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("watch")
     prepared(directory)
-    with compiled_once():
-        yield directory
+    return directory
 
 
 def config_of(base, **changes):
@@ -115,7 +114,7 @@ def test_it_may_start_before_the_run_and_ends_with_it(base):
         f"--config.data.prepared_dir={base / 'prepared'}",
         *("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0"),
     ]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
         command,
         cwd=ROOT,

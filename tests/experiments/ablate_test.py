@@ -20,7 +20,7 @@ from dqe_jax.experiments.ablation import figure, record, scores
 from dqe_jax.experiments.ablation.record import EQUAL, Run
 from dqe_jax.experiments.ablation.runs import run_ablation, steps_within
 from dqe_jax.experiments.ablation.variants import VARIANTS, choose_variants, variant_config
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -246,8 +246,7 @@ class Watched:
 def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("ablate")
     prepared(directory)
-    with compiled_once():
-        yield directory
+    return directory
 
 
 def config_of(base, **changes):

@@ -29,15 +29,9 @@ from dqe_jax.experiments.audit.candidates import CLASSES
 from dqe_jax.experiments.audit.run import audit_checkpoint
 from dqe_jax.method import mining
 from dqe_jax.method.settings import NegativesConfig
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import compiles_quickly, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with compiled_once():
-        yield
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -480,7 +474,7 @@ def binary(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "dqe_jax.audit", "--config=configs/shapes.py:smoke", *arguments],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,7 +11,7 @@ from configs import shapes
 from dqe_jax.config import RunConfig, flatten
 from dqe_jax.experiments import bound_curve
 from dqe_jax.experiments.bound_curve import Point
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -94,8 +94,7 @@ def finished(tmp_path_factory):
             "eval.sheet_queries": 1,
         },
     )
-    with compiled_once():
-        points = bound_curve.run_curve(config, base / "runs", lowers=(0.0,), seeds=1)
+    points = bound_curve.run_curve(config, base / "runs", lowers=(0.0,), seeds=1)
     return config, base / "runs", points
 
 

@@ -11,6 +11,7 @@ import pytest
 from configs import fiq
 from dqe_jax.performance.mining_benchmark import Workload, benchmark_mining
 from dqe_jax.performance.step_benchmark import benchmark_step
+from dqe_jax.testing.small_runs import compiles_quickly
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +21,7 @@ def binary(name, *arguments):
     done = subprocess.run(
         [sys.executable, "-m", f"dqe_jax.{name}", *arguments],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -16,7 +16,7 @@ from dqe_jax.data.tokenizer import train_word_tokenizer
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import setup
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.training.bank import make_bank_keeper
 from dqe_jax.training.bank_programs import rows_of_device
@@ -39,8 +39,7 @@ BANK = {
 def base(tmp_path_factory, prepared):
     base = tmp_path_factory.mktemp("bank")
     prepared(base)
-    with compiled_once():
-        yield base
+    return base
 
 
 def config_of(base, **changes):

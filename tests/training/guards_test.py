@@ -19,7 +19,7 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import splits
 from dqe_jax.distributed import interrupts
-from dqe_jax.testing.small_runs import compiled_once, small_config
+from dqe_jax.testing.small_runs import compiles_quickly, small_config
 from dqe_jax.training import loop, session
 from dqe_jax.training import workdir as workdirs
 from dqe_jax.utils.errors import UserError
@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def base(tmp_path_factory, prepared):
     directory = tmp_path_factory.mktemp("guards")
     prepared(directory)
-    with compiled_once():
-        yield directory
+    return directory
 
 
 def config_of(base, **changes):
@@ -213,7 +212,7 @@ def test_a_full_disk_is_told_in_one_sentence(base, tmp_path):
                 *(f"--config.{name}={value}" for name, value in changes.items()),
             ],
             cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
             timeout=300,

@@ -10,7 +10,7 @@ from dqe_jax.distributed import mesh
 from dqe_jax.models import setup
 from dqe_jax.models.build import build_model
 from dqe_jax.performance import step_benchmark
-from dqe_jax.testing.small_runs import compiled_once, run_config
+from dqe_jax.testing.small_runs import run_config
 from dqe_jax.training import loop, optimizer, zero
 from dqe_jax.training import state as states
 from dqe_jax.training.step import make_step
@@ -24,8 +24,7 @@ SHAPES |= {"even": (64, 128), "long": (9000,), "deep": (3, 4, 5, 200)}
 def base(tmp_path_factory, prepared):
     base = tmp_path_factory.mktemp("zero")
     prepared(base)
-    with compiled_once():
-        yield base
+    return base
 
 
 def config_of(base, **changes):
