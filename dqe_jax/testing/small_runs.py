@@ -120,13 +120,18 @@ def quick_settings(
 
 
 @contextlib.contextmanager
-def compiled_once() -> Iterator[None]:
-    """Runs of this process share their steps, so that a step is traced and compiled once."""
-    with mock.patch.object(session, "make_step", _remembered(session.make_step)):
+def compiled_once(*, alike: bool = False) -> Iterator[None]:
+    """Runs of this process share their steps, so that a step is traced and compiled once.
+
+    Args:
+      alike: whether they share them even if seed and length of the run differ: for tests that do
+        not look at what is learnt.
+    """
+    with mock.patch.object(session, "make_step", _remembered(session.make_step, alike)):
         yield
 
 
-def _remembered(make_step: Callable[..., Step]) -> Callable[..., Step]:
+def _remembered(make_step: Callable[..., Step], alike: bool) -> Callable[..., Step]:
     """`make_step`, which gives an earlier run's step again if nothing that it needs differs."""
     steps: dict[str, Step] = {}
 
@@ -141,8 +146,8 @@ def _remembered(make_step: Callable[..., Step]) -> Callable[..., Step]:
         # When a bank is made, the loop decides.
         negatives = dataclasses.replace(config.negatives, first_refresh=0, refresh_every=1)
         parts = (config.model, config.optimizer, negatives, config.loss, config.batch)
-        numbers = (config.seed, config.total_steps, [device.id for device in devices], bank)
-        key = repr((parts, numbers, model))
+        numbers = () if alike else (config.seed, config.total_steps)
+        key = repr((parts, numbers, [device.id for device in devices], bank, model))
         if key not in steps:
             steps[key] = make_step(config, model, made, devices, bank=bank)
         return steps[key]

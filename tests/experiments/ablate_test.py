@@ -20,7 +20,7 @@ from dqe_jax.experiments.ablation import figure, record, scores
 from dqe_jax.experiments.ablation.record import EQUAL, Run
 from dqe_jax.experiments.ablation.runs import run_ablation, steps_within
 from dqe_jax.experiments.ablation.variants import VARIANTS, choose_variants, variant_config
-from dqe_jax.testing.small_runs import small_config
+from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -270,7 +270,7 @@ def ablate(base, **changes):
 @pytest.fixture(scope="module")
 def finished(base):
     """An ablation that was killed and continued: what each attempt trained, and its runs."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, compiled_once(alike=True):
         watched, calls = Watched(patch), []
         watched.killed = "attributes-steps-0"
         with pytest.raises(KeyboardInterrupt):

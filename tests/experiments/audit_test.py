@@ -33,7 +33,6 @@ from dqe_jax.testing.small_runs import compiles_quickly, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
-
 ROOT = Path(__file__).resolve().parents[2]
 SHARES = ("false", "easy", "beats", "delta", "drawn")
 

@@ -261,11 +261,13 @@ def plan(*arguments):
     return done.returncode, done.stderr
 
 
-SMOKE = "--config=configs/shapes.py:smoke"
+# Without blocks it compiles sooner, and has all that is looked at.
+SMALL = ("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0")
+SMOKE = ("--config=configs/shapes.py:smoke", *SMALL)
 
 
 def plan_to(file, *arguments):
-    status, said = plan(SMOKE, "--per_chip_references=2", f"--output={file}", *arguments)
+    status, said = plan(*SMOKE, "--per_chip_references=2", f"--output={file}", *arguments)
     assert status == 0, said
     return said, json.loads(file.read_text())
 
@@ -367,7 +369,9 @@ def test_a_sharded_optimizer_takes_an_eighth_and_sends_as_much(tmp_path):
     file = tmp_path / "facts.json"
     flags = ("--topology=v5e:2x4,gpu:8", "--programs=step", "--quick", f"--output={file}")
     sharded = "--config.optimizer.shard_state=True"
-    status, said = plan("--config=configs/shapes.py", sharded, "--per_chip_references=2", *flags)
+    status, said = plan(
+        "--config=configs/shapes.py", *SMALL, sharded, "--per_chip_references=2", *flags
+    )
     assert status == 0, said
     step, lowered = (one["programs"][0] for one in json.loads(file.read_text())["plans"])
     weights = step["inputs"]["parameters"]
@@ -384,7 +388,7 @@ def test_a_sharded_optimizer_takes_an_eighth_and_sends_as_much(tmp_path):
 @pytest.mark.tpu
 def test_what_does_not_fit_ends_with_status_1_and_advice():
     status, said = plan(
-        SMOKE, "--topology=v5e:2x4", "--per_chip_references=4096", "--programs=step"
+        *SMOKE, "--topology=v5e:2x4", "--per_chip_references=4096", "--programs=step"
     )
     assert status == 1, said
     last = said.splitlines()[-1]
@@ -403,7 +407,7 @@ def test_what_does_not_fit_ends_with_status_1_and_advice():
     ],
 )
 def test_errors_are_one_sentence(arguments, words):
-    status, said = plan(SMOKE, *arguments)
+    status, said = plan(*SMOKE, *arguments)
     assert status == 2
     assert said.startswith(words)
     assert said.count("\n") == 1
@@ -412,6 +416,6 @@ def test_errors_are_one_sentence(arguments, words):
 @needs_libtpu
 @pytest.mark.tpu
 def test_a_shape_that_is_no_slice_is_refused():
-    status, said = plan(SMOKE, "--topology=v5e:3x5")
+    status, said = plan(*SMOKE, "--topology=v5e:3x5")
     assert status == 2
     assert "the TPU compiler knows no such slice" in said
