@@ -200,8 +200,49 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]
 }
 
 
+# Outputs whose weighted sum is differentiated.
+DIFFERENTIATED = {
+    "clip": ("image", "text", "scores"),
+    "blip2": ("gallery", "text", "composed", "matching"),
+}
+
+
+def write_gradients(directory: pathlib.Path) -> None:
+    """Writes gradients of the models in `tests/golden/`, by the names of PyTorch's parameters.
+
+    They are of a sum of the outputs in `DIFFERENTIATED`, with random weights that are in the file
+    too, as `weights_of_...`.
+    """
+    import torch
+    import transformers
+
+    classes = {
+        "clip": transformers.CLIPModel,
+        "blip2": transformers.Blip2ForImageTextRetrieval,
+    }
+    for name, (_, outputs_of) in MODELS.items():
+        model = classes[name].from_pretrained(directory / name).eval()
+        image, ids = inputs(texts=3, images=3)
+        outputs, rng = outputs_of(model, image, ids), np.random.default_rng(0)
+        weights = {
+            key: rng.normal(size=tuple(outputs[key].shape)).astype(np.float32)
+            for key in DIFFERENTIATED[name]
+        }
+        sum((outputs[key] * torch.from_numpy(x)).sum() for key, x in weights.items()).backward()
+        arrays = {
+            path: np.ascontiguousarray(p.grad.numpy())
+            for path, p in model.named_parameters()
+            if p.grad is not None
+        }
+        arrays |= {f"weights_of_{key}": x for key, x in weights.items()}
+        save_file(
+            arrays | {"input_image": image, "input_ids": ids},
+            directory / f"{name}_gradients.safetensors",
+        )
+
+
 def write_golden(directory: pathlib.Path) -> None:
-    """Writes each small model, its inputs and its outputs: the files of `tests/golden/`."""
+    """Writes each small model, its inputs, outputs and gradients: the files of `tests/golden/`."""
     import torch
 
     for name, (make, outputs_of) in MODELS.items():
@@ -215,3 +256,4 @@ def write_golden(directory: pathlib.Path) -> None:
             arrays | {"input_image": image, "input_ids": ids},
             directory / f"{name}_outputs.safetensors",
         )
+    write_gradients(directory)

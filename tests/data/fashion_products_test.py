@@ -718,6 +718,28 @@ def test_hidden_files_of_an_archive_are_no_photos(tmp_path):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the photos are not at {REAL}")
+def test_some_real_photos(tmp_path):
+    (tmp_path / "raw").mkdir()
+    table = (REAL / "styles.csv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "raw" / "styles.csv").write_bytes(b"".join(table[:401]))
+    (tmp_path / "raw" / "images.tar").symlink_to(REAL / "images.tar")
+    builder = prepare(tmp_path / "raw", tmp_path / "prepared", size=64)
+    metadata = builder.info.metadata
+    assert metadata["rows"] == metadata["products"] == 400
+    assert metadata["photos_without_row"] == 7600
+    assert metadata["lost_rows"] == 0
+    data = everything(builder, images=True)
+    check_properties(data)
+    for split in examples.SPLITS:
+        assert len(data[split]) == metadata["splits"][split]["queries"] > 0
+        for item in data[examples.gallery_split(split)]:
+            image = np.asarray(item["image"][0])
+            assert image.shape == (64, 64, 3)
+            assert image.std() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the photos are not at {REAL}")
 def test_real_photos(tmp_path):
     builder = prepare(REAL, tmp_path, size=64)
     metadata = builder.info.metadata

@@ -38,7 +38,7 @@ def config_of(base, **changes):
     changes = {
         "total_steps": 6,
         "log_every": 1,
-        "eval_every": 2,
+        "eval_every": 0,
         "checkpoint_every": 2,
         "num_devices": 1,
         **changes,
@@ -268,7 +268,7 @@ def test_what_is_kept(base):
         with pytest.raises(UserError, match=r"keep_best is 'R@1': it needs an evaluation at each"):
             RunConfig.of(config_of(base, keep_best="R@1", **changes))
     with pytest.raises(UserError, match=r"keep_best is 'recall': validation measures .*R@1, "):
-        loop.train_and_evaluate(config_of(base, keep_best="recall"), base / "unknown")
+        loop.train_and_evaluate(config_of(base, keep_best="recall", eval_every=2), base / "unknown")
 
 
 def test_a_checkpoint_between_two_on_schedule_lives_until_the_next(base):
