@@ -49,6 +49,11 @@ OBJECTS = {
         "dqe_jax.models.features",
         "dqe_jax.models.build",
     ),
+    "Frozen towers": (
+        "dqe_jax.feature_store.features",
+        "dqe_jax.feature_store.manage",
+        "dqe_jax.feature_store.tables",
+    ),
     "Scores": (
         "dqe_jax.evaluation.metrics",
         "dqe_jax.evaluation.ranking",

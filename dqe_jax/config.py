@@ -20,6 +20,7 @@ from dqe_jax.method.settings import LossConfig, NegativesConfig
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.fields import (
+    DTYPES,
     Field,
     Role,
     build,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 AnyConfig: TypeAlias = "RunConfig | ConfigDict | Mapping[str, Any]"
 
 MOST_STEPS = 1_000_000_000
+# Sections that configs which people have copied may not have: their fields are the defaults then.
+YOUNGER = ("features.",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,31 @@ class OptimizerConfig:
         False,
         "Shard the moments over the devices (ZeRO-1): less memory, the same communication.",
         flag(),
+        "free",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """What frozen towers make of images and texts, computed once (`feature_store/`)."""
+
+    place: str = field(
+        "auto",
+        'Where features lie while a job runs: "device" (memory of the devices, sharded), "host" '
+        '(memory of the host), "disk", "auto" (the first of these that has room for them), or '
+        '"off": frozen towers are computed in each step.',
+        one_of("auto", "device", "host", "disk", "off"),
+        "free",
+    )
+    dtype: str = field(
+        "auto",
+        'Dtype of features: "float32", "bfloat16", or "auto": that of config.model.dtype.',
+        one_of("auto", *DTYPES),
+    )
+    directory: str = field(
+        "",
+        'Directory of the features on disk; "" for features/ in config.data.prepared_dir.',
+        text(),
         "free",
     )
 
@@ -109,6 +137,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)
     negatives: NegativesConfig = dataclasses.field(default_factory=NegativesConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -238,6 +267,9 @@ def _checked(flat: Mapping[str, object]) -> dict[str, object]:
             hint = f"; did you mean config.{near[0]}?" if near else "."
             raise UserError(f"config.{name} is not a field of a config{hint}")
     for name, one in known.items():
+        if name not in flat and name.startswith(YOUNGER):
+            values[name] = one.default
+            continue
         if name not in flat:
             raise UserError(f"config.{name} is missing: start from configs/common.py.")
         try:

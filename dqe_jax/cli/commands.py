@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("train", "Trains a model by a config, and evaluates it."),
     "evaluate": ("evaluate", "Evaluates a checkpoint, a run that still trains, or predictions."),
     "prepare": ("prepare", "Prepares a benchmark or your own triplets from raw files."),
+    "features": ("features", "Computes what frozen towers make of a data set; lists, deletes it."),
     "audit": ("audit", "Measures which share of the mined negatives is truly relevant."),
     "ablate": ("ablate", "Trains the variants of a config over seeds and compares them."),
     "plan": ("plan", "Says whether a config fits on a TPU slice, without a TPU."),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 _CHUNK = 256
+CONTENT_BYTES = 16
 SHOWN = 8  # digits of a digest that name a directory
 
 
@@ -42,6 +44,32 @@ def digest_of(builder: tfds.core.DatasetBuilder, split: str) -> str:
     return both.hexdigest()[:32]
 
 
+def contents_of(builder: tfds.core.DatasetBuilder, stored: str) -> np.ndarray:
+    """Digests of the images of a stored gallery, as they are encoded: uint8 `[N, CONTENT_BYTES]`.
+
+    Kept beside the records where that can be written; zeros stand for an image that is not there.
+
+    Args:
+      builder: prepared.
+      stored: name of a split of the builder.
+    """
+    path = epath.Path(builder.data_path) / "index" / f"{stored}.contents"
+    count = builder.info.splits[stored].num_examples
+    try:
+        held = np.frombuffer(path.read_bytes(), np.uint8)
+        if held.size == count * CONTENT_BYTES:
+            return held.reshape(count, CONTENT_BYTES)
+    except OSError:
+        pass
+    found = np.zeros((count, CONTENT_BYTES), np.uint8)
+    for row, record in enumerate(_records(builder, stored)):
+        for image in record["image"][:1]:
+            digest = hashlib.sha256(image).digest()[:CONTENT_BYTES]
+            found[row] = np.frombuffer(digest, np.uint8)
+    _keep(path, found.tobytes(), "the contents of images are")
+    return found
+
+
 def _read(path: epath.Path) -> str:
     """The digest that a file holds; "" if it is not there, or damaged."""
     try:
@@ -59,22 +87,37 @@ def write_digest(builder: tfds.core.DatasetBuilder, stored: str) -> str:
       stored: name of a split of the builder, of queries or of a gallery.
     """
     found = _of_records(builder, stored)
-    path = path_of(builder, stored)
+    _keep(path_of(builder, stored), f"{found}\n".encode(), "the digest of the data is")
+    return found
+
+
+def _keep(path: epath.Path, content: bytes, what: str) -> None:
+    """Writes a file at once, or warns that each run computes it again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.parent / f"{path.name}.{os.getpid()}.partial"
-        partial.write_text(found + "\n")
+        partial.write_bytes(content)
         partial.replace(path)  # a half-written one is never read
     except OSError as error:
         logging.warning(
-            "%s cannot be written (%s): the digest of the data is computed again by each run.",
-            *(path, error.strerror or error),
+            "%s cannot be written (%s): %s computed again by each run.",
+            *(path, error.strerror or error, what),
         )
-    return found
 
 
 def _of_records(builder: tfds.core.DatasetBuilder, stored: str) -> str:
     """Hashes every field of every record; images stay encoded."""
+    names = ["image", *(name for name in builder.info.features if name != "image")]
+    count = builder.info.splits[stored].num_examples
+    digest = hashlib.sha256(f"{builder.name} {stored} {count}".encode())
+    for record in _records(builder, stored):
+        for name in sorted(names):
+            _add(digest, record[name])
+    return digest.hexdigest()
+
+
+def _records(builder: tfds.core.DatasetBuilder, stored: str) -> Iterator[Mapping[str, Any]]:
+    """The records of a stored split, with images as they are encoded."""
     import tensorflow_datasets as tfds  # slow to import
 
     features = {name: builder.info.features[name] for name in sorted(builder.info.features)}
@@ -83,13 +126,9 @@ def _of_records(builder: tfds.core.DatasetBuilder, stored: str) -> str:
     source = builder.as_data_source(
         split=stored, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    digest = hashlib.sha256(f"{builder.name} {stored} {len(source)}".encode())
     for start in range(0, len(source), _CHUNK):
         rows = list(range(start, min(start + _CHUNK, len(source))))
-        for record in map(fields.deserialize_example_np, source.__getitems__(rows)):
-            for name in features:
-                _add(digest, record[name])
-    return digest.hexdigest()
+        yield from map(fields.deserialize_example_np, source.__getitems__(rows))
 
 
 def _add(digest: hashlib._Hash, value: object) -> None:

@@ -6,14 +6,13 @@ negatives, and each reference is encoded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import grain
 import numpy as np
 
 from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
-from dqe_jax.data.transforms import AUGMENTATIONS
+from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.utils.files import JsonObject
 
@@ -34,22 +33,43 @@ class Batches(Protocol):
         """Goes to where `get_state` was called."""
 
 
+class Images(Protocol):
+    """The images of a split's gallery, for training."""
+
+    def draw(self, row: int, rng: np.random.Generator) -> Tree:
+        """One image as the model takes it, augmented."""
+
+    def draw_several(self, rows: np.ndarray, rng: np.random.Generator) -> Tree:
+        """Images as `draw` gives them, one after the other, with a leading axis."""
+
+
+class Texts(Protocol):
+    """The texts of a split's queries, in one or more wordings."""
+
+    @property
+    def wordings(self) -> int:
+        """How many each text has."""
+
+    def draw(self, rows: np.ndarray, wording: np.ndarray | int) -> Tree:
+        """Texts of these queries as the model takes them, each in a wording."""
+
+
 class _Loader:
     """Makes one reference's part of a batch; called by Grain's threads."""
 
     def __init__(
         self,
         split: Split,
-        text: np.ndarray,
+        images: Images,
+        texts: Texts,
         mentions: np.ndarray,
         positives: np.ndarray,
         relevant: np.ndarray,
         per_reference: int,
-        augment: Callable[[np.ndarray, np.random.Generator], np.ndarray],
     ):
-        self.split, self.text, self.mentions = split, text, mentions
+        self.split, self.images, self.texts, self.mentions = split, images, texts, mentions
         self.positives, self.relevant = positives, relevant
-        self.per_reference, self.augment = per_reference, augment
+        self.per_reference = per_reference
 
     def __call__(self, group: np.ndarray, rng: np.random.Generator) -> Batch:
         gallery, queries, Q = self.split.gallery, self.split.queries, self.per_reference
@@ -58,13 +78,14 @@ class _Loader:
         query_mask = np.arange(Q) < len(chosen)
         chosen = np.resize(chosen, Q)  # padding repeats what is there; the mask says so
         reference, targets = queries.reference[chosen[0]], queries.target[chosen]
-        order = rng.integers(self.text.shape[1], size=Q) if self.text.shape[1] > 1 else 0
+        wordings = self.texts.wordings
+        order = rng.integers(wordings, size=Q) if wordings > 1 else 0
         return Batch(
-            reference_image=self.augment(gallery[reference], rng),
+            reference_image=self.images.draw(int(reference), rng),
             reference_id=gallery.image_ids[reference],
             query=chosen.astype(np.int32),
-            text=self.text[chosen, order],
-            target_image=np.stack([self.augment(gallery[row], rng) for row in targets]),
+            text=self.texts.draw(chosen, order),
+            target_image=self.images.draw_several(targets, rng),
             target_id=gallery.image_ids[targets],
             target_row=targets,
             known_positives=self.positives[chosen],
@@ -77,11 +98,11 @@ class _Loader:
 def train_batches(
     split: Split,
     *,
-    text: np.ndarray,
+    images: Images,
+    texts: Texts,
     mentions: np.ndarray,
     references: int,
     queries_per_reference: int,
-    augment: str,
     seed: int,
     num_threads: int = 4,
     prefetch: int = 4,
@@ -98,11 +119,11 @@ def train_batches(
 
     Args:
       split: the training split.
-      text: int32 `[n, V, L]`, ids of each query's text in `V` wordings, one of which is drawn.
+      images: of its gallery.
+      texts: of its queries; one wording of each is drawn.
       mentions: float32 `[n, K]`.
       references: `R`, of the whole batch.
       queries_per_reference: `Q`.
-      augment: a name of `transforms.AUGMENTATIONS`.
       seed: of shuffling, drawing and augmentation.
       num_threads: readers.
       prefetch: batches read ahead.
@@ -114,12 +135,12 @@ def train_batches(
     groups = np.split(order, starts[1:])
     load = _Loader(
         split,
-        text,
+        images,
+        texts,
         mentions,
         known_positive_ids(split),
         image_ids_of(split, split.queries.relevant),
         queries_per_reference,
-        AUGMENTATIONS[augment],
     )
     dataset = (
         grain.MapDataset.source(groups)

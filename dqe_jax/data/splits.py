@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dqe_jax.data.digest import digest_of
+from dqe_jax.data.digest import CONTENT_BYTES, contents_of, digest_of
 from dqe_jax.data.examples import SPLITS, Queries, Record, Source, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
 from dqe_jax.data.settings import DataConfig
@@ -40,9 +42,24 @@ class Gallery:
       image_shape: `(H, W, 3)`.
     """
 
-    def __init__(self, source: Source, index: GalleryIndex, image_size: int, cache: bool = True):
-        """Wraps a TFDS data source; `cache` keeps decoded images (N * H * W * 3 bytes)."""
-        self._source = source
+    def __init__(
+        self,
+        source: Source,
+        index: GalleryIndex,
+        image_size: int,
+        cache: bool = True,
+        contents: Callable[[], np.ndarray] | None = None,
+    ):
+        """Wraps a TFDS data source.
+
+        Args:
+          source: of the stored records.
+          index: of the gallery.
+          image_size: pixels a side.
+          cache: whether decoded images are kept (N * H * W * 3 bytes).
+          contents: gives digests of the stored images, as `digest.contents_of`.
+        """
+        self._source, self._contents = source, contents
         self._stored = _present(index)
         at = np.searchsorted(self._stored, index.image_ids[self._stored])
         self.image_ids = at.astype(np.int32)  # the first copy is at hand if any is
@@ -62,6 +79,14 @@ class Gallery:
             self._images[row] = self._source[int(self._stored[row])]["image"][0]
             self._read[row] = True  # last: other threads look at it
         return self._images[row]
+
+    def contents(self) -> np.ndarray:
+        """Digests of the images, uint8 `[N, CONTENT_BYTES]`: those of equal images are equal."""
+        if self._contents is not None:
+            return self._contents()[self._stored]
+        digests = [hashlib.sha256(self[row].tobytes()).digest() for row in range(len(self))]
+        joined = b"".join(digest[:CONTENT_BYTES] for digest in digests)
+        return np.frombuffer(joined, np.uint8).reshape(len(self), CONTENT_BYTES)
 
     def batches(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         """Images of `rows` in order, `[<= size, H, W, 3]` at a time, read by threads ahead."""
@@ -160,6 +185,7 @@ def load_split(
         cache=cache,
         captions=captions,
         official_queries=official.get("queries"),
+        contents=functools.partial(contents_of, builder, gallery),
     )
     if not len(split.queries):
         raise UserError(f"split {name!r} of {builder.name} in {builder.data_dir} has no query.")
@@ -176,6 +202,7 @@ def make_split(
     cache: bool = True,
     captions: str = "forward",
     official_queries: int | None = None,
+    contents: Callable[[], np.ndarray] | None = None,
 ) -> Split:
     """A split of its query records, and its gallery's source and index.
 
@@ -188,8 +215,9 @@ def make_split(
       cache: as for `load_split`.
       captions: as for `load_split`.
       official_queries: how many the published split has; the records' number by default.
+      contents: as for `Gallery`.
     """
-    gallery = Gallery(source, index, image_size, cache)
+    gallery = Gallery(source, index, image_size, cache, contents)
     # Stored rows to rows at hand; others lie beyond the gallery, each at a place of its own.
     rows = len(gallery) + np.arange(len(index), dtype=np.int32)
     rows[_present(index)] = np.arange(len(gallery), dtype=np.int32)

@@ -76,6 +76,16 @@ def _placer(devices: tuple[jax.Device, ...]) -> Program[[_Array], _Array]:
     return pmap(same, in_axes=(0,), out_axes=0, devices=devices)
 
 
+def joined(parts: Sequence[jax.Array], devices: Sequence[jax.Device]) -> jax.Array:
+    """Arrays `[1, ...]`, one on each own device, as one `[own devices, ...]` that maps take."""
+    held = devices[own_devices(devices)]
+    sharding = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(np.asarray(held), (AXIS,)), jax.sharding.PartitionSpec(AXIS)
+    )
+    shape = (len(parts), *parts[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
+
+
 def shard(tree: _Tree, num_devices: int) -> _Tree:
     """Splits the leading axis of arrays: `[B, ...]` to `[num_devices, B / num_devices, ...]`."""
     # Lengths are spelled out: with -1 an array without elements would be ambiguous.

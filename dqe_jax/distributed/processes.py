@@ -9,6 +9,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -114,6 +115,30 @@ def all_agree(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.asarray(flag)).all())
+
+
+def sees_leader(directory: Path) -> bool:
+    """Whether this process finds what process 0 writes to a directory; all call this together."""
+    if jax.process_count() == 1:
+        return True
+    token = np.frombuffer(os.urandom(4), np.uint32)
+    name = f"leader-{int(multihost_utils.broadcast_one_to_all(token)[0]):08x}"
+    if leads():
+        (directory / name).touch()
+    wait_for_all(f"{name} is written")
+    seen = (directory / name).exists()
+    wait_for_all(f"{name} was looked for")
+    if leads():
+        (directory / name).unlink()
+    return seen
+
+
+def any_of(flags: np.ndarray) -> np.ndarray:
+    """Flags that are true in any process; all call this together."""
+    if jax.process_count() == 1:
+        return flags
+    gathered: np.ndarray = multihost_utils.process_allgather(flags)
+    return np.logical_or.reduce(gathered)
 
 
 def leader_first(what: str, fn: Callable[[], T]) -> T:

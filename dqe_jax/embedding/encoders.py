@@ -7,25 +7,25 @@ from collections.abc import Callable
 from typing import cast
 
 from dqe_jax.distributed.mesh import REMEMBERED
-from dqe_jax.method.arrays import Array, Params
+from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.method.batch import QueryOutput
 from dqe_jax.models.dqe import DQE
 
-# Of parameters, reference images `[R, H, W, 3]` and token ids `[B, L]`.
-EncodeQuery = Callable[[Params, Array, Array], QueryOutput]
-# Of parameters and images `[B, H, W, 3]`, to gallery embeddings `[B, M, d]`.
-EncodeGallery = Callable[[Params, Array], Array]
+# Of parameters, reference images `[R, H, W, 3]` and token ids `[B, L]`, or what stands for them.
+EncodeQuery = Callable[[Params, Tree, Tree], QueryOutput]
+# Of parameters and images `[B, H, W, 3]`, or what stands for them, to embeddings `[B, M, d]`.
+EncodeGallery = Callable[[Params, Tree], Array]
 
 
 @functools.lru_cache(REMEMBERED)
 def encoders(model: DQE) -> tuple[EncodeQuery, EncodeGallery]:
     """The two entry points as functions of parameters; the same ones for an equal model."""
 
-    def encode_query(params: Params, image: Array, text: Array) -> QueryOutput:
+    def encode_query(params: Params, image: Tree, text: Tree) -> QueryOutput:
         out = model.apply({"params": params}, image, text, method="encode_query")
         return cast(QueryOutput, out)
 
-    def encode_gallery(params: Params, image: Array) -> Array:
+    def encode_gallery(params: Params, image: Tree) -> Array:
         out = model.apply({"params": params}, image, method="encode_gallery")
         return cast(Array, out)
 
@@ -35,10 +35,10 @@ def encoders(model: DQE) -> tuple[EncodeQuery, EncodeGallery]:
 @functools.lru_cache(REMEMBERED)
 def query_fields(
     encode_query: EncodeQuery, *names: str
-) -> Callable[[Params, Array, Array], tuple[Array, ...]]:
+) -> Callable[[Params, Tree, Tree], tuple[Array, ...]]:
     """`encode_query` that gives the fields of `QueryOutput` with these names alone."""
 
-    def fields(params: Params, image: Array, text: Array) -> tuple[Array, ...]:
+    def fields(params: Params, image: Tree, text: Tree) -> tuple[Array, ...]:
         out = encode_query(params, image, text)
         return tuple(getattr(out, name) for name in names)
 

@@ -15,6 +15,7 @@ import numpy as np
 from dqe_jax.data.splits import Split
 from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
+from dqe_jax.embedding.sources import Column, Images, Rows
 from dqe_jax.evaluation import metrics, protocols, ranking
 from dqe_jax.evaluation.protocols import Protocol
 from dqe_jax.method.arrays import Params
@@ -61,7 +62,8 @@ class RetrievalEvaluator:
         self,
         *,
         split: Split,
-        text: np.ndarray,
+        images: Images,
+        texts: Rows,
         encode_query: EncodeQuery,
         encode_gallery: EncodeGallery,
         batch_size: int,
@@ -73,7 +75,8 @@ class RetrievalEvaluator:
 
         Args:
           split: queries and gallery.
-          text: int32 `[Q, L]`, ids of the queries' texts.
+          images: of the gallery.
+          texts: of the queries.
           encode_query: of the model.
           encode_gallery: of the model.
           batch_size: examples at a time over all devices; rounded up to a multiple of these.
@@ -81,7 +84,8 @@ class RetrievalEvaluator:
           devices: to run on.
           protocol: what is ranked and measured.
         """
-        self.split, self.text, self.protocol = split, text, protocol
+        self.split, self.protocol = split, protocol
+        self._images, self._texts = images, texts
         self._top_k = top_k
         pools = split.pools or {"": np.arange(len(split.gallery))}
         self._pools = protocols.pool_rows(protocol, split.queries, pools)
@@ -89,12 +93,12 @@ class RetrievalEvaluator:
         batch = -(-batch_size // len(devices)) * len(devices)
         self._embed_queries = RowEmbedder[tuple[np.ndarray, np.ndarray]](
             query_fields(encode_query, "embedding", "attribute_weights"),
-            columns=1,
+            columns=2,
             batch_size=batch,
             devices=devices,
         )
         self._embed_rows = RowEmbedder[np.ndarray](
-            encode_gallery, columns=0, batch_size=batch, devices=devices
+            encode_gallery, columns=1, batch_size=batch, devices=devices
         )
         self._rank = ranking.make_rank_fn(top_k, devices=devices)
         self._score = ranking.make_score_fn(devices=devices)
@@ -121,7 +125,9 @@ class RetrievalEvaluator:
         queries = self.split.queries
         gallery = self._embed_gallery(params, np.concatenate([*self._pools.values()]))
         query, weights = self._embed_queries(
-            params, self.split.gallery, queries.reference, self.text
+            params,
+            (self._images, queries.reference),
+            (self._texts, np.arange(len(queries))),
         )
         rows, scores = self._rank_pools(query, gallery, self.protocol.exclude_reference)
         subset_rows = self._rank_subsets(query, gallery)
@@ -151,14 +157,15 @@ class RetrievalEvaluator:
           float32 `[J, S]`.
         """
         gallery = self._embed_gallery(params, rows.ravel())
-        query, _ = self._embed_queries(params, self.split.gallery, reference, text)
+        texts = (Column(text), np.arange(len(text)))
+        query, _ = self._embed_queries(params, (self._images, reference), texts)
         return self._score(query, gallery.tokens, gallery.place[rows])
 
     def _embed_gallery(self, params: Params, rows: np.ndarray) -> _Embedded:
         rows = np.unique(rows)
         place = np.full(len(self.split.gallery), -1, np.int64)
         place[rows] = np.arange(len(rows))
-        return _Embedded(self._embed_rows(params, self.split.gallery, rows), place)
+        return _Embedded(self._embed_rows(params, (self._images, rows)), place)
 
     def _rank_pools(
         self, query: np.ndarray, gallery: _Embedded, exclude_reference: bool

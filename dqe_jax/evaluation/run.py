@@ -22,6 +22,7 @@ from dqe_jax.embedding.encoders import encoders
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
+from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.dqe import DQE
 from dqe_jax.utils.errors import UserError
@@ -60,10 +61,12 @@ def evaluate_checkpoint(
     judged = None
     if hp_fashioniq is not None:
         judged = open_preferences(config, opened, hp_fashioniq)
-    evaluator = make_evaluator(config, trained.model, words, opened, trained.devices)
+    features = Features(config, trained.model, trained.devices)
+    evaluator = make_evaluator(config, trained.model, words, opened, trained.devices, features)
     place = whole_path(output) if output else output_of(trained, opened)
     make_directory(place)
     params = trained.place_params()
+    features.fill(params)
     result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
     if judged is not None:
         path = place / f"hp_fashioniq-{step}.json"
@@ -72,13 +75,19 @@ def evaluate_checkpoint(
 
 
 def make_evaluator(
-    config: RunConfig, model: DQE, tokenizer: Tokenizer, split: Split, devices: list[jax.Device]
+    config: RunConfig,
+    model: DQE,
+    tokenizer: Tokenizer,
+    split: Split,
+    devices: list[jax.Device],
+    features: Features,
 ) -> RetrievalEvaluator:
-    """The evaluator of a split; it takes parameters."""
+    """The evaluator of a split; it takes parameters, with which `features` are filled first."""
     encode_query, encode_gallery = encoders(model)
     return RetrievalEvaluator(
         split=split,
-        text=encode_texts(tokenizer, split),
+        images=features.images(split.gallery),
+        texts=features.texts(encode_texts(tokenizer, split)[:, None]),
         encode_query=encode_query,
         encode_gallery=encode_gallery,
         batch_size=config.eval.batch_size,

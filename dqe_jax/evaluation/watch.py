@@ -20,6 +20,7 @@ from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator, output_of
+from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import read_json
@@ -77,7 +78,9 @@ def watch(
                 _check_data(trained, opened)
                 place = whole_path(output) if output else output_of(trained, opened)
                 words, devices = trained.tokenizer, trained.devices
-                evaluator = make_evaluator(config, trained.model, words, opened, devices)
+                features = Features(config, trained.model, devices)
+                evaluator = make_evaluator(config, trained.model, words, opened, devices, features)
+            features.fill(params)
             if step >= _total_steps(root):
                 result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
             else:

@@ -12,7 +12,7 @@ from typing import cast
 import flax.struct
 import jax
 
-from dqe_jax.method.arrays import Array
+from dqe_jax.method.arrays import Array, Tree
 
 
 @flax.struct.dataclass
@@ -33,11 +33,12 @@ class Batch:
     """`R` references with `Q` queries each: siblings are good negatives, and share an image.
 
     Attributes:
-      reference_image: uint8 `[R, H, W, 3]`.
+      reference_image: uint8 `[R, H, W, 3]`, or what a frozen tower makes of the images: arrays
+        `[R, ...]` by name.
       reference_id: int32 `[R]`, image ids.
       query: int32 `[R, Q]`, positions among the split's queries.
-      text: int32 `[R, Q, L]`, token ids.
-      target_image: uint8 `[R, Q, H, W, 3]`.
+      text: int32 `[R, Q, L]`, token ids; or these with what a frozen tower makes of them.
+      target_image: uint8 `[R, Q, H, W, 3]`, or arrays `[R, Q, ...]` as of the references.
       target_id: int32 `[R, Q]`, image ids.
       target_row: int32 `[R, Q]`, rows of the gallery.
       known_positives: int32 `[R, Q, P]`, image ids that are never negatives.
@@ -47,11 +48,11 @@ class Batch:
       mined: what was mined at the last refresh of the bank, if negatives are mined then.
     """
 
-    reference_image: Array
+    reference_image: Tree
     reference_id: Array
     query: Array
-    text: Array
-    target_image: Array
+    text: Tree
+    target_image: Tree
     target_id: Array
     target_row: Array
     known_positives: Array

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int, Key
 
 from dqe_jax.method import losses, mining, trns
-from dqe_jax.method.arrays import Array, Params
+from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.method.batch import Batch, TrainOutput
 from dqe_jax.method.mining import Bank, MiningRule
 from dqe_jax.method.settings import LossConfig
@@ -95,9 +95,9 @@ class TrainForward(Protocol):
     def __call__(
         self,
         variables: Mapping[str, Params],
-        reference_image: Array,
-        text: Array,
-        target_image: Array,
+        reference_image: Tree,
+        text: Tree,
+        target_image: Tree,
         *,
         rngs: dict[str, jax.Array],
     ) -> TrainOutput:

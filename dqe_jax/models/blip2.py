@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.models.encoder import ACTIVATIONS, Compute, VisionSizes, VisionTower, attend
-from dqe_jax.models.features import ImageFeatures, TextFeatures
+from dqe_jax.models.features import ImageFeatures, States, TextFeatures
 from dqe_jax.models.layers import normalize
 
 
@@ -258,6 +258,10 @@ class Blip2(nn.Module):
         "projections": ("vision_projection/*", "text_projection/*"),
         "itm_head": ("itm_kernel", "itm_bias"),
     }
+    TOWERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "image": ("vision",),
+        "text": ("text", "qformer"),
+    }
 
     @property
     def embed_dim(self) -> int:
@@ -282,18 +286,32 @@ class Blip2(nn.Module):
         tokens = self.query_tokens.astype(self.compute.dtype)
         return jnp.broadcast_to(tokens, (batch, *tokens.shape))
 
-    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
-        """Tokens `[B, 1 + P, D]`, class token first, and gallery embedding `[B, M, d]`."""
-        tokens = self.vision.norm(self.vision(image)[0])
-        M = self.sizes.num_queries
-        out = self.qformer(self._queries(len(image)), queries=M, image=tokens, train=train)
+    def random_towers(self) -> frozenset[str]:
+        """The text passes the Q-Former, which has dropout."""
+        return frozenset({"text"} if self.dropout else ())
+
+    def image_states(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> States:
+        """Tokens `[B, 1 + P, D]` behind the tower's norm, the class token first."""
+        del train
+        return {"tokens": self.vision.norm(self.vision(image)[0])}
+
+    def image_features(self, states: States, train: bool = False) -> ImageFeatures:
+        """Tokens `[B, 1 + P, D]` and gallery embedding `[B, M, d]`."""
+        tokens, M = states["tokens"], self.sizes.num_queries
+        out = self.qformer(self._queries(len(tokens)), queries=M, image=tokens, train=train)
         return ImageFeatures(tokens, self.vision_projection(out))
 
-    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
+    def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
+        """Tokens `[B, L, D]` of the text alone."""
+        return {"tokens": self.qformer(self.text(ids), mask=ids > 0, train=train)}
+
+    def text_features(
+        self, ids: Int[Array, "B L"], states: States, train: bool = False
+    ) -> TextFeatures:
         """Tokens `[B, L, D]` of the text alone, and its projected first token, `[B, d]`."""
-        mask = ids > 0
-        tokens = self.qformer(self.text(ids), mask=mask, train=train)
-        return TextFeatures(ids, mask, tokens, self.text_projection(tokens[:, 0]))
+        del train
+        tokens = states["tokens"]
+        return TextFeatures(ids, ids > 0, tokens, self.text_projection(tokens[:, 0]))
 
     def fuse(
         self, tokens: Float[Array, "R P C"], ids: Int[Array, "B L"], train: bool = False
@@ -318,8 +336,8 @@ class Blip2(nn.Module):
 
         The matching logits are of each image with the text at its place; as many of both.
         """
-        features = self.encode_image(image)
-        texts = normalize(self.encode_text(ids).pooled)
+        features = self.image_features(self.image_states(image))
+        texts = normalize(self.text_features(ids, self.text_states(ids)).pooled)
         contrast = jnp.einsum("imd,td->itm", normalize(features.gallery), texts).max(-1)
         fused = self.fuse(features.tokens, ids)
         logits = fused.astype(jnp.float32) @ self.itm_kernel + self.itm_bias

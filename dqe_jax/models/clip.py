@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.models.encoder import Compute, Stack, VisionSizes, VisionTower
-from dqe_jax.models.features import ImageFeatures, TextFeatures
+from dqe_jax.models.features import ImageFeatures, States, TextFeatures
 from dqe_jax.models.layers import Block, normalize
 
 # This end-of-text id in a config stands for "the highest id": configs written before the id was
@@ -145,6 +145,7 @@ class Clip(nn.Module):
         "logit_scale": ("logit_scale",),
         "composer": ("composer_*", "residual/*"),
     }
+    TOWERS: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("vision",), "text": ("text",)}
 
     @property
     def embed_dim(self) -> int:
@@ -169,18 +170,34 @@ class Clip(nn.Module):
         self.composer_norm = nn.LayerNorm()
         self.residual = nn.Dense(d, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype)
 
-    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
-        """Patch tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
+    def random_towers(self) -> frozenset[str]:
+        """None: there is no dropout."""
+        return frozenset()
+
+    def image_states(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> States:
+        """Patch tokens `[B, P, D]`, and the class token behind the tower's norm, `[B, D]`."""
         del train
         last, before = self.vision(image)
-        pooled = self.vision.norm(last[:, 0])
         tokens = last if self.features == "last" else before
-        return ImageFeatures(tokens[:, 1:], self.visual_projection(pooled)[:, None])
+        return {"tokens": tokens[:, 1:], "pooled": self.vision.norm(last[:, 0])}
 
-    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
+    def image_features(self, states: States, train: bool = False) -> ImageFeatures:
+        """Patch tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
+        del train
+        projected = self.visual_projection(states["pooled"])
+        return ImageFeatures(states["tokens"], projected[:, None])
+
+    def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
+        """Tokens `[B, L, D]`."""
+        del train
+        return {"tokens": self.text(ids)}
+
+    def text_features(
+        self, ids: Int[Array, "B L"], states: States, train: bool = False
+    ) -> TextFeatures:
         """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
         del train
-        tokens = self.text(ids)
+        tokens = states["tokens"]
         is_end = ids == self.sizes.end_id
         end = ids.argmax(1) if self.sizes.end_id == LEGACY_END else is_end.argmax(1)
         mask = jnp.arange(ids.shape[1]) <= end[:, None]
@@ -204,6 +221,6 @@ class Clip(nn.Module):
         self, image: UInt8[Array, "images H W 3"], ids: Int[Array, "texts L"]
     ) -> Float[Array, "images texts"]:
         """CLIP's image-text logits: what CLIP was trained for."""
-        images = normalize(self.encode_image(image).gallery[:, 0])
-        texts = normalize(self.encode_text(ids).pooled)
+        images = normalize(self.image_features(self.image_states(image)).gallery[:, 0])
+        texts = normalize(self.text_features(ids, self.text_states(ids)).pooled)
         return jnp.exp(self.logit_scale) * images @ texts.T

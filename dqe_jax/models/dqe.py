@@ -7,7 +7,8 @@ L2-normalised in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,18 @@ from jaxtyping import Float, Int, UInt8
 from dqe_jax.method.arrays import Array
 from dqe_jax.method.batch import QueryOutput, TrainOutput
 from dqe_jax.models.attributes import AttributeWeights
-from dqe_jax.models.features import Backbone, ImageFeatures, TextFeatures
+from dqe_jax.models.features import (
+    Backbone,
+    ImageFeatures,
+    States,
+    StoredText,
+    TextFeatures,
+)
 from dqe_jax.models.layers import normalize
+
+# Images, or what their tower makes of them; token ids, or these with what their tower makes.
+Images: TypeAlias = UInt8[Array, "... H W 3"] | States
+Texts: TypeAlias = Int[Array, "... L"] | StoredText
 
 
 class DQE(nn.Module):
@@ -72,34 +83,53 @@ class DQE(nn.Module):
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
 
-    def encode_query(self, image: UInt8[Array, "R H W 3"], text: Int[Array, "B L"]) -> QueryOutput:
-        """Reference images with token ids to query embeddings; `B` is a multiple of `R`."""
-        reference = self.backbone.encode_image(image)
-        return self._compose(reference, self.backbone.encode_text(text), False)
+    def _image(self, image: Images, train: bool = False) -> ImageFeatures:
+        states = image if isinstance(image, Mapping) else self.backbone.image_states(image, train)
+        return self.backbone.image_features(states, train)
 
-    def encode_gallery(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B M d"]:
-        """Images to gallery embeddings, float32."""
-        return normalize(self.backbone.encode_image(image).gallery)
+    def _text(self, text: Texts, train: bool = False) -> TextFeatures:
+        if isinstance(text, StoredText):
+            return self.backbone.text_features(text.ids, text.states, train)
+        return self.backbone.text_features(text, self.backbone.text_states(text, train), train)
+
+    def image_states(self, image: UInt8[Array, "B H W 3"]) -> States:
+        """What the tower of the backbone makes of images: it can stand in their place."""
+        return self.backbone.image_states(image)
+
+    def text_states(self, ids: Int[Array, "B L"]) -> States:
+        """What the tower of the backbone makes of texts."""
+        return self.backbone.text_states(ids)
+
+    def encode_query(self, image: Images, text: Texts) -> QueryOutput:
+        """Reference images `[R, ...]` with texts `[B, ...]` to query embeddings.
+
+        `B` is a multiple of `R`.
+        """
+        return self._compose(self._image(image), self._text(text), False)
+
+    def encode_gallery(self, image: Images) -> Float[Array, "B M d"]:
+        """Images `[B, ...]` to gallery embeddings, float32."""
+        return normalize(self._image(image).gallery)
 
     def __call__(
-        self,
-        reference: UInt8[Array, "R H W 3"],
-        text: Int[Array, "R Q L"],
-        target: UInt8[Array, "R Q H W 3"],
-        train: bool = True,
+        self, reference: Images, text: Texts, target: Images, train: bool = True
     ) -> TrainOutput:
         """One pass for training; every image is encoded once.
 
         Args:
-          reference: R images.
-          text: ids of Q texts for each reference.
-          target: the image that each text leads to.
+          reference: R images, `[R, H, W, 3]` or their states.
+          text: Q texts for each reference, `[R, Q, L]` or these with their states.
+          target: the image that each text leads to, `[R, Q, H, W, 3]` or their states.
           train: whether dropout is on (rng `dropout`).
         """
-        R, Q, L = text.shape
-        images = jnp.concatenate([reference, target.reshape(-1, *target.shape[2:])])
-        features = self.backbone.encode_image(images, train)
-        modification = self.backbone.encode_text(text.reshape(R * Q, L), train)
+        R, Q = jax.tree.leaves(text)[0].shape[:2]
+
+        def flat(x: Array) -> Array:
+            return x.reshape(R * Q, *x.shape[2:])
+
+        images = jax.tree.map(lambda a, b: jnp.concatenate([a, flat(b)]), reference, target)
+        features = self._image(images, train)
+        modification = self._text(jax.tree.map(flat, text), train)
         query = self._compose(jax.tree.map(lambda x: x[:R], features), modification, train)
         if self.attribute_names:
             target_features = self.attributes.features(features.tokens[R:], modification.pooled)

@@ -1,4 +1,9 @@
-"""What a backbone makes of images and of texts; the interface between backbones and the model."""
+"""What a backbone makes of images and of texts; the interface between backbones and the model.
+
+A backbone works in two stages. A tower makes **states** of an image or a text: arrays by name. What
+follows makes features of the states. A tower that does not train always makes the same states of an
+image, so they can be computed once and stored; the model takes them in place of the image.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,22 @@ import flax.struct
 from jaxtyping import Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
+
+# What a tower makes of images or of texts: arrays `[B, ...]` by name.
+States = Mapping[str, Array]
+
+
+@flax.struct.dataclass
+class StoredText:
+    """Texts whose states are known.
+
+    Attributes:
+      ids: int `[..., L]`.
+      states: arrays `[..., *]` by name, as `Backbone.text_states` gives them.
+    """
+
+    ids: Array
+    states: States
 
 
 @flax.struct.dataclass
@@ -48,19 +69,32 @@ class Backbone(Protocol):
     Attributes:
       PARTS: patterns of the paths of the parameters that form a part, by its name; a part can be
         frozen.
+      TOWERS: the parts that make the states of an "image" and of a "text"; nothing else does.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
+    TOWERS: ClassVar[Mapping[str, tuple[str, ...]]]
 
     @property
     def embed_dim(self) -> int:
         """`d`."""
 
-    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
-        """Of images alone; `train` says whether dropout is on."""
+    def random_towers(self) -> frozenset[str]:
+        """Towers, of `TOWERS`, with dropout: in training their states are never the same."""
 
-    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
-        """Of texts alone."""
+    def image_states(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> States:
+        """What the tower makes of images; `train` says whether dropout is on."""
+
+    def image_features(self, states: States, train: bool = False) -> ImageFeatures:
+        """Of the states of images."""
+
+    def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
+        """What the tower makes of texts."""
+
+    def text_features(
+        self, ids: Int[Array, "B L"], states: States, train: bool = False
+    ) -> TextFeatures:
+        """Of the states of texts."""
 
     def compose(
         self, image: ImageFeatures, text: TextFeatures, train: bool = False

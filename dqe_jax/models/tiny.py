@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped, UInt8
 
 from dqe_jax.method.arrays import Array
-from dqe_jax.models.features import ImageFeatures, TextFeatures
+from dqe_jax.models.features import ImageFeatures, States, TextFeatures
 from dqe_jax.models.layers import Block, masked_mean, normalize
 
 
@@ -94,6 +94,7 @@ class Tiny(nn.Module):
         "composer": ("composer_*", "residual_head/*"),
         "projections": ("gallery_head/*",),
     }
+    TOWERS: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("vision",), "text": ("text",)}
 
     def setup(self) -> None:
         """Creates the submodules."""
@@ -115,8 +116,12 @@ class Tiny(nn.Module):
     def _blocks(self, depth: int) -> list[Block]:
         return [Block(self.heads, dtype=self.dtype) for _ in range(depth)]
 
-    def encode_image(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> ImageFeatures:
-        """Tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
+    def random_towers(self) -> frozenset[str]:
+        """Both or none."""
+        return frozenset(self.TOWERS if self.dropout else ())
+
+    def image_states(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> States:
+        """Tokens `[B, P, D]`."""
         x = ((image.astype(jnp.float32) - self.pixel_mean) / self.pixel_std).astype(self.dtype)
         x = nn.relu(self.cells(split_cells(x, self.cell_size)))
         x = split_cells(x, self.patch_size // self.cell_size)
@@ -124,17 +129,29 @@ class Tiny(nn.Module):
         x = self.drop(x + self.image_positions(jnp.arange(x.shape[1])), deterministic=not train)
         for block in self.image_blocks:
             x = block(x)
-        return ImageFeatures(x, self.gallery_head(x)[:, None])
+        return {"tokens": x}
 
-    def encode_text(self, ids: Int[Array, "B L"], train: bool = False) -> TextFeatures:
-        """Tokens `[B, L, D]` and their mean `[B, D]`."""
+    def image_features(self, states: States, train: bool = False) -> ImageFeatures:
+        """Tokens `[B, P, D]` and gallery embedding `[B, M=1, d]`."""
+        del train
+        return ImageFeatures(states["tokens"], self.gallery_head(states["tokens"])[:, None])
+
+    def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
+        """Tokens `[B, L, D]`."""
         mask = ids > 0
         x = self.words(ids) + self.text_positions(jnp.arange(ids.shape[1]))
         x = self.drop(x, deterministic=not train)
         for block in self.text_blocks:
             x = block(x, mask)
-        x = self.text_norm(x)
-        return TextFeatures(ids, mask, x, masked_mean(x, mask))
+        return {"tokens": self.text_norm(x)}
+
+    def text_features(
+        self, ids: Int[Array, "B L"], states: States, train: bool = False
+    ) -> TextFeatures:
+        """Tokens `[B, L, D]` and their mean `[B, D]`."""
+        del train
+        mask = ids > 0
+        return TextFeatures(ids, mask, states["tokens"], masked_mean(states["tokens"], mask))
 
     def compose(
         self, image: ImageFeatures, text: TextFeatures, train: bool = False

@@ -19,9 +19,13 @@ from jax.typing import DTypeLike
 
 from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.distributed import mesh
+from dqe_jax.feature_store.features import states_spec
+from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models import setup
 from dqe_jax.models.build import DTYPES, build_model
+from dqe_jax.models.dqe import DQE
+from dqe_jax.models.features import StoredText
 from dqe_jax.training import state as states
 from dqe_jax.training.step import batch_spec, make_step
 from dqe_jax.utils.errors import UserError
@@ -86,8 +90,14 @@ def benchmark_step(config: AnyConfig, *, rounds: int = 10, steps: int = 3) -> di
     return times
 
 
-def random_batch(config: RunConfig) -> Batch:
-    """A batch of random images and texts; ids are distinct."""
+def random_batch(config: RunConfig, model: DQE, params: Params) -> Batch:
+    """A batch of random images and texts, or of what frozen towers make of some; ids are distinct.
+
+    Args:
+      config: of a run.
+      model: of the config.
+      params: shapes of its parameters.
+    """
     rng, R = np.random.default_rng(0), config.batch.references
     spec = batch_spec(config, R)
 
@@ -99,12 +109,24 @@ def random_batch(config: RunConfig) -> Batch:
         array = getattr(spec, name)
         return np.arange(first, first + array.size, dtype=array.dtype).reshape(array.shape)
 
+    def stored(kind: str, inputs: np.ndarray) -> Tree:
+        """Random states in place of inputs, where a run would look them up."""
+        shape = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+        wanted = states_spec(config, model, params, kind, shape)
+        if wanted is shape:
+            return inputs
+        states = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+            wanted.states if kind == "text" else wanted,
+        )
+        return StoredText(inputs, states) if kind == "text" else states
+
     return Batch(
-        reference_image=below("reference_image", 256),
+        reference_image=stored("image", below("reference_image", 256)),
         reference_id=count("reference_id"),
         query=count("query"),
-        text=1 + below("text", VOCABULARY - 1),
-        target_image=below("target_image", 256),
+        text=stored("text", 1 + below("text", VOCABULARY - 1)),
+        target_image=stored("image", below("target_image", 256)),
         target_id=count("target_id", R),
         target_row=count("target_row"),
         known_positives=below("known_positives", 1) - 1,
@@ -132,7 +154,7 @@ def make_runner(
     config = config.with_changes({"negatives.pool": "batch"})
     step = make_step(config, model, made, devices)
     state = states.init_state(config, made, params, devices)
-    batch = mesh.shard(random_batch(config), len(devices))
+    batch = mesh.shard(random_batch(config, model, params), len(devices))
     stop = np.zeros((len(devices), 1), np.int32)
     compiled = step.lower(state, batch, stop).compile()
     analysis = compiled.cost_analysis()

@@ -216,7 +216,7 @@ def write_gradients(directory: pathlib.Path) -> None:
     import torch
     import transformers
 
-    classes = {
+    classes: dict[str, Any] = {
         "clip": transformers.CLIPModel,
         "blip2": transformers.Blip2ForImageTextRetrieval,
     }

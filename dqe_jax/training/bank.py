@@ -19,6 +19,8 @@ from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, encoders, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
+from dqe_jax.embedding.sources import Images, Rows
+from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import Batch, MinedNegatives
 from dqe_jax.method.mining import Bank, Mined, MiningRule
@@ -45,7 +47,8 @@ class BankKeeper:
         self,
         *,
         split: Split,
-        text: np.ndarray,
+        images: Images,
+        texts: Rows,
         known_positives: np.ndarray,
         encode_query: EncodeQuery,
         encode_gallery: EncodeGallery,
@@ -59,7 +62,8 @@ class BankKeeper:
 
         Args:
           split: the training split, see `data/pipeline.py`.
-          text: int32 `[n, L]`, ids of the queries' texts.
+          images: of its gallery.
+          texts: of its queries.
           known_positives: int32 `[n, P]`, image ids that are never mined, padded with -1.
           encode_query: of the model.
           encode_gallery: of the model.
@@ -73,7 +77,8 @@ class BankKeeper:
         self.refreshed_at: int | None = None
         self.snapshot: Params | None = None
         self.mined: tuple[Array, Array] | None = None
-        self._split, self._text, self._known = split, text, known_positives
+        self._split, self._known = split, known_positives
+        self._images, self._texts = images, texts
         self._negatives, self._seed, self._devices = negatives, seed, list(devices)
         self._trained = trained
         self._size = programs.rows_of_device(len(split.gallery), len(devices))
@@ -84,7 +89,7 @@ class BankKeeper:
         self._fill = programs.make_fill(encode_gallery, self._dtype, devices)
         self._embed = RowEmbedder[tuple[np.ndarray]](
             query_fields(encode_query, "embedding"),
-            columns=1,
+            columns=2,
             batch_size=len(devices) * self._rows_per_call,
             devices=devices,
         )
@@ -144,21 +149,23 @@ class BankKeeper:
         read = np.minimum(np.concatenate([r.ravel() for r in rows]), len(gallery) - 1)
         tokens = self.bank.tokens if self.bank is not None else self._empty(params, len(first))
         bar = tqdm.tqdm(
-            zip(starts, gallery.batches(read, len(first) * count)),
+            zip(starts, self._images.batches(read, len(first) * count, len(first))),
             total=len(starts),
             desc=f"bank, step {step}",
             leave=False,
             disable=jax.process_index() > 0 or not progress.on_terminal(),
         )
         for start, images in bar:
-            tokens = self._fill(params, mesh.shard(images, len(first)), np.int32(start), tokens)
+            tokens = self._fill(params, images, np.int32(start), tokens)
         return tokens
 
     def _empty(self, params: Params, num_devices: int) -> Array:
         """Zeros in place of the tokens `[devices, S, M, d]`, for the devices of this process."""
-        shape = (self._rows_per_call, *self._split.gallery.image_shape)
-        image = jax.ShapeDtypeStruct(shape, np.uint8)
-        one = jax.eval_shape(self._encode_gallery, params, image).shape[1:]
+        images = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self._rows_per_call, *x.shape), x.dtype),
+            self._images.spec(),
+        )
+        one = jax.eval_shape(self._encode_gallery, params, images).shape[1:]
         return self._place(np.zeros((num_devices, self._size, *one), self._dtype))
 
     def add_mined(self, batch: Batch) -> Batch:
@@ -170,9 +177,8 @@ class BankKeeper:
 
     def embed_queries(self, params: Params, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the queries at these positions of the split: float32 `[B, d]`."""
-        split = self._split
-        references = split.queries.reference[rows]
-        return self._embed(params, split.gallery, references, self._text[rows])[0]
+        references = self._split.queries.reference[rows]
+        return self._embed(params, (self._images, references), (self._texts, rows))[0]
 
     def mine_all(
         self, params: Params, key: jax.Array, rows: np.ndarray | None = None, batch: int = 1024
@@ -210,16 +216,31 @@ class BankKeeper:
 
 
 def make_bank_keeper(
-    config: RunConfig, model: DQE, split: Split, text: np.ndarray, devices: list[jax.Device]
+    config: RunConfig,
+    model: DQE,
+    split: Split,
+    text: np.ndarray,
+    devices: list[jax.Device],
+    features: Features,
 ) -> BankKeeper:
-    """The keeper of the bank of a split; `text` int32 `[n, L]` are its queries' texts."""
+    """The keeper of the bank of a split.
+
+    Args:
+      config: of the run.
+      model: of the config.
+      split: the training split.
+      text: int32 `[n, V, L]`, its queries' texts; the first wording counts.
+      devices: to run on.
+      features: filled before the bank is.
+    """
     encode_query, encode_gallery = encoders(model)
     never = known_positive_ids(split)
     if config.negatives.oracle != "none":
         never = np.concatenate([never, image_ids_of(split, split.queries.relevant)], axis=1)
     return BankKeeper(
         split=split,
-        text=text,
+        images=features.images(split.gallery),
+        texts=features.texts(text[:, :1]),
         known_positives=never,
         encode_query=encode_query,
         encode_gallery=encode_gallery,

@@ -18,7 +18,7 @@ from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.data import datasets
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
-from dqe_jax.evaluation.run import evaluate_and_report, make_evaluator
+from dqe_jax.evaluation.run import evaluate_and_report
 from dqe_jax.method.objective import Metrics
 from dqe_jax.models import freeze, setup, summary
 from dqe_jax.models.build import parts_of
@@ -219,8 +219,9 @@ def take_step(session: Session, state: TrainState, stop: int) -> StepOutput:
     own, keeper = mesh.count_own(session.devices), session.keeper
     batch, told = next(session.batches), np.full((own, 1), stop, np.int32)
     if keeper is None or keeper.bank is None:
-        return session.step(state, mesh.shard(batch, own), told)
-    return session.bank_step(state, mesh.shard(keeper.add_mined(batch), own), told, keeper.bank)
+        return session.step(state, session.features.resolve(mesh.shard(batch, own)), told)
+    batch = session.features.resolve(mesh.shard(keeper.add_mined(batch), own))
+    return session.bank_step(state, batch, told, keeper.bank)
 
 
 def _validate(
@@ -238,8 +239,8 @@ def _final_evaluation(
     session: Session, state: TrainState, log: MetricLog | NoLog
 ) -> dict[str, float]:
     """Metrics of the last split, with a full report."""
-    config, split, step = session.config, session.last, int(state.step)
-    evaluator = make_evaluator(config, session.model, session.tokenizer, split, session.devices)
+    config, evaluator, step = session.config, session.last, int(state.step)
+    split = evaluator.split
     result = evaluate_and_report(
         config, evaluator, state.params, step=step, directory=session.workdir / "eval"
     )

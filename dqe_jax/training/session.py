@@ -22,6 +22,7 @@ from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import make_evaluator
+from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.models import freeze, setup
 from dqe_jax.models.dqe import DQE
@@ -54,7 +55,8 @@ class Session:
       keeper: of the bank; None without one.
       batches: those of training.
       validation: the evaluator of the validation split.
-      last: the split of the last evaluation.
+      last: the evaluator of the split of the last evaluation.
+      features: what frozen towers make of images and texts; filled by `restore_or_init`.
       data: digests of the splits that it is trained and evaluated on, by their names.
     """
 
@@ -72,7 +74,8 @@ class Session:
     keeper: BankKeeper | None
     batches: Batches
     validation: RetrievalEvaluator
-    last: Split
+    last: RetrievalEvaluator
+    features: Features
     data: dict[str, str]
 
 
@@ -104,16 +107,20 @@ def open_session(
     if tokenizer is None:
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, config.data.max_length)
     text = encode_wordings(tokenizer, split, config.data.captions)
-    batches = _open_batches(config, split, text)
     held_out = splits.open_split(config.data, builder, "validation")
     sizes = None if pretrained is None else pretrained.sizes
     model = setup.model_of(config.model, config.data, tokenizer, sizes)
     params = setup.param_shapes(model, config.model, config.data)
+    features = Features(config, model, devices)
+    batches = _open_batches(config, split, text, features)
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
     if uses_bank(config.negatives):
-        keeper = make_bank_keeper(config, model, split, text[:, 0], devices)
-    validation = make_evaluator(config, model, tokenizer, held_out, devices)
+        keeper = make_bank_keeper(config, model, split, text, devices, features)
+    validation = make_evaluator(config, model, tokenizer, held_out, devices, features)
+    final = validation
+    if last.name != held_out.name:
+        final = make_evaluator(config, model, tokenizer, last, devices, features)
     _check_best(config, validation)
     return Session(
         config=config,
@@ -130,22 +137,23 @@ def open_session(
         keeper=keeper,
         batches=batches,
         validation=validation,
-        last=last,
+        last=final,
+        features=features,
         data={each.name: each.digest for each in (split, held_out, last)},
     )
 
 
-def _open_batches(config: RunConfig, split: Split, text: np.ndarray) -> Batches:
+def _open_batches(config: RunConfig, split: Split, text: np.ndarray, features: Features) -> Batches:
     """The iterator over this process's part of the training batches."""
     words = lexicon.load_lexicon(config.data.lexicon)
     names = config.model.attributes.names
     return pipeline.train_batches(
         split,
-        text=text,
+        images=features.images(split.gallery, config.data.augment),
+        texts=features.texts(text),
         mentions=lexicon.mentions(split.queries.texts, names, words),
         references=config.batch.references,
         queries_per_reference=config.batch.queries_per_reference,
-        augment=config.data.augment,
         seed=config.seed,
         num_threads=config.data.num_threads,
         process=jax.process_index(),
@@ -179,12 +187,15 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
         params = setup.init_params(
             session.model, config.model, config.data, config.seed, session.pretrained
         )
-        return states.init_state(config, session.optimizer, params, session.devices), 0.0
+        state = states.init_state(config, session.optimizer, params, session.devices)
+        session.features.fill(state.params)
+        return state, 0.0
     newest, (meta, items) = store.read_chosen(
         manager, None, lambda step: _read(session, manager, step)
     )
     store.set_aside(manager, newest)
     session.batches.set_state(meta["data_state"])
+    session.features.fill(mesh.replicate(items["params"], session.devices))
     if keeper is not None and "bank_params" in items:
         held = states.splitter(config.model)(items["params"])[1]
         whole = freeze.merge(items["bank_params"], held)

@@ -39,22 +39,27 @@ class Pace:
         return True
 
 
-def progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
+def progress(items: Iterable[_T], total: int, what: str, each: int = 1) -> Iterator[_T]:
     """The same items; shows how many of `total` have come by, if that is `MANY`.
 
     Args:
       items: any.
       total: how many there are.
       what: begins each line, such as "Decoding photos".
+      each: pieces that an item is of.
     """
     if total < MANY:
         yield from items
         return
     if on_terminal():
-        yield from tqdm.tqdm(items, total=total, desc=what, dynamic_ncols=True, leave=False)
+        with tqdm.tqdm(total=total, desc=what, dynamic_ncols=True, leave=False) as bar:
+            for item in items:
+                yield item
+                bar.update(min(each, total - bar.n))
         return
     pace = Pace(total)
-    for count, item in enumerate(items, 1):
+    for number, item in enumerate(items, 1):
+        count = min(number * each, total)
         if pace.due(count):  # before the item: who takes them may stop at the last one
             logging.info("%s: %d of %d", what, count, total)
         yield item

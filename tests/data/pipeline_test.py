@@ -16,6 +16,7 @@ from dqe_jax.data import examples, pipeline, preparation, splits
 from dqe_jax.data.builders import shapes
 from dqe_jax.data.index import from_json, make_index, read_index
 from dqe_jax.data.transforms import AUGMENTATIONS, join_captions
+from dqe_jax.embedding.sources import PlainImages, PlainTexts
 from dqe_jax.method.batch import Batch
 from dqe_jax.utils.errors import UserError
 
@@ -97,11 +98,11 @@ def batches_of(split, *, references=2, queries=2, augment="none", seed=0, thread
     number = np.arange(len(split.queries))
     return pipeline.train_batches(
         split,
-        text=(number + 1)[:, None, None].astype(np.int32),
+        images=PlainImages(split.gallery, augment),
+        texts=PlainTexts((number + 1)[:, None, None].astype(np.int32)),
         mentions=number[:, None].astype(np.float32),
         references=references,
         queries_per_reference=queries,
-        augment=augment,
         seed=seed,
         num_threads=threads,
         prefetch=4,
@@ -350,11 +351,11 @@ def test_a_batch_has_the_documented_arrays(smoke):
     count = len(split.queries)
     batches = pipeline.train_batches(
         split,
-        text=np.ones((count, 1, 5), np.int32),
+        images=PlainImages(split.gallery, "flip_shift"),
+        texts=PlainTexts(np.ones((count, 1, 5), np.int32)),
         mentions=np.ones((count, 2), np.float32),
         references=4,
         queries_per_reference=3,
-        augment="flip_shift",
         seed=0,
     )
     batch = next(batches)
@@ -460,11 +461,11 @@ def test_one_wording_is_drawn_for_each_query():
     number = np.arange(len(split.queries), dtype=np.int32)
     batches = pipeline.train_batches(
         split,
-        text=np.stack([number, number + 100], axis=1)[..., None],
+        images=PlainImages(split.gallery),
+        texts=PlainTexts(np.stack([number, number + 100], axis=1)[..., None]),
         mentions=number[:, None].astype(np.float32),
         references=2,
         queries_per_reference=2,
-        augment="none",
         seed=0,
     )
     drawn = np.stack([batch.text[..., 0] for batch in take(batches, 20)])

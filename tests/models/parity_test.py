@@ -38,6 +38,14 @@ def load(directory, name, image_size=32, compute=None, **fields):
     return module, transfer.read_backbone(source, name, its_sizes)
 
 
+def image_of(call, image):
+    return call(call(image, method="image_states"), method="image_features")
+
+
+def text_of(call, ids):
+    return call(ids, call(ids, method="text_states"), method="text_features")
+
+
 def outputs_of(name, module, params, image, ids):
     """The same outputs as `torch_models` gives, from our modules."""
 
@@ -45,8 +53,8 @@ def outputs_of(name, module, params, image, ids):
         return module.apply({"params": params}, *args, method=method)
 
     ids = np.asarray(ids, np.int32)
-    text = call(ids, method="encode_text")
-    features = call(image, method="encode_image")
+    text = text_of(call, ids)
+    features = image_of(call, image)
     scores = call(image, ids[: len(image)]) if name == "blip2" else call(image, ids)
     out = {"text_tokens": text.tokens * text.mask[..., None], "text": text.pooled}
     if name == "clip":
@@ -60,7 +68,7 @@ def outputs_of(name, module, params, image, ids):
             "scores": scores,
         }
     paired = ids[: len(image)]
-    composed = call(features, call(paired, method="encode_text"), method="compose")
+    composed = call(features, text_of(call, paired), method="compose")
     every = module.apply({"params": params}, image, ids[: len(image)])
     contrast = np.einsum("imd,td->itm", unit(features.gallery), unit(text.pooled)).max(-1)
     np.testing.assert_allclose(every[0], contrast[:, : len(image)], atol=1e-5)
@@ -174,7 +182,8 @@ def test_live_variants(name, options, tmp_path):
         with torch.no_grad():
             text = model.text_model(torch.from_numpy(ids), attention_mask=mask)
             expected = model.text_projection(text.pooler_output)
-        ours = module.apply({"params": params}, np.int32(ids), method="encode_text").pooled
+        call = functools.partial(module.apply, {"params": params})
+        ours = text_of(call, np.int32(ids)).pooled
         return assert_close({"text": ours}, {"text": expected})
     with torch.no_grad():
         expected = outputs(model, image, ids)
@@ -212,7 +221,7 @@ def test_blip2_with_a_clip_tower(tmp_path):
     module = BACKBONES["blip2"](its_sizes, 32)
     source = open_source(str(tmp_path / "ours.safetensors"))
     params = transfer.read_backbone(source, "blip2", its_sizes)
-    features = module.apply({"params": params}, image, method="encode_image")
+    features = image_of(functools.partial(module.apply, {"params": params}), image)
     assert_close(
         {"tokens": features.tokens, "gallery": features.gallery},
         {"tokens": tokens, "gallery": expected},
@@ -246,8 +255,8 @@ def test_gradients(name):
         def call(*args, method=None):
             return module.apply({"params": params}, *args, method=method)
 
-        text = call(np.int32(ids), method="encode_text")
-        features = call(image, method="encode_image")
+        text = text_of(call, np.int32(ids))
+        features = image_of(call, image)
         if name == "clip":
             out = {"image": features.gallery[:, 0], "scores": call(image, np.int32(ids))}
         else:
@@ -312,8 +321,8 @@ def test_bfloat16_is_close(name):
 
     def embeddings(module):
         call = functools.partial(module.apply, {"params": params})
-        features = call(image, method="encode_image")
-        text = call(np.int32(ids[: len(image)]), method="encode_text")
+        features = image_of(call, image)
+        text = text_of(call, np.int32(ids[: len(image)]))
         out = [features.gallery, text.pooled]
         if name == "blip2":  # CLIP's composer has no weights here
             out.append(call(features, text, method="compose"))

@@ -14,7 +14,7 @@ import pytest
 
 from configs import fiq_clip, shapes
 from dqe_jax.config import RunConfig
-from dqe_jax.performance.planning import chips, compiler, hlo, table, traced
+from dqe_jax.performance.planning import chips, compiler, hlo, programs, table, traced
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,6 +221,36 @@ def test_tables_are_narrow_and_say_what_is_what():
     assert memory[1].endswith("too much")
     assert "sent per device" in said
     assert said.split("scaling")[2].split("\n")[1].endswith("3%")  # 8 of 256 devices' rate
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes", "place"),
+    [
+        (80 << 30, {}, "device"),
+        (80 << 30, {"features.place": "disk"}, "disk"),
+        (2 << 30, {}, "host"),
+        (None, {}, "host"),
+    ],
+)
+def test_what_a_frozen_tower_makes_is_planned(memory, changes, place):
+    config = RunConfig.of(fiq_clip.get_config()).with_changes({"batch.references": 8, **changes})
+    sizes = {"gallery": 1000, "vocabulary": 100, "names": ("step",), "memory": memory}
+    (step,), stored = programs.make_programs(config, jax.devices()[:2], **sizes)
+    assert stored.rows == 2000  # mirrored too
+    assert stored.row_bytes == (256 * 1024 + 1024) * 2  # patch tokens and the class token
+    assert stored.read == (4 + 4 * 2) * stored.row_bytes
+    assert stored.place == place
+    assert step.resident == (stored.nbytes // 2 if place == "device" else 0)
+    assert step.inputs["batch"] > stored.read  # in place of images; and texts
+    line = table.stored_line(stored, chips.parse_topology("gpu:2"))
+    assert line.startswith("features of images: 2,000 rows of 0.526 MB, 1.05 GB, ")
+    assert max(map(len, line.splitlines())) <= 100
+    off = config.with_changes({"features.place": "off"})
+    (plain,), nothing = programs.make_programs(off, jax.devices()[:2], **sizes)
+    assert nothing is None
+    assert plain.resident == 0
+    images = (4 + 4 * 2) * 224 * 224 * 3
+    assert images < plain.inputs["batch"] < 1.1 * images
 
 
 def test_advice_is_of_what_takes_most():

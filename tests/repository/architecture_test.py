@@ -34,6 +34,7 @@ CONSTANT_CALLS = (
     "dataclasses.replace",
     "config_flags.DEFINE_config_file",
     "dict",
+    "np.dtype",
     "flags.DEFINE_bool",
     "flags.DEFINE_enum",
     "flags.DEFINE_float",

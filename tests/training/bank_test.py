@@ -13,6 +13,7 @@ from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.data.text import encode_texts
 from dqe_jax.data.tokenizer import train_word_tokenizer
+from dqe_jax.feature_store.features import Features
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import setup
@@ -123,6 +124,13 @@ def test_both_sides_of_a_refresh_are_logged(base):
     assert sorted(lines_of(base / "sides")) == [1, 2, 4, 5, 6]
 
 
+def keeper_of(config, model, split, text):
+    """A keeper on 8 devices."""
+    devices = jax.devices()[:8]
+    features = Features(config, model, devices)
+    return make_bank_keeper(config, model, split, text[:, None], devices, features)
+
+
 @pytest.fixture(scope="module")
 def keeper(base):
     """A keeper on 8 devices, its split, and parameters."""
@@ -132,7 +140,7 @@ def keeper(base):
     model = setup.model_of(config.model, config.data, words)
     text = encode_texts(words, split)
     params = setup.init_params(model, config.model, config.data)
-    keeper = make_bank_keeper(config, model, split, text, jax.devices()[:8])
+    keeper = keeper_of(config, model, split, text)
     keeper.refresh(params, 0)
     return keeper, split, model, params, text
 
@@ -189,7 +197,7 @@ def test_an_oracle_mines_nothing_that_is_in_truth_valid(base, keeper):
     queries = dataclasses.replace(split.queries, relevant=[few] * len(split.queries))
     told = dataclasses.replace(split, queries=queries)
     config = RunConfig.of(config_of(base, num_devices=8, **{"negatives.oracle": "mined"}))
-    mining = make_bank_keeper(config, model, told, text, jax.devices()[:8])
+    mining = keeper_of(config, model, told, text)
     mining.bank = held.bank
     mined = mining.mine_all(params, jax.random.key(0), np.arange(40))
     assert mined.drawn.any()
@@ -235,7 +243,7 @@ def test_errors(base, changes, words):
 def test_a_bank_of_bfloat16(base, keeper):
     held, split, model, params, text = keeper
     config = RunConfig.of(config_of(base, num_devices=8, **{"negatives.bank_dtype": "bfloat16"}))
-    rounded = make_bank_keeper(config, model, split, text, jax.devices()[:8])
+    rounded = keeper_of(config, model, split, text)
     rounded.refresh(params, 0)
     assert rounded.bank.tokens.dtype == "bfloat16"
     one, other = (np.asarray(bank.tokens, np.float32) for bank in (held.bank, rounded.bank))

@@ -146,7 +146,7 @@ def test_one_compilation_and_a_donated_state(base, caplog, nothing_is_small):
     step = make_step(config, model, made, devices()[:4])
     state = states.init_state(config, made, params, devices()[:4])
     assert made.bytes_of_device() < 0.5 * sum(2 * x.nbytes for x in jax.tree.leaves(params))
-    batch = mesh.shard(step_benchmark.random_batch(config), 4)
+    batch = mesh.shard(step_benchmark.random_batch(config, model, params), 4)
     stop = np.zeros((4, 1), np.int32)
     compilations = []
     for _ in range(3):

@@ -20,6 +20,7 @@ from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_texts
 from dqe_jax.evaluation.run import output_of
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
+from dqe_jax.feature_store.features import Features
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.training.bank import make_bank_keeper
 from dqe_jax.utils.errors import UserError
@@ -98,9 +99,15 @@ def _measure(
     banked = {"negatives.pool": "bank", "negatives.mining": "step"}
     config = trained.config.with_changes(banked)
     text = encode_texts(trained.tokenizer, split)
+    features = Features(config, trained.model, trained.devices)
+    keeper = make_bank_keeper(
+        config, trained.model, split, text[:, None], trained.devices, features
+    )
+    params = trained.place_params()
+    features.fill(params)
     return draws.audit(
-        make_bank_keeper(config, trained.model, split, text, trained.devices),
-        trained.place_params(),
+        keeper,
+        params,
         trained.step,
         split=split,
         rows=rows,

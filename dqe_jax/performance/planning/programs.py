@@ -14,6 +14,8 @@ from jax.typing import DTypeLike
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
+from dqe_jax.feature_store import tables
+from dqe_jax.feature_store.features import states_spec, stored_kinds
 from dqe_jax.method.arrays import Array, Tree
 from dqe_jax.method.batch import Batch, MinedNegatives
 from dqe_jax.method.mining import Bank, MiningRule
@@ -56,6 +58,28 @@ def size_of(tree: Tree) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a frozen image tower makes of the training gallery.
+
+    Attributes:
+      rows: images, twice as many where training mirrors them.
+      row_bytes: of one.
+      place: of `config.features.place`; where a run decides, by the memory of a chip.
+      read: bytes that a step reads on a device.
+    """
+
+    rows: int
+    row_bytes: int
+    place: str
+    read: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows."""
+        return self.rows * self.row_bytes
+
+
 def make_programs(
     config: RunConfig,
     devices: Sequence[jax.Device],
@@ -63,8 +87,9 @@ def make_programs(
     gallery: int,
     vocabulary: int,
     names: Sequence[str] = NAMES,
-) -> list[Program]:
-    """The programs that a run of a config compiles, in the order of `NAMES`.
+    memory: int | None = None,
+) -> tuple[list[Program], Stored | None]:
+    """The programs that a run of a config compiles, in the order of `NAMES`, and what it stores.
 
     Args:
       config: of a run, whose batch divides by the devices.
@@ -72,6 +97,10 @@ def make_programs(
       gallery: images of the training split, the rows of the bank.
       vocabulary: words of the tiny backbone.
       names: those that are wanted; what the config does not run is left out.
+      memory: bytes of a device; None if that is not known.
+
+    Returns:
+      The programs; and what is stored of the training gallery, None if nothing is.
 
     Raises:
       UserError: the model cannot be built.
@@ -84,7 +113,12 @@ def make_programs(
         made["bank refresh"] = lambda: maker.bank_refresh(bank)
         if config.negatives.mining == "refresh":
             made["mining"] = lambda: maker.mining(bank)
-    return [made[name]() for name in NAMES if name in names and name in made]
+    programs = [made[name]() for name in NAMES if name in names and name in made]
+    stored = maker.stored(gallery, bank, memory)
+    if stored is not None and stored.place == "device":
+        each = -(-stored.nbytes // len(devices))
+        programs = [dataclasses.replace(p, resident=p.resident + each) for p in programs]
+    return programs, stored
 
 
 def _spec(dtype: DTypeLike, *shape: int) -> Array:
@@ -113,17 +147,41 @@ class _Maker:
         self.weights = {"parameters": size_of(params)}
         self.moments = {"optimiser": self.optimizer.bytes_of_device()}
         self.references = config.batch.references // self.num_devices
-        self.batch: Batch = jax.tree.map(
+        plain = jax.tree.map(
             lambda x: self._sharded(x.dtype, *x.shape), batch_spec(config, self.references)
+        )
+        self.batch: Batch = dataclasses.replace(
+            plain,
+            reference_image=self._stored("image", plain.reference_image),
+            target_image=self._stored("image", plain.target_image),
+            text=self._stored("text", plain.text),
         )
 
     def _sharded(self, dtype: DTypeLike, *shape: int) -> Array:
         """With a leading axis of devices."""
         return _spec(dtype, self.num_devices, *shape)
 
-    def _images(self, count: int) -> Array:
+    def _stored(self, kind: str, inputs: Tree) -> Tree:
+        """What stands for images or texts of these shapes in a batch."""
+        return states_spec(self.config, self.model, self.state.params, kind, inputs)
+
+    def stored(self, gallery: int, bank: Bank | None, memory: int | None) -> Stored | None:
+        """What is stored of a gallery of so many images; None if its tower trains."""
+        if "image" not in stored_kinds(self.config, self.model):
+            return None
+        rows = gallery * (2 if self.config.data.augment == "flip" else 1)
+        row_bytes = size_of(self._images(1)) // self.num_devices
+        images = (self.batch.reference_image, self.batch.target_image)
+        place = self.config.features.place
+        if place == "auto":
+            held = sum((self.weights | self.moments | self._of_bank(bank)).values())
+            free = 0 if memory is None else tables.SHARE * (memory - held)
+            place = "device" if rows * row_bytes / self.num_devices <= free else "host"
+        return Stored(rows, row_bytes, place, size_of(images) // self.num_devices)
+
+    def _images(self, count: int) -> Tree:
         side = self.config.data.image_size
-        return self._sharded(jnp.uint8, count, side, side, 3)
+        return self._stored("image", self._sharded(jnp.uint8, count, side, side, 3))
 
     def _step(self, name: str, bank: Bank | None) -> Program:
         config, batch = self.config, self.batch
@@ -145,7 +203,7 @@ class _Maker:
 
     def bank(self, gallery: int) -> Bank:
         """Shapes of the bank."""
-        one = jax.eval_shape(lambda x: x[0], self._images(1))
+        one = jax.tree.map(lambda x: _spec(x.dtype, *x.shape[1:]), self._images(1))
         tokens = jax.eval_shape(self.encode_gallery, self.state.params, one).shape[1:]
         rows = bank_programs.rows_of_device(gallery, self.num_devices)
         dtype = DTYPES[self.config.negatives.bank_dtype]

@@ -81,11 +81,16 @@ def plan_config(
     plans: list[Plan] = []
     misfits: list[str] = []
     for one in slices:
-        made = programs.make_programs(
-            one.config, one.devices, gallery=gallery, vocabulary=vocabulary, names=wanted
+        made, stored = programs.make_programs(
+            one.config,
+            one.devices,
+            gallery=gallery,
+            vocabulary=vocabulary,
+            names=wanted,
+            memory=None if one.topology.chip is None else one.topology.chip.memory,
         )
         found = [_compile(program, one.topology, options, timed=not quick) for program in made]
-        plans.append(Plan(one.topology, one.config.batch.references, tuple(found)))
+        plans.append(Plan(one.topology, one.config.batch.references, tuple(found), stored))
         misfits += table.sentences_of_misfits(one.config, plans[-1])
     if path is not None:
         facts: JsonObject = {"jax": jax.__version__, "gallery": gallery}

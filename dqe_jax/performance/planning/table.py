@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dqe_jax.config import RunConfig
 from dqe_jax.performance.planning.chips import Topology
 from dqe_jax.performance.planning.compiler import Facts
+from dqe_jax.performance.planning.programs import Stored
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
 
@@ -22,11 +23,13 @@ class Plan:
       topology: the slice.
       references: of the global batch.
       facts: of each program.
+      stored: what a frozen tower makes of the training gallery; None if nothing is stored.
     """
 
     topology: Topology
     references: int
     facts: tuple[Facts, ...]
+    stored: Stored | None = None
 
 
 def _gib(size: float) -> str:
@@ -55,8 +58,27 @@ def tables(plans: Sequence[Plan]) -> str:
     for plan in plans:
         chips, references = plan.topology.chips, plan.references
         parts.append(f"{plan.topology.name}: {chips} chips, {references} references")
+        if plan.stored is not None:
+            parts.append(stored_line(plan.stored, plan.topology))
         parts += filter(None, [memory_table(plan), cost_table(plan, first), traffic_table(plan)])
     return "\n\n".join(parts)
+
+
+def stored_line(stored: Stored, topology: Topology) -> str:
+    """Where the features of the training gallery lie, and what a step reads."""
+    size = f"{stored.nbytes / 1e9:.3g} GB"
+    each = f"{stored.nbytes / topology.devices / 1e9:.3g} GB"
+    where = {
+        "device": f"on the devices, {each} each",
+        "host": "in the memory of each host, or on its disk",
+        "disk": "on the disk of each host",
+    }[stored.place]
+    if stored.place == "host" and topology.chip is None:
+        where = f"\non the devices if they have room for {each} each, else in the hosts' memory"
+    return (
+        f"features of images: {stored.rows:,} rows of {stored.row_bytes / 1e6:.3g} MB, {size}, "
+        f"{where};\na step reads {stored.read / 1e6:.3g} MB on each device."
+    )
 
 
 def memory_table(plan: Plan) -> str:
@@ -205,6 +227,11 @@ def to_json(plans: Sequence[Plan]) -> list[JsonObject]:
                 }
                 for facts in plan.facts
             ],
+            "features": plan.stored
+            and {
+                **dataclasses.asdict(plan.stored),
+                "nbytes": plan.stored.nbytes,
+            },
         }
         for plan in plans
     ]

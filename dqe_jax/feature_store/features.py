@@ -1,0 +1,172 @@
+"""What the frozen towers of a model make of images and texts: computed once, then looked up.
+
+A tower that does not train makes the same states of an image each time. `Features` computes them
+once for each image (mirrored too, where training mirrors) and each text, keeps them in a store on
+disk (`shards.py`), and gives sources that look them up (`tables.py`). A store is named by all that
+its rows depend on, and a row by the content that it is made of (`keys.py`): what has changed is
+computed, and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import jax
+import numpy as np
+
+from dqe_jax.config import RunConfig
+from dqe_jax.data.splits import Gallery
+from dqe_jax.embedding.sources import Images, PlainImages, PlainTexts, Texts
+from dqe_jax.feature_store import keys as row_names
+from dqe_jax.feature_store.needs import Need
+from dqe_jax.feature_store.sources import StoredImages, StoredTexts, Use
+from dqe_jax.feature_store.store import Store, dtype_of, states_of
+from dqe_jax.method.arrays import Array, Params, Tree
+from dqe_jax.method.batch import Batch
+from dqe_jax.models.dqe import DQE
+from dqe_jax.models.features import StoredText
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import is_remote, whole_path
+
+KINDS = ("image", "text")
+
+
+def stored_kinds(config: RunConfig, model: DQE) -> tuple[str, ...]:
+    """What is stored, of `KINDS`: that whose tower is frozen and has no dropout.
+
+    Raises:
+      UserError: a store is asked for and there is nothing to store, or images are augmented in a
+        way that no store can hold.
+    """
+    place, backbone = config.features.place, model.backbone
+    if place == "off":
+        return ()
+    fixed = tuple(kind for kind in KINDS if set(backbone.TOWERS[kind]) <= set(config.model.frozen))
+    kinds = tuple(kind for kind in fixed if kind not in backbone.random_towers())
+    if not kinds and place != "auto":
+        tower = ", ".join(backbone.TOWERS["image"])
+        why = "its towers have dropout" if fixed else f"config.model.frozen does not name {tower}"
+        raise UserError(
+            f"config.features.place is {place!r}, but nothing can be stored: {why}; take 'auto' "
+            "or 'off'."
+        )
+    if "image" in kinds and config.data.augment not in ("none", "flip"):
+        raise UserError(
+            f"config.data.augment is {config.data.augment!r}: a frozen tower whose output is "
+            "stored takes 'none' or 'flip'; choose one, or config.features.place='off' to compute "
+            "the tower in each step."
+        )
+    return kinds
+
+
+def directory_of(config: RunConfig) -> Path:
+    """The directory of all stores.
+
+    Raises:
+      UserError: it is not on a disk of this machine.
+    """
+    named = config.features.directory
+    if not named and is_remote(config.data.prepared_dir):
+        named = "~/.cache/dqe_jax/features"
+    place = whole_path(named or f"{config.data.prepared_dir}/features")
+    if is_remote(place):
+        raise UserError(
+            f"config.features.directory is {named!r}: name a directory on a disk of this machine."
+        )
+    return Path(place)
+
+
+def states_spec(
+    config: RunConfig, model: DQE, params: Params, kind: str, inputs: jax.ShapeDtypeStruct
+) -> Tree:
+    """Shapes of what stands for images or texts `[*axes, ...]` in a batch of a run.
+
+    Args:
+      config: of the run.
+      model: of the config.
+      params: shapes of its parameters.
+      kind: of `KINDS`.
+      inputs: shape of the images, or of the token ids.
+    """
+    if kind not in stored_kinds(config, model):
+        return inputs
+    inner = 3 if kind == "image" else 1
+    axes, one = inputs.shape[:-inner], inputs.shape[-inner:]
+    single = jax.ShapeDtypeStruct((1, *one), inputs.dtype)
+    made = jax.eval_shape(states_of(model, kind, dtype_of(config)), params, single)
+    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*axes, *x.shape[1:]), x.dtype), made)
+    return StoredText(cast(Array, inputs), states) if kind == "text" else states
+
+
+class Features:
+    """The stores of a model, and sources that read them; plain sources of what is not stored.
+
+    Ask for the sources first: `fill` computes what they all need.
+    """
+
+    def __init__(self, config: RunConfig, model: DQE, devices: Sequence[jax.Device]):
+        """Decides what is stored; raises as `stored_kinds` and `directory_of`."""
+        kinds = stored_kinds(config, model)
+        root = directory_of(config) if kinds else Path()
+        self._stores = {kind: Store(kind, config, model, devices, root) for kind in kinds}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is stored, of `KINDS`."""
+        return tuple(self._stores)
+
+    def images(self, gallery: Gallery, augment: str = "none") -> Images:
+        """The images of a gallery; `augment` is what training does to them."""
+        if "image" not in self._stores:
+            return PlainImages(gallery, augment)
+        views = (0, 1) if augment == "flip" else (0,)
+        needs = [Need(gallery.contents, gallery.__getitem__, gallery.ids, view) for view in views]
+        self._stores["image"].add(needs)
+        return StoredImages(Use(self._stores["image"], needs), len(views) > 1)
+
+    def texts(self, ids: np.ndarray) -> Texts:
+        """Texts int32 `[n, V, L]`, each in `V` wordings."""
+        if "text" not in self._stores:
+            return PlainTexts(ids)
+
+        def need(wording: np.ndarray) -> Need:
+            digests = functools.partial(row_names.digests_of, wording)
+            return Need(digests, wording.__getitem__, [f"text {i}" for i in range(len(wording))])
+
+        needs = [need(wording) for wording in ids.swapaxes(0, 1)]
+        self._stores["text"].add(needs)
+        return StoredTexts(Use(self._stores["text"], needs), ids)
+
+    def fill(self, params: Params) -> None:
+        """Computes what the sources need and no store has, and puts it in its place.
+
+        Args:
+          params: all parameters, replicated over the devices.
+
+        Raises:
+          UserError: a number is not finite, or the disk cannot be written or is too small.
+        """
+        for store in self._stores.values():
+            store.fill(params)
+
+    def compute(self, params: Params) -> None:
+        """As `fill`, but the rows stay on disk."""
+        for store in self._stores.values():
+            store.compute(params)
+
+    def resolve(self, batch: Batch) -> Batch:
+        """A training batch `[devices, ...]` with what the model takes in place of row numbers."""
+        if "image" in self._stores:
+            wanted = batch.reference_image, batch.target_image
+            reference, target = self._stores["image"].table.resolve(wanted)
+            batch = dataclasses.replace(batch, reference_image=reference, target_image=target)
+        if "text" in self._stores:
+            text = batch.text
+            assert isinstance(text, StoredText)
+            states = self._stores["text"].table.resolve(text.states)
+            batch = dataclasses.replace(batch, text=StoredText(text.ids, states))
+        return batch

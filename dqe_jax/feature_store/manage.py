@@ -1,0 +1,147 @@
+"""Computes stores ahead of a run, lists them, and deletes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from dqe_jax.config import AnyConfig, RunConfig
+from dqe_jax.data import datasets, splits
+from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.text import encode_wordings
+from dqe_jax.distributed import mesh, processes
+from dqe_jax.feature_store.features import Features, directory_of
+from dqe_jax.feature_store.shards import RowSpec, open_shards
+from dqe_jax.feature_store.writing import FACTS
+from dqe_jax.models import setup
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.text_table import text_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A store that is on disk.
+
+    Attributes:
+      name: of its directory.
+      kind: "image" or "text".
+      backbone: whose tower it is of.
+      shape: of its arrays, for a person.
+      dtype: of its rows.
+      rows: how many.
+      nbytes: on disk.
+    """
+
+    name: str
+    kind: str
+    backbone: str
+    shape: str
+    dtype: str
+    rows: int
+    nbytes: int
+
+
+def compute(config: AnyConfig, names: Sequence[str] = ()) -> None:
+    """Computes what a run of a config would store, before it: the run then starts at once.
+
+    Args:
+      config: of the run; its frozen towers are stored.
+      names: of splits; those that the run trains and is evaluated on by default.
+
+    Raises:
+      UserError: the config, its data or its weights cannot be used, or nothing can be stored.
+    """
+    config = RunConfig.of(config)
+    wanted = [datasets.split_of(config.data.dataset, name) for name in names]
+    devices = mesh.devices_of(config.num_devices)
+    pretrained = setup.open_weights(config.model, config.data)
+    builder = processes.leader_first("data", lambda: datasets.open_dataset(config.data))
+    if pretrained is None:
+        train = splits.open_split(config.data, builder, "train")
+        tokenizer = text_tokens.train_word_tokenizer(train.queries.texts, config.data.max_length)
+    else:
+        tokenizer = setup.tokenizer_of(config.model, config.data, pretrained)
+    sizes = None if pretrained is None else pretrained.sizes
+    model = setup.model_of(config.model, config.data, tokenizer, sizes)
+    features = Features(config, model, devices)
+    if not features.kinds:
+        raise UserError(
+            "nothing can be stored for this config: no tower of config.model.frozen is frozen, or "
+            "config.features.place is 'off'."
+        )
+    for name in dict.fromkeys(wanted or ["train", "validation", config.eval.split]):
+        split = splits.open_split(config.data, builder, name)
+        captions = config.data.captions if name == "train" else "forward"
+        features.images(split.gallery, config.data.augment if name == "train" else "none")
+        features.texts(encode_wordings(tokenizer, split, captions))
+    params = setup.init_params(model, config.model, config.data, config.seed, pretrained)
+    features.compute(mesh.replicate(params, devices))
+
+
+def list_stores(root: Path) -> list[Stored]:
+    """The stores in a directory, by name."""
+    found = []
+    for directory in sorted(root.iterdir()) if root.is_dir() else ():
+        try:
+            facts = json.loads((directory / FACTS).read_text())
+            shapes = {n: (tuple(a["shape"]), facts["dtype"]) for n, a in facts["arrays"].items()}
+            kind, backbone, dtype = facts["kind"], facts["backbone"], facts["dtype"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # nothing of ours
+        specs = {n: RowSpec.of(shape, dtype) for n, (shape, dtype) in shapes.items()}
+        held, _ = open_shards(directory, specs)
+        rows = sum(len(shard.keys) for shard in held)
+        nbytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        shape = ", ".join(f"{n} {'x'.join(map(str, s.shape))}" for n, s in specs.items())
+        found.append(Stored(directory.name, kind, backbone, shape, dtype, rows, nbytes))
+    return found
+
+
+def show_stores(config: AnyConfig) -> None:
+    """Logs a table of the stores that runs of a config would find."""
+    root = directory_of(RunConfig.of(config))
+    stores = list_stores(root)
+    if not stores:
+        logging.info("There are no features in %s.", root)
+        return
+    head = ("store", "of", "backbone", "a row", "dtype", "rows", "GB")
+    lines = [
+        (s.name, s.kind, s.backbone, s.shape, s.dtype, f"{s.rows:,}", f"{s.nbytes / 1e9:.3f}")
+        for s in stores
+    ]
+    logging.info("%s:\n%s", root, text_table([head, *lines]))
+
+
+def delete_stores(config: AnyConfig, names: Sequence[str]) -> None:
+    """Deletes stores; they can always be computed again.
+
+    Args:
+      config: whose directory it is.
+      names: of the stores, as `show_stores` gives them, or "all".
+
+    Raises:
+      UserError: there is no such store, or it cannot be deleted.
+    """
+    root = directory_of(RunConfig.of(config))
+    known = [store.name for store in list_stores(root)]
+    for name in names:
+        if name not in (*known, "all"):
+            raise UserError(
+                f"--delete={name}: there are no such features in {root}; there are "
+                f"{', '.join(known) or 'none'}."
+            )
+    chosen = known if "all" in names else list(dict.fromkeys(names))
+    for name in chosen:
+        try:
+            shutil.rmtree(root / name)
+        except OSError as error:
+            raise UserError(
+                f"{root / name} cannot be deleted ({error.strerror or error}): see who may write "
+                "there."
+            ) from error
+    logging.info("%d deleted: %s.", len(chosen), ", ".join(chosen) or "there were none")

@@ -1,0 +1,262 @@
+"""The store of one tower: computes what is missing, and puts the rows where a job reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dqe_jax.config import RunConfig
+from dqe_jax.distributed import mesh, processes
+from dqe_jax.feature_store import keys as row_names
+from dqe_jax.feature_store import shards as files
+from dqe_jax.feature_store import tables, writing
+from dqe_jax.feature_store.needs import Need, distinct
+from dqe_jax.feature_store.shards import RowSpec
+from dqe_jax.feature_store.tables import Table
+from dqe_jax.method.arrays import Array, Params
+from dqe_jax.models import freeze
+from dqe_jax.models.build import DTYPES, parts_of
+from dqe_jax.models.dqe import DQE
+from dqe_jax.utils import progress
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject
+
+# Bytes of a shard, about.
+SHARD_BYTES = 64 * 2**20
+
+
+class Store:
+    """The store of one tower."""
+
+    def __init__(
+        self,
+        kind: str,
+        config: RunConfig,
+        model: DQE,
+        devices: Sequence[jax.Device],
+        root: Path,
+    ):
+        self.kind, self._config, self._devices, self._root = kind, config, list(devices), root
+        self._needs: list[Need] = []
+        self._filled = ""
+        self._table: Table | None = None
+        self._dtype = dtype_of(config)
+        self._states = states_of(model, kind, self._dtype)
+        self._parts = parts_of(config.model.backbone)
+        self._towers = model.backbone.TOWERS[kind]
+        self._facts = _facts(kind, config, model, self._dtype)
+        self.specs: dict[str, RowSpec] = {}
+
+    @property
+    def table(self) -> Table:
+        """Where the rows lie."""
+        assert self._table is not None, "the store is not filled yet"
+        return self._table
+
+    def add(self, needs: Sequence[Need]) -> None:
+        """Registers rows, which `fill` then sees to."""
+        self._needs += needs
+        self._filled = ""
+
+    def compute(self, params: Params) -> None:
+        """As `Features.compute` says, for this tower."""
+        began = time.time()
+        directory, keys, computed = self._ensure(self._name_of(params), params)
+        nbytes = len(keys) * sum(spec.nbytes for spec in self.specs.values())
+        if processes.leads():
+            logging.info(
+                "What the frozen %s tower makes of %s (%.2f GB, %s) is stored; %s of them were "
+                "computed now, in %.0f s. Store: %s",
+                *(self.kind, f"{len(keys):,} {self.kind}s", nbytes / 1e9, self._dtype),
+                *(f"{computed:,}", time.time() - began, directory),
+            )
+
+    def _name_of(self, params: Params) -> str:
+        return row_names.store_key(self._facts, self._tower(params))
+
+    def _ensure(self, name: str, params: Params) -> tuple[Path, np.ndarray, int]:
+        """Computes what is missing; the store's directory, all keys, and how many it were."""
+        directory = self._root / name
+        self.specs = self._row_specs(params)
+        keys, first = distinct(self._needs)
+        return directory, keys, self._compute(directory, params, keys, first)
+
+    def fill(self, params: Params) -> None:
+        """As `Features.fill` says, for this tower."""
+        began = time.time()
+        name = self._name_of(params)
+        if name == self._filled:
+            return
+        directory, keys, computed = self._ensure(name, params)
+        shards, _ = files.open_shards(directory, self.specs)
+        at = files.find_rows(shards, keys)
+        if (at < 0).any():
+            raise UserError(f"{directory} changes while it is read: run the same command again.")
+        nbytes = len(keys) * sum(spec.nbytes for spec in self.specs.values())
+        place = tables.choose_place(self._config.features.place, nbytes, self._devices)
+        self._table = tables.make_table(place, shards, self.specs, at, self._devices)
+        number = {key.tobytes(): i for i, key in enumerate(keys)}
+        for need in self._needs:
+            need.rows = np.array([number[key.tobytes()] for key in need.keys], np.int64)
+        self._filled = directory.name
+        if processes.leads():
+            what = {"image": "images", "text": "texts"}[self.kind]
+            where = {"device": "in the memory of the devices", "host": "in the host's memory"}
+            logging.info(
+                "The frozen %s tower is not computed in each step: what it makes of %s %s "
+                "(%.2f GB, %s) lies %s; %s of them were computed now, in %.0f s. Store: %s",
+                *(self.kind, f"{len(keys):,}", what, nbytes / 1e9, self._dtype),
+                *(where.get(place, "on disk"), f"{computed:,}", time.time() - began, directory),
+            )
+
+    def _tower(self, params: Params) -> Params:
+        """The parameters of the tower, as NumPy arrays."""
+        flat = flatten_dict(params, sep="/")
+        own = {p: x for p, x in flat.items() if freeze.part_of(p, self._parts) in self._towers}
+        return unflatten_dict({path: np.asarray(x) for path, x in own.items()}, sep="/")
+
+    def _row_specs(self, params: Params) -> dict[str, RowSpec]:
+        need = self._needs[0]
+        one = np.asarray(need.read(0))[None]
+        made = jax.eval_shape(self._states, params, one)
+        return {name: RowSpec(x.shape[1:], np.dtype(x.dtype)) for name, x in made.items()}
+
+    def _compute(self, directory: Path, params: Params, keys: np.ndarray, first: np.ndarray) -> int:
+        """Computes and stores the rows that are missing; how many these were."""
+        with writing.open_for_writing(directory) as writes:
+            shards, damaged = files.open_shards(directory, self.specs)
+            if writes:
+                files.remove_damaged(damaged)
+            missing = processes.any_of(files.find_rows(shards, keys) < 0)
+            if not missing.any():
+                return 0
+            rows = np.flatnonzero(missing)
+            if writes:
+                self._check_space(directory, len(rows))
+                writing.write_facts(directory, self._facts, self.specs)
+            self._compute_rows(
+                directory if writes else None,
+                files.next_number(shards),
+                params,
+                keys[rows],
+                first[rows],
+            )
+            return len(rows)
+
+    def _check_space(self, directory: Path, count: int) -> None:
+        needed = count * sum(spec.nbytes for spec in self.specs.values())
+        free = shutil.disk_usage(directory).free
+        if needed > free:
+            raise UserError(
+                f"{directory} has {free / 1e9:.2f} GB free: the features of {count:,} rows take "
+                f"{needed / 1e9:.2f} GB; free space, name another config.features.directory, or "
+                "take config.features.dtype='bfloat16' or config.features.place='off'."
+            )
+
+    def _compute_rows(
+        self,
+        directory: Path | None,
+        number: int,
+        params: Params,
+        keys: np.ndarray,
+        first: np.ndarray,
+    ) -> None:
+        """Computes rows and writes their shards; `first` says which need and row each is of."""
+        devices, size = self._devices, self._config.eval.batch_size
+        batch = -(-size // len(devices)) * len(devices)
+        row_bytes = sum(spec.nbytes for spec in self.specs.values())
+        per_shard = max(1, SHARD_BYTES // (row_bytes * batch)) * batch
+        run = mesh.map_rows(self._states, columns=1, devices=devices)
+        inputs = self._inputs(first, batch)
+        parts: list[dict[str, np.ndarray]] = []
+        what = {"image": "Computing features of images", "text": "Computing features of texts"}
+        for done, row in enumerate(
+            progress.progress(range(0, len(first), batch), len(first), what[self.kind], batch)
+        ):
+            del done
+            parts.append(jax.tree.map(np.asarray, run(params, next(inputs))))
+            end = min(row + batch, len(first))
+            if end % per_shard and end < len(first):
+                continue
+            start = (end - 1) // per_shard * per_shard
+            arrays = {
+                name: np.concatenate([part[name] for part in parts])[: end - start]
+                for name in self.specs
+            }
+            parts = []
+            names = [self._needs[n].names[r] for n, r in first[start:end]]
+            files.check_finite(arrays, names)
+            if directory is not None:
+                writing.write(directory, number, keys[start:end], arrays)
+            number += 1
+
+    def _inputs(self, first: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+        """The inputs of this process's devices, batch by batch, read by threads ahead."""
+        padded = mesh.pad_rows(first, batch)
+        own = mesh.own_rows(padded, batch, self._devices)
+        size = batch // len(self._devices) * mesh.count_own(self._devices)
+
+        def read(at: tuple[int, int]) -> np.ndarray:
+            need = self._needs[at[0]]
+            one = np.asarray(need.read(int(at[1])))
+            return one[:, ::-1] if need.view else one
+
+        with ThreadPoolExecutor(self._config.data.num_threads) as pool:
+            chunks = [own[i : i + size] for i in range(0, len(own), size)]
+            ahead = [pool.submit(lambda c: np.stack([read(at) for at in c]), c) for c in chunks[:2]]
+            for i in range(len(chunks)):
+                if i + 2 < len(chunks):
+                    ahead.append(
+                        pool.submit(lambda c: np.stack([read(at) for at in c]), chunks[i + 2])
+                    )
+                yield ahead.pop(0).result()
+
+
+def dtype_of(config: RunConfig) -> np.dtype:
+    """The dtype of stored rows."""
+    dtype = config.features.dtype
+    return np.dtype(DTYPES[config.model.dtype if dtype == "auto" else dtype])
+
+
+@functools.lru_cache(mesh.REMEMBERED)
+def states_of(
+    model: DQE, kind: str, dtype: np.dtype
+) -> Callable[[Params, Array], dict[str, Array]]:
+    """The tower as a function of parameters and of images or token ids."""
+
+    def states(params: Params, inputs: Array) -> dict[str, Array]:
+        made = model.apply({"params": params}, inputs, method=f"{kind}_states")
+        assert isinstance(made, Mapping)
+        return {name: jnp.asarray(x).astype(dtype) for name, x in made.items()}
+
+    return states
+
+
+def _facts(kind: str, config: RunConfig, model: DQE, dtype: np.dtype) -> JsonObject:
+    """All that decides what a tower makes, beside its parameters and the content."""
+    backbone = config.model.backbone
+    facts: JsonObject = {
+        "kind": kind,
+        "backbone": backbone,
+        "fields": dataclasses.asdict(getattr(config.model, backbone)),
+        "compute": config.model.dtype,
+        "dtype": str(dtype),
+    }
+    if kind == "image":
+        data = config.data
+        facts |= {"image_size": data.image_size, "preprocess": data.preprocess}
+    if backbone != "tiny":
+        facts["sizes"] = repr(getattr(model.backbone, "sizes", None))
+    return json.loads(json.dumps(facts))

@@ -1,0 +1,84 @@
+"""Who writes to a store, and that only one run does; what the disk says ends in a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from dqe_jax.distributed import processes
+from dqe_jax.feature_store import shards as files
+from dqe_jax.feature_store.shards import RowSpec
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject, is_of_disk
+
+FACTS = "store.json"
+
+
+@contextlib.contextmanager
+def open_for_writing(directory: Path) -> Iterator[bool]:
+    """Keeps other runs from writing to a store; gives whether this process writes.
+
+    Of several processes those write that do not see what process 0 has written: each disk gets one
+    copy.
+    """
+    leads = processes.leads()
+    with contextlib.ExitStack() as stack:
+        if leads:
+            stack.enter_context(_locked(directory))
+        sees = processes.sees_leader(directory)
+        yield leads or not sees
+        processes.wait_for_all(f"features {directory.name}")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Waits until no other run writes to a store."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "lock").open("a+")
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.info("Another run computes features in %s: waiting for it.", directory)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a disk without locks: shards are whole or not there
+            logging.warning("The disk of %s has no locks.", directory)
+        yield
+
+
+def write_facts(directory: Path, facts: JsonObject, specs: Mapping[str, RowSpec]) -> None:
+    """Writes what a store holds; raises a `UserError` if that cannot be."""
+    arrays = {n: {"shape": list(s.shape), "dtype": str(s.dtype)} for n, s in specs.items()}
+    try:
+        partial = directory / f"{FACTS}.partial"
+        partial.write_text(json.dumps({**facts, "arrays": arrays}, indent=2) + "\n")
+        partial.replace(directory / FACTS)
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+
+
+def write(directory: Path, number: int, keys: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    """As `shards.write_shard`; raises a `UserError` if the disk cannot be written."""
+    try:
+        files.write_shard(directory, number, keys, arrays)
+    except OSError as error:
+        if is_of_disk(error):
+            raise _cannot_write(directory, error) from error
+        raise
+
+
+def _cannot_write(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"features cannot be written to {directory} ({error.strerror or error}): what is there "
+        "stays; free space or name a writable config.features.directory, and run the same command "
+        "again."
+    )
