@@ -45,6 +45,8 @@ class Check:
         """
         if self.kind is tuple and type(value) is list:
             value = tuple(value)
+        if value == ("",):  # what a flag without a value gives: `--config.model.frozen=`
+            value = ()
         if self.kind is float and value == "-inf":  # as JSON holds it
             value = -math.inf
         number = self.kind is float and type(value) is int
