@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.distributed import mesh
-from dqe_jax.feature_store.features import states_spec
+from dqe_jax.feature_store.features import states_spec, stored_kinds
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models import setup
@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no attribute weights": {"model.attributes.enabled": False},
     BASELINE: {"negatives.rule": "in_batch", "model.attributes.enabled": False},
 }
+# Beside them, where a frozen tower is stored.
+WITHOUT_STORE = "towers in each step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,8 @@ class StepTime:
 def benchmark_step(config: AnyConfig, *, rounds: int = 10, steps: int = 3) -> dict[str, StepTime]:
     """Times each of `VARIANTS` on the devices of the config, and logs a table.
 
+    Where a frozen tower is stored, a step that computes it is timed too (`WITHOUT_STORE`).
+
     Args:
       config: of a run; it needs no data.
       rounds: over the variants, at least 1.
@@ -71,9 +75,13 @@ def benchmark_step(config: AnyConfig, *, rounds: int = 10, steps: int = 3) -> di
     if config.model.scan_layers:
         # A loop over layers would be counted as one layer.
         raise UserError("config.model.scan_layers is True: time with --config.model.scan_layers=0.")
-    runners = {}
-    for name, changes in VARIANTS.items():
-        runners[name] = make_runner(config.with_changes(changes), devices)
+    variants = dict(VARIANTS)
+    if stored_kinds(config, _model_of(config)):
+        variants[WITHOUT_STORE] = {"features.place": "off"}
+    runners = {
+        name: make_runner(config.with_changes(changes), devices)
+        for name, changes in variants.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, (run, _) in runners.items():
@@ -140,14 +148,7 @@ def make_runner(
     config: RunConfig, devices: list[jax.Device]
 ) -> tuple[Callable[[int], None], float]:
     """A function that takes some steps and waits for them; and the FLOP of one step."""
-    pretrained = setup.describe_weights(config.model, config.data)
-    model = build_model(
-        config.model,
-        vocab_size=VOCABULARY,
-        max_length=config.data.max_length,
-        image_size=config.data.image_size,
-        sizes=None if pretrained is None else pretrained.sizes,
-    )
+    model = _model_of(config)
     params = setup.init_params(model, config.model, config.data, config.seed)
     made = states.make_optimizer(config, params, len(devices))
     # There is no bank here: negatives are mined from the batch.
@@ -168,6 +169,18 @@ def make_runner(
 
     run(1)
     return run, float((analysis or {}).get("flops", 0.0)) * len(devices)
+
+
+def _model_of(config: RunConfig) -> DQE:
+    """The model of a config, over a small vocabulary where it has none of its own."""
+    pretrained = setup.describe_weights(config.model, config.data)
+    return build_model(
+        config.model,
+        vocab_size=VOCABULARY,
+        max_length=config.data.max_length,
+        image_size=config.data.image_size,
+        sizes=None if pretrained is None else pretrained.sizes,
+    )
 
 
 def matrix_product_rate(dtype: DTypeLike, side: int) -> float:
@@ -208,5 +221,11 @@ def table(
         lines.append(
             f"{name:<22}{1e3 * found.seconds:>9.1f}{queries / found.seconds:>11.0f}"
             f"{found.flop / found.seconds / 1e12:>10.3g}{found.seconds / base:>8.2f}"
+        )
+    if WITHOUT_STORE in times:
+        stored, computed = times["config"], times[WITHOUT_STORE]
+        lines.append(
+            f"Stored features make a step {computed.seconds / stored.seconds:.2f} times faster; by "
+            f"the count of FLOP it is {computed.flop / max(stored.flop, 1):.2f} times cheaper."
         )
     return "\n".join(lines)

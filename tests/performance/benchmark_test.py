@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import fiq
+from configs import fiq, shapes
 from dqe_jax.performance.mining_benchmark import Workload, benchmark_mining
 from dqe_jax.performance.step_benchmark import benchmark_step
 from dqe_jax.testing.small_runs import compiles_quickly
@@ -45,6 +45,21 @@ def test_the_table_has_all_variants_and_a_ratio_to_the_baseline():
     for milliseconds, rate, _, ratio in found.values():
         assert abs(rate * milliseconds / 1e3 - 32) < 1
         assert abs(ratio - milliseconds / found["InfoNCE"][0]) < 0.02
+
+
+def test_a_stored_tower_is_timed_beside_one_in_each_step(caplog):
+    config = shapes.get_config("smoke")
+    config.model.frozen, config.num_devices = ("vision", "text"), 1
+    with caplog.at_level("INFO"):
+        times = benchmark_step(config, rounds=1, steps=1)
+    assert list(times)[-1] == "towers in each step"
+    assert times["towers in each step"].flop > 1.2 * times["config"].flop
+    said = re.search(
+        r"Stored features make a step ([\d.]+) times faster; by the count of FLOP it is "
+        r"([\d.]+) times cheaper\.",
+        caplog.text,
+    )
+    assert float(said[2]) > 1.2
 
 
 def test_a_scanned_stack_is_refused():
