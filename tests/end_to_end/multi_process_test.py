@@ -227,7 +227,11 @@ def test_two_processes_with_a_sharded_optimizer_train_as_one_device_does(base, o
 @pytest.mark.slow  # `feature_store/run_test.py` has it in one process
 def test_two_processes_with_features_on_their_devices_train_as_one_device_does(base):
     """Each computes a part, and has a part in the memory of its devices."""
-    fields = {"model.frozen": "vision,text", "data.augment": "flip", "features.place": "device"}
+    fields = {
+        "model.frozen": "('vision','text')",
+        "data.augment": "flip",
+        "features.place": "device",
+    }
     alone(base, "features-one", **fields | {"model.frozen": ("vision", "text")})
     shutil.rmtree(base / "prepared" / "features")
     first, second = finish(start(base, "features-two", 4, **fields))
