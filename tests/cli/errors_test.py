@@ -1,9 +1,7 @@
 """Every error that a user can make is one sentence, with status 2, before training starts."""
 
 import importlib
-import os
 import shutil
-import subprocess
 import sys
 import textwrap
 import types
@@ -17,6 +15,7 @@ from dqe_jax.cli import command_line
 from dqe_jax.config import RunConfig, fields, flatten
 from dqe_jax.data import splits
 from dqe_jax.data.index import make_index
+from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import run_config, small_config
 from dqe_jax.training import loop
 from dqe_jax.training import workdir as workdirs
@@ -37,14 +36,7 @@ def no_training(monkeypatch):
 
 
 def main(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "dqe_jax.main", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_module("dqe_jax.main", *arguments, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.photos import load_photo, load_photos
 from dqe_jax.data.prepare import prepare_benchmark
 from dqe_jax.testing import standins
+from dqe_jax.testing.commands import run_module
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import write_json
@@ -31,9 +30,8 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published annotat
 
 def run(*arguments, raw, data, status=0, size=SIZE, timeout=600):
     """The binary in a process of its own; what it printed."""
-    command = [sys.executable, "-m", "dqe_jax.prepare", f"--raw_dir={raw}", f"--data_dir={data}"]
-    command += [f"--image_size={size}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    command = ("dqe_jax.prepare", f"--raw_dir={raw}", f"--data_dir={data}")
+    done = run_module(*command, f"--image_size={size}", *arguments, cwd=ROOT, timeout=timeout)
     assert done.returncode == status, done.stderr
     return done.stderr
 
@@ -406,10 +404,8 @@ def test_errors(tmp_path, arguments, words):
     (tmp_path / "raw").mkdir()
     first = ["--dataset=fashioniq"]
     status = 2 if "coco" not in str(arguments) and "=2" not in str(arguments) else None
-    command = [sys.executable, "-m", "dqe_jax.prepare", f"--raw_dir={tmp_path / 'raw'}", *first]
-    done = subprocess.run(
-        [*command, f"--data_dir={tmp_path}", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ("dqe_jax.prepare", f"--raw_dir={tmp_path / 'raw'}", *first)
+    done = run_module(*command, f"--data_dir={tmp_path}", *arguments, cwd=ROOT)
     assert done.returncode == 2 if status else done.returncode
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.evaluation import predictions
 from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.testing import standins
+from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import (
     BENCHMARK_SIZE,
     small_benchmark_config,
@@ -201,11 +200,11 @@ def test_predictions_are_scored_by_the_binary(base):
     perfect = {str(q["id"]): q["gt_img_ids"] for q in queries}
     write_json(base / "perfect.json", perfect)
     command = [
-        *(sys.executable, "-m", "dqe_jax.evaluate", "--config=configs/circo.py", "--split=val"),
+        *("dqe_jax.evaluate", "--config=configs/circo.py", "--split=val"),
         *(f"--predictions={base / 'perfect.json'}", f"--raw_dir={base / 'raw' / 'circo'}"),
         f"--output={base / 'scored'}",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_module(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert '"protocol": "circo"' in done.stderr
     found = read(base / "scored" / "predictions-validation.json")

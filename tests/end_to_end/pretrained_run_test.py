@@ -3,8 +3,6 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -21,6 +19,7 @@ from dqe_jax.models import freeze, setup
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
+from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -72,8 +71,7 @@ def base(tmp_path_factory, prepared):
 
 def binary(name, *arguments, status=0):
     """Runs a binary of dqe_jax and returns what it says."""
-    command = [sys.executable, "-m", f"dqe_jax.{name}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_module(f"dqe_jax.{name}", *arguments, cwd=ROOT)
     assert done.returncode == status, done.stderr
     return done.stderr
 

@@ -3,10 +3,7 @@
 import errno
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,8 @@ from dqe_jax.data.examples import gallery_split
 from dqe_jax.evaluation import report
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import evaluate_checkpoint
-from dqe_jax.testing.small_runs import compiles_quickly, run_config, small_config
+from dqe_jax.testing.commands import run_module
+from dqe_jax.testing.small_runs import run_config, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils import files
 from dqe_jax.utils.errors import UserError
@@ -43,10 +41,8 @@ def run(tmp_path_factory, prepared):
 
 def run_binary(base, *arguments):
     """The binary in a process of its own."""
-    command = [sys.executable, "-m", "dqe_jax.evaluate", *FLAGS, *arguments]
-    command.append(f"--config.data.prepared_dir={base / 'prepared'}")
-    env = os.environ | compiles_quickly()
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    prepared = f"--config.data.prepared_dir={base / 'prepared'}"
+    return run_module("dqe_jax.evaluate", *FLAGS, *arguments, prepared, cwd=ROOT)
 
 
 def evaluate(base, *arguments):

@@ -2,10 +2,7 @@
 
 import collections
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from dqe_jax.experiments.ablation import figure, record, scores
 from dqe_jax.experiments.ablation.record import EQUAL, Run
 from dqe_jax.experiments.ablation.runs import run_ablation, steps_within
 from dqe_jax.experiments.ablation.variants import VARIANTS, choose_variants, variant_config
+from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -482,13 +480,7 @@ def test_a_split_without_labels(base, tmp_path, monkeypatch):
     ],
 )
 def test_errors_of_the_binary(arguments, sentence):
-    done = subprocess.run(
-        [sys.executable, "-m", "dqe_jax.ablate", "--config=configs/shapes.py:smoke", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    config = "--config=configs/shapes.py:smoke"
+    done = run_module("dqe_jax.ablate", config, *arguments, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(rf"error: {sentence}\n", done.stderr)

@@ -7,11 +7,8 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import statistics as plain
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +26,8 @@ from dqe_jax.experiments.audit.candidates import CLASSES
 from dqe_jax.experiments.audit.run import audit_checkpoint
 from dqe_jax.method import mining
 from dqe_jax.method.settings import NegativesConfig
-from dqe_jax.testing.small_runs import compiles_quickly, small_config
+from dqe_jax.testing.commands import run_module
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -470,14 +468,7 @@ def test_data_of_unknown_truth_cannot_be_audited(run, monkeypatch):
 
 def binary(*arguments):
     """The binary in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "dqe_jax.audit", "--config=configs/shapes.py:smoke", *arguments],
-        cwd=ROOT,
-        env=os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_module("dqe_jax.audit", "--config=configs/shapes.py:smoke", *arguments, cwd=ROOT)
 
 
 def test_the_binary(run, tmp_path):

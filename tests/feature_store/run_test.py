@@ -23,7 +23,6 @@ FIELDS = {
     **{"batch.references": 4, "optimizer.warmup_steps": 2, "eval.sheet_queries": 1},
     **{"data.augment": "flip", "model.frozen": ("vision", "text")},
     **{"negatives.pool": "bank", "negatives.first_refresh": 2, "negatives.refresh_every": 3},
-    **{"model.tiny.image_depth": 1, "model.tiny.text_depth": 1},
 }
 
 
@@ -105,6 +104,7 @@ def test_the_place_does_not_matter_and_nothing_is_computed_again(base, stored, p
     assert said["text"][1:] == (where, 0)
 
 
+@pytest.mark.slow  # `tables_test.py` looks rows up on any number of devices
 def test_devices_do_not_matter(base, stored):
     changes = {"num_devices": 4}
     loop.train_and_evaluate(config_of(base, "device", **changes), base / "four")

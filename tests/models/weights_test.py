@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
@@ -21,6 +18,7 @@ from dqe_jax.models.build import VARIANTS
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import hugging_face, initial, sizes, source, transfer
 from dqe_jax.models.weights.conversion import convert
+from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
@@ -446,14 +444,7 @@ def test_converted_weights_of_a_million_layers(tmp_path):
 
 
 def binary(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", f"dqe_jax.{name}", *arguments],
-        cwd=GOLDEN.parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_module(f"dqe_jax.{name}", *arguments, cwd=GOLDEN.parents[1])
     return done.returncode, done.stderr
 
 

@@ -1,9 +1,6 @@
 """The benchmarks: every variant of a step beside its baseline, and mining beside NumPy."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,21 +8,14 @@ import pytest
 from configs import fiq, shapes
 from dqe_jax.performance.mining_benchmark import Workload, benchmark_mining
 from dqe_jax.performance.step_benchmark import benchmark_step
-from dqe_jax.testing.small_runs import compiles_quickly
+from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def binary(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", f"dqe_jax.{name}", *arguments],
-        cwd=ROOT,
-        env=os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_module(f"dqe_jax.{name}", *arguments, cwd=ROOT)
     return done.returncode, done.stderr
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,7 +18,8 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import splits
 from dqe_jax.distributed import interrupts
-from dqe_jax.testing.small_runs import compiles_quickly, small_config
+from dqe_jax.testing.commands import run_module
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop, session
 from dqe_jax.training import workdir as workdirs
 from dqe_jax.utils.errors import UserError
@@ -205,17 +205,11 @@ def test_a_full_disk_is_told_in_one_sentence(base, tmp_path):
     changes |= {"num_devices": 1, "model.tiny.image_depth": 0, "model.tiny.text_depth": 0}
     changes["data.prepared_dir"] = base / "prepared"
     with small_disk(tmp_path):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"),
-                f"--workdir={tmp_path / 'run'}",
-                *(f"--config.{name}={value}" for name, value in changes.items()),
-            ],
+        done = run_module(
+            *("dqe_jax.main", "--config=configs/shapes.py:smoke"),
+            f"--workdir={tmp_path / 'run'}",
+            *(f"--config.{name}={value}" for name, value in changes.items()),
             cwd=ROOT,
-            env=os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=300,
         )
     assert done.returncode == 2
     said = done.stderr.replace("\r", "\n").partition("Ready after ")[2].splitlines()[1:]
