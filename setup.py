@@ -59,7 +59,7 @@ setup(
         # 1.0 puts another interface under this name; before 0.11.20 half-written checkpoints stay.
         "orbax-checkpoint>=0.11.20,<1",
         "pillow>=10.1",
-        "psutil>=5.9",
+        "psutil>=5.9.5",
         "safetensors>=0.4.1",
         "tensorboardX>=2.6.1",
         "tensorflow-datasets>=4.9.10",
