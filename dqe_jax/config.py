@@ -348,11 +348,13 @@ def differences(
 
     Args:
       config: of a run.
-      held: a saved one as a nested dict; it may lack fields, and have others.
+      held: a saved one as a nested dict; it may lack fields, and have others. Those of `YOUNGER`
+        that it lacks count as the defaults.
       roles: of the fields to compare.
     """
     a = flatten(config.to_dict())
-    b = {name: -math.inf if x == "-inf" else x for name, x in flatten(held).items()}
+    b = {name: one.default for name, one in fields().items() if name.startswith(YOUNGER)}
+    b |= {name: -math.inf if x == "-inf" else x for name, x in flatten(held).items()}
     return [
         f"{name}: {a.get(name)!r} (not {b.get(name)!r})"
         for name in sorted(a.keys() | b.keys())

@@ -135,14 +135,16 @@ class Store:
 
     def _compute(self, directory: Path, params: Params, keys: np.ndarray, first: np.ndarray) -> int:
         """Computes and stores the rows that are missing; how many these were."""
+        shards, _ = files.open_shards(directory, self.specs)
+        if not processes.any_of(files.find_rows(shards, keys) < 0).any():
+            return 0  # a store that cannot be written will do
         with writing.open_for_writing(directory) as writes:
             shards, damaged = files.open_shards(directory, self.specs)
             if writes:
                 files.remove_damaged(damaged)
-            missing = processes.any_of(files.find_rows(shards, keys) < 0)
-            if not missing.any():
+            rows = np.flatnonzero(processes.any_of(files.find_rows(shards, keys) < 0))
+            if not len(rows):  # another run has computed them meanwhile
                 return 0
-            rows = np.flatnonzero(missing)
             if writes:
                 self._check_space(directory, len(rows))
                 writing.write_facts(directory, self._facts, self.specs)

@@ -32,19 +32,25 @@ def open_for_writing(directory: Path) -> Iterator[bool]:
         if leads:
             stack.enter_context(_locked(directory))
         sees = processes.sees_leader(directory)
+        if not sees:  # on a disk of its own
+            _make(directory)
         yield leads or not sees
         processes.wait_for_all(f"features {directory.name}")
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "lock").touch()
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Waits until no other run writes to a store."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / "lock").open("a+")
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    with file:
+    _make(directory)
+    with (directory / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -311,6 +311,13 @@ def test_what_fields_may_not_be_together(name, value, message):
         RunConfig().with_changes({name: value})
 
 
+def test_a_run_from_before_a_field_goes_on():
+    held = by_hand(OLD).to_dict()
+    assert differences(RunConfig(), held) == []
+    changed = RunConfig().with_changes({"features.dtype": "bfloat16"})
+    assert differences(changed, held) == ["features.dtype: 'bfloat16' (not 'auto')"]
+
+
 @pytest.mark.parametrize("name", OLD)
 def test_a_missing_field_is_named(name):
     values = {key: value for key, value in OLD.items() if key != name}

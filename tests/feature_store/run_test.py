@@ -237,6 +237,16 @@ def test_a_truncated_shard_is_computed_again(base, own, caplog):
     assert files_of(images) == before
 
 
+def test_a_whole_store_need_not_be_writable(base, own, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(writing, "_make", refuse)
+    with caplog.at_level(logging.INFO):
+        one_step(base, "own")
+    assert {new for _, _, new in said_of(caplog).values()} == {0}
+
+
 def test_one_image_that_changed_is_one_row(base, own, monkeypatch, caplog):
     """Its content has another digest, and it is another picture."""
     from dqe_jax.data import splits
