@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 AnyConfig: TypeAlias = "RunConfig | ConfigDict | Mapping[str, Any]"
 
 MOST_STEPS = 1_000_000_000
-# Sections that configs which people have copied may not have: their fields are the defaults then.
+# Newer sections, which copied configs may lack. Their fields then have the defaults.
 YOUNGER = ("features.",)
 
 

@@ -31,7 +31,7 @@ _Value = TypeVar("_Value")
 _HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
 _NAME_ALONE = re.compile(r"""[\\'"]*(?P<name>\w+)[\\'"]*""")
 _MISSING = re.compile(r"Flag --(?P<name>\w+) must have a value other than None")
-# Of the flags that commands require.
+# Examples for the flags that commands require.
 _EXAMPLES = {
     "config": "configs/shapes.py",
     "workdir": "runs/shapes",
@@ -204,7 +204,7 @@ def _flag_sentence(error: BaseException, value: str) -> str:
     if isinstance(error, fields) and origin is None:
         return f"--config: {_sentence(str(error.args[0] if error.args else error))}"
     origin = origin or error
-    # Of files that the config itself does not find, the library tells below its heading.
+    # If the config itself does not find a file, the library says so below its heading.
     said = str(origin).splitlines()[-1].strip() if isinstance(error, OSError) else reason_of(origin)
     kind = type(origin).__name__
     return f"--config: {file} fails ({kind if said in ('', kind) else f'{kind}: {said}'})."

@@ -69,7 +69,7 @@ def decode_photo(
     Raises:
       Exception: the photo does not decode; decoders raise many types.
     """
-    # Other formats than those of photos have decoders that are better not fed unknown files.
+    # Only formats of photos are decoded: other decoders should not be given unknown files.
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
         width, height = opened.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
@@ -137,7 +137,7 @@ def load_photos(
         for path in paths:
             yield load_photo(path, *how)
         return
-    # Spawned: a fork of a process with threads (JAX, array_record) may hang.
+    # Processes are spawned: a fork of a process with threads (JAX, array_record) may hang.
     context = multiprocessing.get_context("spawn")
     pending: collections.deque[concurrent.futures.Future[list[Photo]]] = collections.deque()
     iterator = iter(paths)

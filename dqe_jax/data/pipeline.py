@@ -16,7 +16,7 @@ from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.utils.files import JsonObject
 
-# References of a training run, at most: Grain cannot take parts of a truly endless data set.
+# At most so many references in a run: Grain cannot slice a data set that is truly endless.
 ENDLESS = 2**48
 
 

@@ -107,7 +107,7 @@ def _walk(root: epath.Path) -> Iterable[str]:
             continue
         for child in _children(folder):
             path = prefix + child.name
-            # A suffix of an image spares asking whether it is a folder: there are many.
+            # With many files it saves time not to ask of each image whether it is a folder.
             if not path.lower().endswith(IMAGE_SUFFIXES) and child.is_dir():
                 pending.append((child, path + "/", above | {real}))
             else:

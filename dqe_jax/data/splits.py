@@ -218,7 +218,7 @@ def make_split(
       contents: as for `Gallery`.
     """
     gallery = Gallery(source, index, image_size, cache, contents)
-    # Stored rows to rows at hand; others lie beyond the gallery, each at a place of its own.
+    # Maps stored rows to rows at hand. Missing ones get numbers of their own beyond the gallery.
     rows = len(gallery) + np.arange(len(index), dtype=np.int32)
     rows[_present(index)] = np.arange(len(gallery), dtype=np.int32)
     queries = _make_queries(records, index, rows, captions)

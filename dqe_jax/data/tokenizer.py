@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.quiet import import_transformers
 
-# Any of these makes a directory one of a tokenizer.
+# A directory with any of these files holds a tokenizer.
 FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 
@@ -61,7 +61,8 @@ def pretrained_tokenizer(origin: str | os.PathLike[str], max_length: int) -> Tok
       UserError: it cannot be loaded.
     """
     try:
-        # A directory may name code of its own: it is never run, nor is anybody asked.
+        # A directory may name its own code. It is never run, and the user is never asked to allow
+        # it.
         loaded = import_transformers().AutoTokenizer.from_pretrained(
             os.fspath(origin), trust_remote_code=False
         )

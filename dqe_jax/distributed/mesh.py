@@ -88,7 +88,7 @@ def joined(parts: Sequence[jax.Array], devices: Sequence[jax.Device]) -> jax.Arr
 
 def shard(tree: _Tree, num_devices: int) -> _Tree:
     """Splits the leading axis of arrays: `[B, ...]` to `[num_devices, B / num_devices, ...]`."""
-    # Lengths are spelled out: with -1 an array without elements would be ambiguous.
+    # The lengths are given in full, because -1 would be ambiguous for an array without elements.
     return jax.tree.map(lambda x: x.reshape(num_devices, len(x) // num_devices, *x.shape[1:]), tree)
 
 

@@ -11,9 +11,9 @@ from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.method.batch import QueryOutput
 from dqe_jax.models.dqe import DQE
 
-# Of parameters, reference images `[R, H, W, 3]` and token ids `[B, L]`, or what stands for them.
+# A function of parameters, reference images `[R, H, W, 3]` and token ids `[B, L]`, or their states.
 EncodeQuery = Callable[[Params, Tree, Tree], QueryOutput]
-# Of parameters and images `[B, H, W, 3]`, or what stands for them, to embeddings `[B, M, d]`.
+# A function of parameters and images `[B, H, W, 3]`, or their states, to embeddings `[B, M, d]`.
 EncodeGallery = Callable[[Params, Tree], Array]
 
 

@@ -265,7 +265,7 @@ class _Sheet:
             bar = (left, top, right, top + thickness)
             self._paste_rounded(bar, GREY, thickness // 2)
             share = min(max(float(weight), 0.0), 1.0)
-            # A NaN compares false and so draws no bar; its number says what it is.
+            # NaN compares as false, so no bar is drawn; the number beside it says NaN.
             length = round(share * (right - left)) if share > 0 else 0
             if length:
                 filled = (left, top, left + max(length, thickness), top + thickness)

@@ -55,7 +55,7 @@ def wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
             lines.append(line)
         line = ""
         for character in word:
-            # A single character wider than the line still has to go somewhere.
+            # A character that is wider than the line gets a line of its own.
             if line and not fits(line + character):
                 lines.append(line)
                 line = ""
@@ -74,7 +74,7 @@ def wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
 
 def clean(text: str) -> str:
     """`text` on one line, in characters that the font can draw."""
-    # Lone surrogates cannot be encoded, and so not drawn either.
+    # Lone surrogates cannot be encoded, so they cannot be drawn.
     text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
     return "".join(_drawable(c) for c in text if c.isprintable())
 
@@ -93,7 +93,7 @@ def _drawable(character: str) -> str:
         return _SUBSTITUTES[character]
     decomposed = unicodedata.normalize("NFKD", character)
     base = "".join(c for c in decomposed if not unicodedata.combining(c))
-    # Letters only: to drop the stroke of "≠" would turn it into its opposite.
+    # Letters only: without its stroke "≠" would mean the opposite.
     return base if base.isascii() and base.isalpha() else "?"
 
 

@@ -210,7 +210,7 @@ class RetrievalEvaluator:
 
     def _baselines(self, gallery: _Embedded) -> dict[str, dict[str, float]]:
         queries = self.split.queries
-        # The first token stands for the image where an embedding has several.
+        # Where an embedding has several tokens, the first one is taken.
         alone = gallery.tokens[gallery.place[queries.reference], 0]
         rows, _ = self._rank_pools(alone, gallery, exclude_reference=True)
         compared = {"reference_only": self._measure(rows, self._rank_subsets(alone, gallery))}

@@ -141,7 +141,7 @@ def summarize(
         raise ValueError("there are no queries with a target to summarize")
     values = {f"R@{k}": recall_at_k(rows, target, k) for k in ks}
     values["top1_is_reference"] = (rows[:, 0] >= 0) & (rows[:, 0] == reference)
-    # Looking up relevant rows is what takes time: once, for all metrics.
+    # Looking up relevant rows takes most of the time, so it is done once for all metrics.
     hits, num_relevant = _hits(rows, relevant, rows.shape[1])
     over_relevant = _over_relevant(hits, num_relevant, ks, precision_ks)
     summary: dict[str, float] = {}
@@ -270,7 +270,7 @@ def random_baseline(
         i = np.arange(1, min(k, N) + 1)[:, None]
         precision = n / N
         expected = precision / i * (1 + (i - 1) * (n - 1) / max(N - 1, 1))
-        # A list longer than the gallery is empty at its end.
+        # A list that is longer than the gallery ends in empty places.
         result[f"P@{k}"] = float(precision.mean() * min(k, N) / k)
         result[f"P@{k}_ceiling"] = float(precision_ceiling(n, k).mean())
         result[f"mAP@{k}"] = float((expected.sum(axis=0) / np.minimum(n, k)).mean())

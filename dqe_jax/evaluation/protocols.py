@@ -329,7 +329,7 @@ _CIRCO = Protocol(
     headline=("mAP@5", "mAP@10", "mAP@25", "mAP@50", "R@5", "R@10", "R@25", "R@50"),
     note="CIRCO protocol: mAP@k over all ground truths, R@k of the single target",
 )
-# By name; which one is a data set's, `data/datasets.py` says.
+# By name; `data/datasets.py` says which data set uses which.
 PROTOCOLS = {
     protocol.name: protocol for protocol in (_PLAIN, _FASHIONIQ, _FASHIONIQ_VAL, _CIRR, _CIRCO)
 }

@@ -149,7 +149,7 @@ def _rank_shard(
     def step(best: _Best, chunk: tuple[Array, jax.Array]) -> tuple[_Best, None]:
         tokens, start = chunk
         scores = ranking_similarity(queries, tokens)
-        # Sorting tells -0 from 0; as scores they are equal.
+        # Sorting would order -0 before 0, but as scores they are equal.
         scores = jnp.where(scores == 0, 0.0, scores)
         scores = jnp.where(start + offsets < num_rows, scores, -jnp.inf)
         # A negative index would wrap around: send whatever is not in this chunk past its end,
@@ -164,7 +164,7 @@ def _rank_shard(
             k,
         ), None
 
-    # These come before all rows, so that at a score of -inf they, not masked rows, are kept.
+    # These come first, so that at a score of -inf they are kept and not the masked rows.
     nothing = (
         jnp.full((chunk_queries, k), -jnp.inf, jnp.float32),
         jnp.full((chunk_queries, k), -1, jnp.int32),

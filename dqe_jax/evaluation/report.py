@@ -117,7 +117,7 @@ def table(result: Result, protocol: protocols.Protocol) -> str:
     keys = protocol.columns(found)
     parts = [key.partition("/") for key in found]
     groups = sorted({group for key, _, group in parts if group and key in keys})
-    # The lines of an attribute and of the kind that changes it would say the same.
+    # A line for an attribute would repeat the line for the kind of edit that changes it.
     groups = [g for g in groups if g.removeprefix("attribute:") == g or g[10:] not in groups]
     lines = [(protocol.name, *keys, "queries")]
 

@@ -146,7 +146,7 @@ def output_of(trained: Trained, split: Split) -> epath.Path:
     parent = trained.directory.parent
     names = ("data.dataset", "data.variant", "eval.protocol")
     own, run = (flatten(c) for c in (trained.config.to_dict(), trained.trained_by))
-    # A field that the run did not have yet is no difference.
+    # A field that did not exist when the run was made does not count as a difference.
     other = [str(own[name]) for name in names if own[name] != run.get(name, own[name])]
     if trained.data is None:
         logging.warning(

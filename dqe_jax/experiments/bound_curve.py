@@ -37,7 +37,7 @@ from dqe_jax.utils.files import JsonObject, write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
-# Beside the accuracy: means over the steps that mined, as they were logged.
+# Logged values that the table shows beside the metrics: means over the steps that mined.
 DRAWN = {"false": "negatives/false", "delta": "negatives/delta"}
 _STYLES = {"floor": ("#000000", "o", "-"), "free": ("#cc79a7", "s", "--")}
 _SMALLEST = 0.001  # the axis of quantiles is linear below it, logarithmic above

@@ -21,7 +21,7 @@ from absl import logging
 
 from dqe_jax.utils.errors import UserError
 
-# Bytes of a key: a digest of the content, and which view of it.
+# Bytes of a key: a digest of the content, and one byte that says which view of it.
 KEY_BYTES = 17
 _KEYS, _FACTS, _PARTIAL = "keys", "shard.json", ".partial"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

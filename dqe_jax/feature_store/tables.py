@@ -23,9 +23,9 @@ from dqe_jax.method.arrays import Array, Tree
 from dqe_jax.models.features import States
 
 PLACES = ("device", "host", "disk")
-# Of the memory that is free, what a store may take: steps and batches need the rest.
+# The share of the free memory that a store may take. Steps and batches need the rest.
 SHARE = 0.5
-# Bytes that a device holds while rows go to the devices that asked for them.
+# Bytes that a device may use at a time while rows are exchanged between devices.
 EXCHANGE = 64 * 2**20
 
 

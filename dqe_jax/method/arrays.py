@@ -22,5 +22,5 @@ Scalar = float | int | Shaped[Array, ""]
 # the shapes of parameters, with `jax.ShapeDtypeStruct` in place of arrays.
 Params = Mapping[str, Any]
 
-# A tree of arrays that only its maker knows, such as the state of an optimiser.
+# A tree of arrays whose structure only its maker knows, such as the state of an optimiser.
 Tree = Any

@@ -39,7 +39,7 @@ def info_nce(
       negative: bool `[B, N]`, which candidates count as negatives.
       tau: scalar.
     """
-    # Relative to the target's score: no difference of large numbers at small tau.
+    # Scores are taken relative to the target's: at small tau that avoids subtracting large numbers.
     logits = jnp.where(negative, -_gap(target_score, scores) / tau, -jnp.inf)
     target = jnp.zeros((len(logits), 1), logits.dtype)
     return jax.nn.logsumexp(jnp.concatenate([target, logits], axis=1), axis=1)

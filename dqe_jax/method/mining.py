@@ -297,7 +297,7 @@ def _target_scores(
     held = (local >= 0) & (local < size)
     tokens = _rows(bank.tokens, jnp.where(held, local, 0))  # [B, M, d]
     scores = paired_similarity(_rounded(query, bank), tokens)
-    # One device has a row, the others add zero.
+    # Exactly one device has the row; the others add zero.
     return lax.psum(jnp.where(held, scores, 0), axis)
 
 

@@ -221,7 +221,7 @@ def routed_gather(
 
     length = asked.shape[1]
     slots = min(length, SLOTS * -(-length // devices))
-    # What this device holds, first of each line: places of `asked`.
+    # The entries of `asked` that this device holds, moved to the front of each line.
     places = jnp.argsort(~(asked // size == me), axis=1, stable=True)
     places = jnp.pad(places, ((0, 0), (0, -length % slots)))
     holder, rank = _holders(asked[me], size, devices)
@@ -231,7 +231,7 @@ def routed_gather(
         place = lax.dynamic_slice_in_dim(places, turn * slots, slots, axis=1)  # [devices, slots]
         row = jnp.take_along_axis(asked, place, axis=1) - me * size
         query = jnp.arange(devices)[:, None] * queries + place // each
-        # Slots that nothing fills have any row.
+        # Unused slots may hold any row.
         sent = fetch(jnp.clip(row, 0, size - 1).ravel(), query.ravel())
         sent = sent.reshape(devices, slots, -1)
         got = lax.all_to_all(sent, axis, split_axis=0, concat_axis=0, tiled=True)

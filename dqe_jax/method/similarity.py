@@ -120,7 +120,7 @@ def chunk_similarity(
     query: Float[Array, "B d"], tokens: Float[Array, "C M d"]
 ) -> Float[Array, "B C"]:
     """`s(q, T)` with a chunk of a bank, float32."""
-    # Tokens first: on a CPU this order is half as quick again.
+    # Tokens first: this order is 1.5 times as fast on a CPU.
     return _product("smd,bd->smb", tokens, query).max(axis=1).T
 
 

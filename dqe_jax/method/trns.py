@@ -270,7 +270,7 @@ def _fall_back(
     lacking = (sharded.total(mask.sum(1), candidate_axis) < num).any()
     groups = []
     for order, subset in ((-delta, above), (delta, rest & ~above)):
-        # Rarely needed: the search is left out where no query lacks anything.
+        # Rarely needed: the search is skipped when every query has enough negatives.
         wanted = jnp.where(subset, order, -jnp.inf)
         size = min(num, delta.shape[1])
         nothing = (

@@ -24,7 +24,7 @@ BACKBONES: dict[str, type[Backbone]] = {"tiny": Tiny, "clip": Clip, "blip2": Bli
 # Sizes of the pretrained backbones by name of the variant.
 VARIANTS: dict[str, Mapping[str, Sizes]] = {"clip": clip.VARIANTS, "blip2": blip2.VARIANTS}
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Parts of the model beside those of its backbone.
+# Parts of the model that do not belong to its backbone.
 PARTS = {"attributes": ("attributes/*",), "temperature": ("log_scale",)}
 
 

@@ -24,7 +24,7 @@ BLIP2_VARIANTS = ("vit_g_14", "vit_l_14")
 FEATURES = ("penultimate", "last")
 ACTIVATIONS = ("sigmoid", "softmax")
 
-# Far more than any model has: what is above is a slip, and would only exhaust memory.
+# Far more than any model has. A larger value is a typing error and would exhaust the memory.
 MOST_WIDTH, MOST_HEADS, MOST_DEPTH, MOST_PIXELS = 16_384, 1_024, 1_000, 4_096
 
 

@@ -27,7 +27,7 @@ from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject
 
 BACKBONE = "backbone/"
-# Tokens of the shortest text of a pretrained backbone: its start, a word, its end.
+# The shortest text of a pretrained backbone has three tokens: start, one word, end.
 LEAST_LENGTH = 3
 
 

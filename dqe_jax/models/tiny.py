@@ -162,6 +162,7 @@ class Tiny(nn.Module):
         x: Array = jnp.repeat(image.tokens, each, axis=0)
         for block in self.composer_blocks:
             x = block(x, context=text.tokens, context_mask=text.mask)
-        # At length 1 the reference does not drown the residual: edits are learned much sooner.
+        # At length 1 the reference does not outweigh the residual, and edits are learned much
+        # sooner.
         reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
         return reference + self.residual_head(x)

@@ -28,7 +28,7 @@ def describe_model(config: AnyConfig) -> str:
     Raises:
       UserError: the config is not sound, or weights that decide its sizes are not found.
     """
-    # A loop over layers would be counted as one layer, recomputation as more than the model.
+    # A loop over layers would count as one layer, and recomputation as additional work.
     once = {"model.scan_layers": False, "model.remat": False}
     config = RunConfig.of(config).with_changes(once)
     pretrained = setup.describe_weights(config.model, config.data)

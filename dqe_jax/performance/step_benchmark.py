@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no attribute weights": {"model.attributes.enabled": False},
     BASELINE: {"negatives.rule": "in_batch", "model.attributes.enabled": False},
 }
-# Beside them, where a frozen tower is stored.
+# Timed beside them where the output of a frozen tower is stored.
 WITHOUT_STORE = "towers in each step"
 
 

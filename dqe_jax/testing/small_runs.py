@@ -143,7 +143,7 @@ def _remembered(make_step: Callable[..., Step], alike: bool) -> Callable[..., St
         *,
         bank: bool = False,
     ) -> Step:
-        # When a bank is made, the loop decides.
+        # The loop decides when a bank is made, so the step does not depend on it.
         negatives = dataclasses.replace(config.negatives, first_refresh=0, refresh_every=1)
         parts = (config.model, config.optimizer, negatives, config.loss, config.batch)
         numbers = () if alike else (config.seed, config.total_steps)

@@ -137,7 +137,7 @@ def clip_outputs(
     import torch
 
     words, config = torch.from_numpy(ids), cast(Any, model.config)
-    # The mask is that of a tokenizer: up to and with the end of the text.
+    # The mask is as a tokenizer makes it: true up to and including the end of the text.
     ends = torch.eq(words, config.text_config.eos_token_id).int().argmax(1)
     mask = (torch.arange(words.shape[1])[None] <= ends[:, None]).long()
     vision = model.vision_model(pixels(image), output_hidden_states=True, **kwargs)
@@ -200,7 +200,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]
 }
 
 
-# Outputs whose weighted sum is differentiated.
+# The outputs whose weighted sum is differentiated.
 DIFFERENTIATED = {
     "clip": ("image", "text", "scores"),
     "blip2": ("gallery", "text", "composed", "matching"),

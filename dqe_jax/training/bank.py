@@ -144,7 +144,7 @@ class BankKeeper:
         own = mesh.own_devices(self._devices)
         first = np.arange(len(self._devices))[own, None] * size
         starts = range(0, size, count)
-        # Read in the order of use: for each call the rows of all devices of this process.
+        # Rows are read in the order in which the calls need them, for all devices of this process.
         rows = [first + start + np.arange(count) for start in starts]
         read = np.minimum(np.concatenate([r.ravel() for r in rows]), len(gallery) - 1)
         tokens = self.bank.tokens if self.bank is not None else self._empty(params, len(first))

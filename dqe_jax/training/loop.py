@@ -188,7 +188,7 @@ def run_steps(
             state = output.state
             reporter.bar.update()
             stop, last = guard.check(step, output.control), step == end
-            # On both sides of a refresh, to show how far the bank had aged.
+            # Log before and after a refresh, to show how stale the bank had become.
             due = keeper is not None and keeper.due(step)
             if step % config.log_every == 0 or last or refreshed or due:
                 reporter.write(step, output.metrics)
@@ -244,7 +244,7 @@ def _final_evaluation(
     result = evaluate_and_report(
         config, evaluator, state.params, step=step, directory=session.workdir / "eval"
     )
-    # Of the validation split there is a line already.
+    # The validation split is logged already.
     if split.name != "validation":
         log.write(step, {f"{split.name}/{k}": v for k, v in result.metrics.items()})
     return result.metrics

@@ -100,7 +100,7 @@ def open_session(
     Raises:
       UserError: the data lack something that the config asks for.
     """
-    # What the end of the run needs must be there now.
+    # Check now that the data for the final evaluation exist.
     last = splits.open_split(config.data, builder, config.eval.split)
     split = splits.open_split(config.data, builder, "train")
     _check_oracle(config, split)
@@ -219,7 +219,8 @@ def _read(
     like = {"params": session.params, "opt_state": session.optimizer.saved}
     meta = store.read_meta(manager, step)
     _check_data(session, manager, meta.get("data"))
-    # The bank is made anew: by the loop, if it is due at this step, or of what it was made of.
+    # The bank is not saved. The loop fills it if it is due now; else it is filled from its
+    # snapshot.
     if keeper is not None and meta["bank_step"] is not None and not keeper.scheduled(step):
         like["bank_params"] = states.splitter(session.config.model)(session.params)[0]
     return meta, store.restore(manager, step, **like)
@@ -236,7 +237,7 @@ def _check_data(
             manager.directory,
         )
         return
-    # Another last split may have been asked for meanwhile.
+    # The split of the last evaluation may have been changed since then.
     other = [
         name for name in session.data if held.get(name, session.data[name]) != session.data[name]
     ]

@@ -19,7 +19,7 @@ from dqe_jax.models.build import parts_of
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.training import optimizer, zero
 
-# Parameters to those that train and those that do not.
+# Splits parameters into those that train and those that do not.
 Splitter = Callable[[Params], tuple[Params, Params]]
 
 
@@ -75,7 +75,7 @@ def make_optimizer(config: RunConfig, params: Params, num_devices: int) -> Optim
       num_devices: how many there are.
     """
     training = splitter(config.model)(params)[0]
-    # What decays is decided by the whole arrays, not by slices.
+    # Which arrays decay is decided by their whole shapes, not by those of slices.
     tx = optimizer.make_optimizer(
         config.optimizer, config.total_steps, decay=optimizer.matrices(training)
     )

@@ -141,7 +141,7 @@ def make_train_step(
         (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
         # A sum: the losses of the devices add up to the global mean.
         grads = zero.scatter(grads) if shard_state else lax.psum(grads, mesh.AXIS)
-        # A loss that is not finite may have finite gradients: they are no better.
+        # A loss that is not finite may have finite gradients, which are just as useless.
         sound = jnp.isfinite(metrics["loss"])
         norm = zero.global_norm(grads, training) if shard_state else optax.tree.norm(grads)
         held = zero.own(training) if shard_state else training
@@ -201,7 +201,7 @@ def make_step(
         split=splitter(config.model),
         shard_state=config.optimizer.shard_state,
     )
-    # Axes in the places of arrays.
+    # These hold axes where the types say arrays.
     state_axes: Callable[..., TrainState] = TrainState
     output_axes: Callable[..., StepOutput] = StepOutput
     axes = None if made.axes is None else state_axes(None, None, made.axes)

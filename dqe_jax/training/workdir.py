@@ -44,7 +44,7 @@ def claim_workdir(
     try:
         path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            # First: what follows is for the one trainer to do.
+            # The lock comes first: only one trainer may do what follows.
             lock = lock_workdir(path) if alone else None
             if lock is not None:
                 stack.enter_context(lock)

@@ -35,13 +35,13 @@ class MetricLog:
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "timing")}
-        # Of a bucket, whose files are only written as a whole: what they hold.
+        # In a bucket files can only be written as a whole, so their content is kept here.
         self._held: dict[str, str] | None = {} if is_remote(directory) else None
         for name, path in self._paths.items():
             text = "".join(line + "\n" for line in _lines_until(path, resume_step, again))
             if self._held is not None:
                 self._held[name] = text
-            # At once: a run that is killed here must not lose the lines.
+            # Written at once, so that a run that is killed here does not lose the lines.
             new = path.with_name(path.name + ".new")
             new.write_text(text)
             new.replace(path)

@@ -12,7 +12,7 @@ from absl import logging
 
 _T = TypeVar("_T")
 
-# Without a terminal there is a line after so many seconds, or this share of the work.
+# Without a terminal a line is written after so many seconds or this share of the work.
 SECONDS, SHARE = 60.0, 0.1
 MANY = 1000  # of fewer pieces nothing is said: they take seconds
 

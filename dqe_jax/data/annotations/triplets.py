@@ -190,7 +190,7 @@ def _row(lines: Sequence[str], start: int) -> tuple[list[str] | None, int]:
 
     The fields are None if the quoting is wrong or a character is not UTF-8.
     """
-    # The module's reader is made anew, for after an error it would go on in mid-record.
+    # A new reader is made: after an error the old one would continue in the middle of a record.
     reader = csv.reader((lines[i] for i in range(start, len(lines))), strict=True)
     try:
         row = next(reader, [])

@@ -94,7 +94,7 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
         if config.beam:
             import apache_beam as beam
 
-            # Plain tuples: Beam knows how to hand them to its workers.
+            # Plain tuples, which Beam can send to its workers.
             rows = zip(range(len(images)), images, paths, (pools.get(i, []) for i in images))
             return beam.Create(list(rows)) | beam.Map(_beam_record, how)
         photos = load_photos(paths, *how, num_workers=config.num_workers)

@@ -65,7 +65,7 @@ from dqe_jax.utils import errors
 from dqe_jax.utils.files import JsonObject, is_regular
 from dqe_jax.utils.progress import progress
 
-# Columns that gallery records state besides, where the file has them.
+# More columns that gallery records include, if the file has them.
 EXTRA_COLUMNS = ("masterCategory", "subCategory", "year")
 # Attributes by which a product is relevant; the others have ANY for a value.
 RELEVANCE = {"fine": ATTRIBUTES, "coarse": ("baseColour", "articleType")}

@@ -45,7 +45,7 @@ def read_styles(path: epath.Path) -> Styles:
     """
     text = path.read_bytes().decode("utf-8", errors="replace")
     # Not the csv module: a product name that opens with a quote would swallow the rows after it.
-    # Not splitlines: it also splits at characters that names may hold.
+    # `splitlines` would also split at characters that names may contain.
     lines = [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     header = [_clean(column) for column in lines[0].split(",")] if lines else []
     for column in ("id", *ATTRIBUTES):
@@ -184,7 +184,8 @@ def decode_all(
                 failed: concurrent.futures.Future[Decoded] = concurrent.futures.Future()
                 failed.set_result(Decoded(reason=str(e)))
                 pending.append(failed)
-            # A bounded number in flight: the encoded photos of a large set do not fit in memory.
+            # Only so many photos are in progress at a time: all of a large set would not fit in
+            # memory.
             if len(pending) >= 8 * _DECODE_THREADS:
                 yield pending.popleft().result()
         while pending:

@@ -96,7 +96,7 @@ def complete(
       UserError: as `train_and_evaluate`, or the split has no labels.
     """
     own = variant_config(config, variant, seed, steps)
-    # With the same steps it is the same run.
+    # With the same number of steps it would be the same run.
     place = "steps" if steps == config.total_steps else equal
     directory = workdir / f"{variant}-{place}-{seed}"
     metrics, is_new = train_or_read(own, directory)

@@ -99,7 +99,7 @@ def classify(truth: Truth, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def has_image(ids: np.ndarray, image_ids: np.ndarray) -> np.ndarray:
     """Whether a candidate's photo is among a query's: `[B, P], [N] -> bool [B, N]`."""
-    # By a table over all photos: no [B, P, N] array.
+    # Looked up in a table over all photos, which avoids an array [B, P, N].
     held = np.zeros((len(ids), max(ids.max(initial=-1), image_ids.max(initial=-1)) + 2), bool)
     np.put_along_axis(held, ids.astype(np.int64) + 1, True, axis=1)
     held[:, 0] = False  # what the padding of `ids` set

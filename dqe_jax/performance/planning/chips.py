@@ -115,7 +115,7 @@ def prepare_environment(topologies: Sequence[Topology]) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if most_gpus > 1:
-        # Lowering for GPUs maps over as many devices of the CPU.
+        # To lower for GPUs, the program is mapped over the same number of CPU devices.
         flag = f"--xla_force_host_platform_device_count={most_gpus}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 

@@ -16,7 +16,7 @@ from dqe_jax.performance.planning.programs import Program
 from dqe_jax.performance.planning.traced import Arrays, largest_arrays, matrix_flops
 
 Option = bool | int | float | str
-# Several times faster, and cycles several times worse: these are not the program that would run.
+# Compiles several times faster, but to a program several times slower than the one that would run.
 QUICK: dict[str, Option] = {"exec_time_optimization_effort": -1.0}
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NUMBER = r"([\d.]+)([KMGT]?)"

@@ -254,7 +254,8 @@ class Module:
             if groups:
                 members = int(groups[2]) if groups[2] else groups[1].count(",") + 1
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                # How a TPU's compiler writes a reduce-scatter that it fuses with what uses it.
+                # The name that the TPU compiler gives a reduce-scatter that it has fused with its
+                # consumer.
                 kind, size = "reduce-scatter", size // members
             share = (members - 1) / members
             factor = {
