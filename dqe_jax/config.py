@@ -124,7 +124,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All that a run is told.
+    """Everything that can be set for a run.
 
     Made by `of`, which checks it; one made by its constructor is checked where a job takes it.
     """

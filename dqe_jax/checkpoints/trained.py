@@ -50,7 +50,7 @@ class Trained:
 
     @property
     def directory(self) -> epath.Path:
-        """Of the checkpoints."""
+        """The directory of the checkpoints."""
         return self.manager.directory
 
     def place_params(self) -> Params:

@@ -18,7 +18,7 @@ class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to end)
     """The run was interrupted and has saved; the process ends with status 128 + signal."""
 
     def __init__(self, number: int, step: int):
-        """Of a signal and the step that was saved."""
+        """Takes a signal and the step that was saved."""
         super().__init__(f"{signal.Signals(number).name} after step {step}")
         self.status = 128 + number
 

@@ -74,7 +74,7 @@ class PlainImages:
     """Images as they are."""
 
     def __init__(self, gallery: Gallery, augment: str = "none"):
-        """Of a gallery; `augment` is a name of `transforms.AUGMENTATIONS`."""
+        """Wraps a gallery; `augment` is a name of `transforms.AUGMENTATIONS`."""
         self._gallery = gallery
         self._augment: Callable[[np.ndarray, np.random.Generator], np.ndarray]
         self._augment = AUGMENTATIONS[augment]

@@ -36,7 +36,7 @@ KINDS = ("image", "text")
 
 
 def stored_kinds(config: RunConfig, model: DQE) -> tuple[str, ...]:
-    """What is stored, of `KINDS`: that whose tower is frozen and has no dropout.
+    """The kinds that are stored, of `KINDS`: their towers are frozen and have no dropout.
 
     Raises:
       UserError: a store is asked for and there is nothing to store, or images are augmented in a
@@ -116,7 +116,7 @@ class Features:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is stored, of `KINDS`."""
+        """The kinds that are stored, of `KINDS`."""
         return tuple(self._stores)
 
     def images(self, gallery: Gallery, augment: str = "none") -> Images:

@@ -36,7 +36,7 @@ class RowSpec:
 
     @classmethod
     def of(cls, shape: Sequence[int], dtype: str) -> RowSpec:
-        """Of the name of a dtype; NumPy does not know bfloat16."""
+        """Made of the name of a dtype; NumPy does not know bfloat16."""
         return cls(tuple(shape), _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype))
 
     @property

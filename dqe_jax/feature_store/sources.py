@@ -23,7 +23,7 @@ class Use:
     needs: Sequence[Need]
 
     def batches(self, rows: np.ndarray, size: int, shards: int) -> Iterator[Tree]:
-        """Of the first need, as `sources.Rows` says."""
+        """Batches of the first need, as `sources.Rows` says."""
         numbers = self.needs[0].rows[rows]
         for start in range(0, len(rows), size):
             yield self.store.table.rows(numbers[start : start + size].reshape(shards, -1))
@@ -37,7 +37,7 @@ class StoredImages:
         self._use, self._mirrors = use, mirrors
 
     def spec(self) -> Tree:
-        """Of the states of an image."""
+        """Shapes and dtypes of the states of one image."""
         return {
             name: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
             for name, spec in self._use.store.specs.items()

@@ -214,7 +214,7 @@ class _Mapped:
 
 
 def choose_place(asked: str, nbytes: int, devices: Sequence[jax.Device]) -> str:
-    """Where rows are to lie, of `PLACES`; the same in all processes.
+    """The place, of `PLACES`, where rows are kept; it is the same in all processes.
 
     Args:
       asked: a place, or "auto": on the devices if these say how much memory they have and half of

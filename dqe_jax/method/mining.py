@@ -277,7 +277,7 @@ def best_tokens(
     query, tokens = _rounded(query, bank), bank.tokens
 
     def best_of(wanted: tuple[Array, Array]) -> Array:
-        """Of one row of this device, in the bank's dtype."""
+        """Tokens of one row of this device, in the bank's dtype."""
         row, index = wanted
         return best_token(query[index], _rows(tokens, row)).astype(tokens.dtype)
 

@@ -34,7 +34,7 @@ class StoredText:
 
 @flax.struct.dataclass
 class ImageFeatures:
-    """Of images.
+    """What the model knows of images.
 
     Attributes:
       tokens: `[B, P, D]`, what attribute queries and the composer attend to.
@@ -47,7 +47,7 @@ class ImageFeatures:
 
 @flax.struct.dataclass
 class TextFeatures:
-    """Of modification texts.
+    """What the model knows of modification texts.
 
     Attributes:
       ids: int `[B, L]`.
@@ -86,7 +86,7 @@ class Backbone(Protocol):
         """What the tower makes of images; `train` says whether dropout is on."""
 
     def image_features(self, states: States, train: bool = False) -> ImageFeatures:
-        """Of the states of images."""
+        """The features of images, made of their states."""
 
     def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
         """What the tower makes of texts."""
@@ -94,7 +94,7 @@ class Backbone(Protocol):
     def text_features(
         self, ids: Int[Array, "B L"], states: States, train: bool = False
     ) -> TextFeatures:
-        """Of the states of texts."""
+        """The features of texts, made of their states."""
 
     def compose(
         self, image: ImageFeatures, text: TextFeatures, train: bool = False

@@ -228,7 +228,8 @@ def write_gradients(directory: pathlib.Path) -> None:
             key: rng.normal(size=tuple(outputs[key].shape)).astype(np.float32)
             for key in DIFFERENTIATED[name]
         }
-        sum((outputs[key] * torch.from_numpy(x)).sum() for key, x in weights.items()).backward()
+        terms = [(outputs[key] * torch.from_numpy(x)).sum() for key, x in weights.items()]
+        torch.stack(terms).sum().backward()
         arrays = {
             path: np.ascontiguousarray(p.grad.numpy())
             for path, p in model.named_parameters()

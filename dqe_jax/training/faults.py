@@ -1,4 +1,4 @@
-"""What can go wrong in a run: steps that are not finite, and what the machine does to it."""
+"""What can go wrong in a run: steps that are not finite, and failures of the machine."""
 
 from __future__ import annotations
 

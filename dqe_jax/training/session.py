@@ -38,7 +38,7 @@ from dqe_jax.utils.files import JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """All that the loop needs and that does not change.
+    """Everything that the loop needs and that does not change.
 
     Attributes:
       config: of the run.

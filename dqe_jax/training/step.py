@@ -32,7 +32,7 @@ Loss = Callable[[Params, Batch, jax.Array, Bank | None], tuple[Array, Metrics]]
 
 @flax.struct.dataclass
 class Control:
-    """What all processes must see alike to act alike: scalars, int32 but for the last.
+    """Scalars that must be the same in all processes, so that they act alike; int32 but the last.
 
     Attributes:
       stop: the largest number that any device was told by `stop`: that of a signal, 0 for none.

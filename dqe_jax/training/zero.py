@@ -149,7 +149,7 @@ def state_shapes(
 
 
 def shapes_of_device(shapes: Tree, axes: Tree) -> Tree:
-    """Of what `state_shapes` gave, what one device holds."""
+    """The part of `state_shapes` that one device holds."""
 
     def one(axis: int | None, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape if axis is None else x.shape[1:], x.dtype)

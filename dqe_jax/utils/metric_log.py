@@ -81,7 +81,7 @@ class MetricLog:
 
 
 class NoLog:
-    """Of processes that do not lead: writes nothing."""
+    """The log of processes that do not lead: it writes nothing."""
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
         """Nothing."""

@@ -40,7 +40,7 @@ class Pace:
 
 
 def progress(items: Iterable[_T], total: int, what: str, each: int = 1) -> Iterator[_T]:
-    """The same items; shows how many of `total` have come by, if that is `MANY`.
+    """Passes the items on, and shows how many of `total` are done if there are at least `MANY`.
 
     Args:
       items: any.

@@ -76,7 +76,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Of all rows."""
+        """Bytes of all rows."""
         return self.rows * self.row_bytes
 
 
@@ -213,11 +213,11 @@ class _Maker:
         )
 
     def step(self) -> Program:
-        """Of training without a bank."""
+        """The step of training without a bank."""
         return self._step("step", None)
 
     def bank_step(self, bank: Bank) -> Program:
-        """Of training with a bank."""
+        """The step of training with a bank."""
         return self._step("bank step", bank)
 
     def bank_refresh(self, bank: Bank) -> Program:

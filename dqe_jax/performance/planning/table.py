@@ -37,7 +37,7 @@ def _gib(size: float) -> str:
 
 
 def examples_per_second(facts: Facts) -> float | None:
-    """Of all devices, by the estimate; None without one."""
+    """Examples per second of all devices, by the estimate; None without one."""
     return facts.queries / facts.seconds if facts.seconds else None
 
 
@@ -49,7 +49,7 @@ def utilisation(facts: Facts, topology: Topology) -> float | None:
 
 
 def tables(plans: Sequence[Plan]) -> str:
-    """Of each slice its memory, cost and traffic, in tables at most 100 wide.
+    """Tables of memory, cost and traffic for each slice, at most 100 characters wide.
 
     `scaling` is examples per second of one device, relative to the first slice with the same chip.
     """
