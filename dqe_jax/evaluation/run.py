@@ -19,6 +19,7 @@ from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_texts
 from dqe_jax.distributed import processes
 from dqe_jax.embedding.encoders import encoders
+from dqe_jax.embedding.sources import PlainImages, PlainTexts
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
@@ -80,14 +81,24 @@ def make_evaluator(
     tokenizer: Tokenizer,
     split: Split,
     devices: list[jax.Device],
-    features: Features,
+    features: Features | None = None,
 ) -> RetrievalEvaluator:
-    """The evaluator of a split; it takes parameters, with which `features` are filled first."""
+    """The evaluator of a split, which takes parameters.
+
+    Args:
+      config: of the run.
+      model: of the config.
+      tokenizer: of the model.
+      split: to evaluate on.
+      devices: to run on.
+      features: fill them with the parameters before the evaluator runs; None stores nothing.
+    """
+    texts = encode_texts(tokenizer, split)[:, None]
     encode_query, encode_gallery = encoders(model)
     return RetrievalEvaluator(
         split=split,
-        images=features.images(split.gallery),
-        texts=features.texts(encode_texts(tokenizer, split)[:, None]),
+        images=features.images(split.gallery) if features else PlainImages(split.gallery),
+        texts=features.texts(texts) if features else PlainTexts(texts),
         encode_query=encode_query,
         encode_gallery=encode_gallery,
         batch_size=config.eval.batch_size,
