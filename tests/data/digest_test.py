@@ -117,7 +117,7 @@ def test_data_that_cannot_be_written_are_digested_all_the_same(data, tmp_path, m
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", refuse)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", refuse)
     assert digests_of(tmp_path / "data") == data[1]
     assert "cannot be written (Permission denied)" in caplog.text
 
