@@ -165,7 +165,7 @@ def test_a_kill(tmp_path, prepared):
     prepared(tmp_path)
     # Programs are read and never written.
     cache = {**compiles_quickly(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
-    runs = Runs(tmp_path, 40, cache)
+    runs = Runs(tmp_path, 80, cache)
     runs.alone("whole")
     assert runs.kill_at("killed", 23, 0.03, signal.SIGKILL)
     newest = max(runs.checkpoints("killed"))
