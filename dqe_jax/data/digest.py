@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,12 @@ def digest_of(builder: tfds.core.DatasetBuilder, split: str) -> str:
     for stored in (split, gallery_split(split, builder.info.splits)):
         both.update((_read(path_of(builder, stored)) or write_digest(builder, stored)).encode())
     return both.hexdigest()[:32]
+
+
+def digests_of_rows(rows: Iterable[np.ndarray]) -> np.ndarray:
+    """Digests of arrays: uint8 `[n, CONTENT_BYTES]`."""
+    made = [hashlib.sha256(np.ascontiguousarray(row).data).digest()[:CONTENT_BYTES] for row in rows]
+    return np.frombuffer(b"".join(made), np.uint8).reshape(len(made), CONTENT_BYTES)
 
 
 def contents_of(builder: tfds.core.DatasetBuilder, stored: str) -> np.ndarray:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dqe_jax.data.digest import CONTENT_BYTES, contents_of, digest_of
+from dqe_jax.data.digest import contents_of, digest_of, digests_of_rows
 from dqe_jax.data.examples import SPLITS, Queries, Record, Source, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
 from dqe_jax.data.settings import DataConfig
 from dqe_jax.data.transforms import join_captions
+from dqe_jax.utils.ahead import read_ahead
 from dqe_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,20 +82,12 @@ class Gallery:
         """Digests of the images, uint8 `[N, CONTENT_BYTES]`: those of equal images are equal."""
         if self._contents is not None:
             return self._contents()[self._stored]
-        digests = [hashlib.sha256(self[row].tobytes()).digest() for row in range(len(self))]
-        joined = b"".join(digest[:CONTENT_BYTES] for digest in digests)
-        return np.frombuffer(joined, np.uint8).reshape(len(self), CONTENT_BYTES)
+        return digests_of_rows(self[row] for row in range(len(self)))
 
     def batches(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         """Images of `rows` in order, `[<= size, H, W, 3]` at a time, read by threads ahead."""
-        with ThreadPoolExecutor(4) as pool:
-            chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-            read = lambda chunk: np.stack([self[int(row)] for row in chunk])  # noqa: E731
-            ahead = collections.deque(pool.submit(read, chunk) for chunk in chunks[:2])
-            for i in range(len(chunks)):
-                if i + 2 < len(chunks):  # at most three chunks are held
-                    ahead.append(pool.submit(read, chunks[i + 2]))
-                yield ahead.popleft().result()
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return read_ahead(lambda chunk: np.stack([self[int(row)] for row in chunk]), chunks, 4)
 
 
 def _present(index: GalleryIndex) -> np.ndarray:

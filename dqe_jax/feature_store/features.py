@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from dqe_jax.config import RunConfig
+from dqe_jax.data.digest import digests_of_rows
 from dqe_jax.data.splits import Gallery
 from dqe_jax.embedding.sources import Images, PlainImages, PlainTexts, Texts
-from dqe_jax.feature_store import keys as row_names
 from dqe_jax.feature_store.needs import Need
 from dqe_jax.feature_store.sources import StoredImages, StoredTexts, Use
 from dqe_jax.feature_store.store import Store, dtype_of, states_of
@@ -134,7 +134,7 @@ class Features:
             return PlainTexts(ids)
 
         def need(wording: np.ndarray) -> Need:
-            digests = functools.partial(row_names.digests_of, wording)
+            digests = functools.partial(digests_of_rows, wording)
             return Need(digests, wording.__getitem__, [f"text {i}" for i in range(len(wording))])
 
         needs = [need(wording) for wording in ids.swapaxes(0, 1)]

@@ -8,7 +8,6 @@ import json
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dqe_jax.feature_store.shards import KEY_BYTES
 from dqe_jax.method.arrays import Params
 from dqe_jax.utils.files import JsonObject
 
@@ -38,10 +37,3 @@ def row_keys(contents: np.ndarray, view: int = 0) -> np.ndarray:
       view: of the content: 0 as it is, 1 mirrored left to right.
     """
     return np.concatenate([contents, np.full((len(contents), 1), view, np.uint8)], axis=1)
-
-
-def digests_of(rows: np.ndarray) -> np.ndarray:
-    """Digests of the rows of an array `[n, ...]`: uint8 `[n, KEY_BYTES - 1]`."""
-    made = [hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest() for row in rows]
-    joined = b"".join(one[: KEY_BYTES - 1] for one in made)
-    return np.frombuffer(joined, np.uint8).reshape(len(rows), KEY_BYTES - 1)

@@ -71,8 +71,8 @@ def compute(config: AnyConfig, names: Sequence[str] = ()) -> None:
     features = Features(config, model, devices)
     if not features.kinds:
         raise UserError(
-            "nothing can be stored for this config: no tower of config.model.frozen is frozen, or "
-            "config.features.place is 'off'."
+            "nothing can be stored for this config: config.model.frozen names no whole tower "
+            "without dropout, or config.features.place is 'off'."
         )
     for name in dict.fromkeys(wanted or ["train", "validation", config.eval.split]):
         split = splits.open_split(config.data, builder, name)

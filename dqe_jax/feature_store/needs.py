@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dqe_jax.feature_store import keys as row_names
+from dqe_jax.feature_store.shards import KEY_BYTES
 
 
 @dataclasses.dataclass
@@ -45,5 +46,5 @@ def distinct(needs: Sequence[Need]) -> tuple[np.ndarray, np.ndarray]:
     for number, need in enumerate(needs):
         for row, key in enumerate(need.keys):
             seen.setdefault(key.tobytes(), (number, row))
-    keys = np.frombuffer(b"".join(seen), np.uint8).reshape(-1, row_names.KEY_BYTES)
+    keys = np.frombuffer(b"".join(seen), np.uint8).reshape(-1, KEY_BYTES)
     return keys, np.array(list(seen.values()), np.int64).reshape(-1, 2)

@@ -19,10 +19,11 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
+from dqe_jax.data.digest import CONTENT_BYTES
 from dqe_jax.utils.errors import UserError
 
 # Bytes of a key: a digest of the content, and one byte that says which view of it.
-KEY_BYTES = 17
+KEY_BYTES = CONTENT_BYTES + 1
 _KEYS, _FACTS, _PARTIAL = "keys", "shard.json", ".partial"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

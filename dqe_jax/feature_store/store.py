@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -30,9 +27,16 @@ from dqe_jax.models import freeze
 from dqe_jax.models.build import DTYPES, parts_of
 from dqe_jax.models.dqe import DQE
 from dqe_jax.utils import progress
+from dqe_jax.utils.ahead import read_ahead
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
 
+# Fields of a backbone on which its towers depend beside their parameters.
+FIELDS = {
+    "tiny": ("pixel_mean", "pixel_std", "patch_size", "cell_size", "heads"),
+    "clip": ("features",),
+    "blip2": (),
+}
 # Bytes of a shard, about.
 SHARD_BYTES = 64 * 2**20
 
@@ -182,13 +186,11 @@ class Store:
         per_shard = max(1, SHARD_BYTES // (row_bytes * batch)) * batch
         run = mesh.map_rows(self._states, columns=1, devices=devices)
         inputs = self._inputs(first, batch)
-        parts: list[dict[str, np.ndarray]] = []
+        parts: list[dict[str, Array]] = []
         what = {"image": "Computing features of images", "text": "Computing features of texts"}
-        for done, row in enumerate(
-            progress.progress(range(0, len(first), batch), len(first), what[self.kind], batch)
-        ):
-            del done
-            parts.append(jax.tree.map(np.asarray, run(params, next(inputs))))
+        starts = range(0, len(first), batch)
+        for row in progress.progress(starts, len(first), what[self.kind], batch):
+            parts.append(run(params, next(inputs)))
             end = min(row + batch, len(first))
             if end % per_shard and end < len(first):
                 continue
@@ -215,15 +217,9 @@ class Store:
             one = np.asarray(need.read(int(at[1])))
             return one[:, ::-1] if need.view else one
 
-        with ThreadPoolExecutor(self._config.data.num_threads) as pool:
-            chunks = [own[i : i + size] for i in range(0, len(own), size)]
-            ahead = [pool.submit(lambda c: np.stack([read(at) for at in c]), c) for c in chunks[:2]]
-            for i in range(len(chunks)):
-                if i + 2 < len(chunks):
-                    ahead.append(
-                        pool.submit(lambda c: np.stack([read(at) for at in c]), chunks[i + 2])
-                    )
-                yield ahead.pop(0).result()
+        chunks = [own[i : i + size] for i in range(0, len(own), size)]
+        threads = self._config.data.num_threads
+        return read_ahead(lambda chunk: np.stack([read(at) for at in chunk]), chunks, threads)
 
 
 def dtype_of(config: RunConfig) -> np.dtype:
@@ -249,16 +245,16 @@ def states_of(
 def _facts(kind: str, config: RunConfig, model: DQE, dtype: np.dtype) -> JsonObject:
     """All that decides what a tower makes, beside its parameters and the content."""
     backbone = config.model.backbone
+    fields, sizes = getattr(config.model, backbone), getattr(model.backbone, "sizes", None)
     facts: JsonObject = {
         "kind": kind,
         "backbone": backbone,
-        "fields": dataclasses.asdict(getattr(config.model, backbone)),
+        "fields": {name: getattr(fields, name) for name in FIELDS[backbone]},
         "compute": config.model.dtype,
         "dtype": str(dtype),
     }
     if kind == "image":
         data = config.data
         facts |= {"image_size": data.image_size, "preprocess": data.preprocess}
-    if backbone != "tiny":
-        facts["sizes"] = repr(getattr(model.backbone, "sizes", None))
-    return json.loads(json.dumps(facts))
+    # A vision tower does not depend on the sizes of what follows it.
+    return facts | {"sizes": repr(getattr(sizes, "vision", sizes) if kind == "image" else sizes)}

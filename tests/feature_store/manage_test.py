@@ -66,5 +66,8 @@ def test_directories_that_are_no_stores_are_passed_over(tmp_path):
 
 
 def test_a_config_without_frozen_towers_has_nothing_to_store(base):
-    with pytest.raises(UserError, match=r"nothing can be stored for this config: no tower"):
+    with pytest.raises(
+        UserError,
+        match=r"config\.model\.frozen names no whole tower",
+    ):
         manage.compute(config_of(base, **{"model.frozen": ()}))

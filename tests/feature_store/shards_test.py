@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dqe_jax.data.digest import digests_of_rows
 from dqe_jax.feature_store import keys, shards
 from dqe_jax.feature_store.shards import KEY_BYTES, RowSpec
 from dqe_jax.utils.errors import UserError
@@ -117,7 +118,7 @@ def test_keys_depend_on_all_that_rows_depend_on():
         keys.store_key(facts, {**tower, "a": {"kernel": np.ones((3, 2), np.float32)}}),
     ]
     assert len({key, *others}) == 6
-    contents = keys.digests_of(np.arange(6).reshape(2, 3))
+    contents = digests_of_rows(np.arange(6).reshape(2, 3))
     assert contents.shape == (2, KEY_BYTES - 1)
     assert (contents[0] != contents[1]).any()
     both = [keys.row_keys(contents, view) for view in (0, 1)]
