@@ -45,7 +45,7 @@ AnyConfig: TypeAlias = "RunConfig | ConfigDict | Mapping[str, Any]"
 
 MOST_STEPS = 1_000_000_000
 # Newer sections, which copied configs may lack. Their fields then have the defaults.
-YOUNGER = ("features.",)
+YOUNGER = ("features.", "model.features.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +320,9 @@ def _check_sizes(config: RunConfig) -> None:
     elif model.backbone == "clip":
         composer = (model.clip.composer_width, "model.clip.composer_width")
         rows = [(*composer, model.clip.composer_heads, "model.clip.composer_heads")]
+    elif model.backbone == "features":
+        own = (model.features.width, "model.features.width")
+        rows = [(*own, model.features.heads, "model.features.heads")]
     else:
         rows = []
     for value, name, divisor, by in rows + shared:

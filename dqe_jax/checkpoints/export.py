@@ -10,6 +10,7 @@ from absl import logging
 
 from dqe_jax.checkpoints import store
 from dqe_jax.method.arrays import Params
+from dqe_jax.models.build import VARIANTS
 from dqe_jax.models.weights import hugging_face
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
@@ -30,13 +31,15 @@ def export_run(
       The directory that was written.
 
     Raises:
-      UserError: there is no such checkpoint, its backbone is `tiny`, or `output` is not writable.
+      UserError: there is no such checkpoint, its backbone is not a pretrained one, or `output` is
+        not writable.
     """
     manager = store.open_for_reading(directory)
     step, (meta, params) = store.read_chosen(manager, step, lambda number: _read(manager, number))
-    if meta["config"]["model"]["backbone"] == "tiny":
+    backbone = meta["config"]["model"]["backbone"]
+    if backbone not in VARIANTS:
         raise UserError(
-            f"{manager.directory} is of the backbone 'tiny', which has no counterpart in "
+            f"{manager.directory} is of the backbone {backbone!r}, which has no counterpart in "
             "Hugging Face transformers: export runs of 'clip' or 'blip2'."
         )
     written = pathlib.Path(output).expanduser()

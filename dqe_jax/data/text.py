@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 from absl import logging
 from tokenizers import Tokenizer
@@ -13,13 +16,31 @@ from dqe_jax.data.transforms import join_captions
 _SHOWN = 10  # names of words in a warning
 
 
-def encode_wordings(tokenizer: Tokenizer, split: Split, captions: str) -> np.ndarray:
-    """Ids of the texts that training draws from, int32 `[Q, V, L]`: two orders for "random"."""
-    ids = [encode_texts(tokenizer, split)]
+@dataclasses.dataclass(frozen=True)
+class Wordings:
+    """Texts, each in `V` wordings.
+
+    Attributes:
+      ids: int32 `[n, V, L]`.
+      texts: the `V` lists of n texts.
+    """
+
+    ids: np.ndarray
+    texts: Sequence[Sequence[str]]
+
+    def first(self) -> Wordings:
+        """The first wording alone."""
+        return Wordings(self.ids[:, :1], self.texts[:1])
+
+
+def encode_wordings(tokenizer: Tokenizer, split: Split, captions: str) -> Wordings:
+    """The texts that training draws from; in two orders of their captions for "random"."""
+    ids, texts = [encode_texts(tokenizer, split)], [split.queries.texts]
     if captions == "random":
         other = [join_captions(texts, "reverse") for texts in split.queries.captions]
         ids.append(text_tokens.encode(tokenizer, other)[0])
-    return np.stack(ids, axis=1)
+        texts.append(other)
+    return Wordings(np.stack(ids, axis=1), texts)
 
 
 def encode_texts(tokenizer: Tokenizer, split: Split) -> np.ndarray:

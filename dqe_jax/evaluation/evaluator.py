@@ -15,7 +15,7 @@ import numpy as np
 from dqe_jax.data.splits import Split
 from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
-from dqe_jax.embedding.sources import Column, Images, Rows
+from dqe_jax.embedding.sources import Images, Rows
 from dqe_jax.evaluation import metrics, protocols, ranking
 from dqe_jax.evaluation.protocols import Protocol
 from dqe_jax.method.arrays import Params
@@ -143,22 +143,22 @@ class RetrievalEvaluator:
         )
 
     def score_rows(
-        self, params: Params, reference: np.ndarray, text: np.ndarray, rows: np.ndarray
+        self, params: Params, reference: np.ndarray, texts: Rows, rows: np.ndarray
     ) -> np.ndarray:
         """Scores of given gallery rows for queries of one's own.
 
         Args:
           params: replicated over the devices.
           reference: int `[J]`, rows of the reference images.
-          text: int32 `[J, L]`.
+          texts: J of them.
           rows: int `[J, S]`, gallery rows to score.
 
         Returns:
           float32 `[J, S]`.
         """
         gallery = self._embed_gallery(params, rows.ravel())
-        texts = (Column(text), np.arange(len(text)))
-        query, _ = self._embed_queries(params, (self._images, reference), texts)
+        every = (texts, np.arange(len(reference)))
+        query, _ = self._embed_queries(params, (self._images, reference), every)
         return self._score(query, gallery.tokens, gallery.place[rows])
 
     def _embed_gallery(self, params: Params, rows: np.ndarray) -> _Embedded:

@@ -16,6 +16,8 @@ from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.splits import Split
+from dqe_jax.data.text import Wordings
+from dqe_jax.embedding.sources import Rows
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
@@ -43,9 +45,15 @@ def open_preferences(
     return usable, len(judgements)
 
 
+def texts_of(tokenizer: Tokenizer, judgements: Sequence[Judgement]) -> Wordings:
+    """The texts of judgements."""
+    texts = [judgement.text for judgement in judgements]
+    return Wordings(text_tokens.encode(tokenizer, texts)[0][:, None], [texts])
+
+
 def measure_preferences(
     evaluator: RetrievalEvaluator,
-    tokenizer: Tokenizer,
+    texts: Rows,
     params: Params,
     judged: tuple[list[Judgement], int],
     path: epath.Path,
@@ -54,17 +62,16 @@ def measure_preferences(
 
     Args:
       evaluator: of FashionIQ's validation split.
-      tokenizer: of the model.
+      texts: of the judgements.
       params: replicated over the devices.
       judged: of `open_preferences`.
       path: a .json.
     """
     judgements, official = judged
     row = {image: i for i, image in enumerate(evaluator.split.gallery.ids)}
-    ids, _ = text_tokens.encode(tokenizer, [j.text for j in judgements])
     candidates = np.array([[row[image] for image in (*j.first, *j.second)] for j in judgements])
     reference = np.array([row[j.reference] for j in judgements])
-    scores = evaluator.score_rows(params, reference, ids, candidates)
+    scores = evaluator.score_rows(params, reference, texts, candidates)
     first, second = np.split(scores, 2, axis=1)
     preferred = np.array([j.preferred for j in judgements])
     found = preference_metrics(first, second, preferred) | {"official": official}

@@ -16,13 +16,13 @@ from dqe_jax.config import AnyConfig, RunConfig, flatten
 from dqe_jax.data import datasets, splits
 from dqe_jax.data.digest import SHOWN
 from dqe_jax.data.splits import Split
-from dqe_jax.data.text import encode_texts
+from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import processes
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.embedding.sources import PlainImages, PlainTexts
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
-from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
+from dqe_jax.evaluation.preferences import measure_preferences, open_preferences, texts_of
 from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.dqe import DQE
@@ -59,19 +59,20 @@ def evaluate_checkpoint(
     trained = open_trained(config, directory, step)
     words, step = trained.tokenizer, trained.step
     opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
-    judged = None
+    features = Features(config, trained.model, trained.devices)
+    judged, judged_texts = None, None
     if hp_fashioniq is not None:
         judged = open_preferences(config, opened, hp_fashioniq)
-    features = Features(config, trained.model, trained.devices)
+        judged_texts = features.texts(texts_of(words, judged[0]))
     evaluator = make_evaluator(config, trained.model, words, opened, trained.devices, features)
     place = whole_path(output) if output else output_of(trained, opened)
     make_directory(place)
     params = trained.place_params()
     features.fill(params)
     result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
-    if judged is not None:
+    if judged is not None and judged_texts is not None:
         path = place / f"hp_fashioniq-{step}.json"
-        measure_preferences(evaluator, words, params, judged, path)
+        measure_preferences(evaluator, judged_texts, params, judged, path)
     return result
 
 
@@ -93,12 +94,12 @@ def make_evaluator(
       devices: to run on.
       features: fill them with the parameters before the evaluator runs; None stores nothing.
     """
-    texts = encode_texts(tokenizer, split)[:, None]
+    texts = encode_wordings(tokenizer, split, "forward")
     encode_query, encode_gallery = encoders(model)
     return RetrievalEvaluator(
         split=split,
         images=features.images(split.gallery) if features else PlainImages(split.gallery),
-        texts=features.texts(texts) if features else PlainTexts(texts),
+        texts=features.texts(texts) if features else PlainTexts(texts.ids),
         encode_query=encode_query,
         encode_gallery=encode_gallery,
         batch_size=config.eval.batch_size,

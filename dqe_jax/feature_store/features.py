@@ -21,38 +21,60 @@ import numpy as np
 from dqe_jax.config import RunConfig
 from dqe_jax.data.digest import digests_of_rows
 from dqe_jax.data.splits import Gallery
+from dqe_jax.data.text import Wordings
 from dqe_jax.embedding.sources import Images, PlainImages, PlainTexts, Texts
-from dqe_jax.feature_store.needs import Need
+from dqe_jax.feature_store.given import GivenStore, given_sizes
+from dqe_jax.feature_store.needs import Need, text_digests
 from dqe_jax.feature_store.sources import StoredImages, StoredTexts, Use
 from dqe_jax.feature_store.store import Store, dtype_of, states_of
 from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
+from dqe_jax.models.weights.initial import Pretrained
+from dqe_jax.models.weights.sizes import GivenSizes, Sizes
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import is_remote, whole_path
 
 KINDS = ("image", "text")
 
 
+def given_kinds(model: DQE) -> tuple[str, ...]:
+    """The kinds, of `KINDS`, whose features come from outside the model."""
+    return tuple(kind for kind in KINDS if model.backbone.given_states(kind))
+
+
 def stored_kinds(config: RunConfig, model: DQE) -> tuple[str, ...]:
-    """The kinds that are stored, of `KINDS`: their towers are frozen and have no dropout.
+    """The kinds that are stored, of `KINDS`.
+
+    Their features come from outside, or their towers are frozen and have no dropout.
 
     Raises:
       UserError: a store is asked for and there is nothing to store, or images are augmented in a
         way that no store can hold.
     """
-    place, backbone = config.features.place, model.backbone
+    place, backbone, given = config.features.place, model.backbone, given_kinds(model)
     if place == "off":
+        if given:
+            raise UserError(
+                f"config.features.place is 'off', and the backbone {config.model.backbone!r} has "
+                "no tower that could be computed in each step: take 'auto'."
+            )
         return ()
-    fixed = tuple(kind for kind in KINDS if set(backbone.TOWERS[kind]) <= set(config.model.frozen))
-    kinds = tuple(kind for kind in fixed if kind not in backbone.random_towers())
+    frozen = set(config.model.frozen)
+    fixed = tuple(k for k in KINDS if k in given or set(backbone.TOWERS[k]) <= frozen)
+    kinds = tuple(k for k in fixed if k in given or k not in backbone.random_towers())
     if not kinds and place != "auto":
         tower = ", ".join(backbone.TOWERS["image"])
         why = "its towers have dropout" if fixed else f"config.model.frozen does not name {tower}"
         raise UserError(
             f"config.features.place is {place!r}, but nothing can be stored: {why}; take 'auto' "
             "or 'off'."
+        )
+    if "image" in given and config.data.augment not in ("none", "flip"):
+        raise UserError(
+            f"config.data.augment is {config.data.augment!r}: features that come from outside "
+            "take 'none', or 'flip' if an encoder is named that computes them."
         )
     if "image" in kinds and config.data.augment not in ("none", "flip"):
         raise UserError(
@@ -80,6 +102,21 @@ def directory_of(config: RunConfig) -> Path:
     return Path(place)
 
 
+def sizes_of(config: RunConfig, pretrained: Pretrained | None) -> Sizes | None:
+    """The sizes of a config's model where the config does not say them itself.
+
+    Args:
+      config: of the run.
+      pretrained: weights of its pretrained backbone, or None.
+
+    Raises:
+      UserError: features that the config names are not found.
+    """
+    if config.model.backbone == "features":
+        return given_sizes(config, directory_of(config))
+    return None if pretrained is None else pretrained.sizes
+
+
 def states_spec(
     config: RunConfig, model: DQE, params: Params, kind: str, inputs: jax.ShapeDtypeStruct
 ) -> Tree:
@@ -96,9 +133,12 @@ def states_spec(
         return inputs
     inner = 3 if kind == "image" else 1
     axes, one = inputs.shape[:-inner], inputs.shape[-inner:]
-    single = jax.ShapeDtypeStruct((1, *one), inputs.dtype)
-    made = jax.eval_shape(states_of(model, kind, dtype_of(config)), params, single)
-    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*axes, *x.shape[1:]), x.dtype), made)
+    shapes = model.backbone.given_states(kind)
+    if not shapes:
+        single = jax.ShapeDtypeStruct((1, *one), inputs.dtype)
+        made = jax.eval_shape(states_of(model, kind, dtype_of(config)), params, single)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), made)
+    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype), dict(shapes))
     return StoredText(cast(Array, inputs), states) if kind == "text" else states
 
 
@@ -112,7 +152,14 @@ class Features:
         """Decides what is stored; raises as `stored_kinds` and `directory_of`."""
         kinds = stored_kinds(config, model)
         root = directory_of(config) if kinds else Path()
-        self._stores = {kind: Store(kind, config, model, devices, root) for kind in kinds}
+        given, self._stores = given_kinds(model), dict[str, Store | GivenStore]()
+        for kind in kinds:
+            if kind in given:
+                sizes = model.backbone.sizes  # type: ignore[attr-defined]
+                assert isinstance(sizes, GivenSizes)
+                self._stores[kind] = GivenStore(kind, config, sizes, devices, root)
+            else:
+                self._stores[kind] = Store(kind, config, model, devices, root)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -128,18 +175,20 @@ class Features:
         self._stores["image"].add(needs)
         return StoredImages(Use(self._stores["image"], needs), len(views) > 1)
 
-    def texts(self, ids: np.ndarray) -> Texts:
-        """Texts int32 `[n, V, L]`, each in `V` wordings."""
-        if "text" not in self._stores:
+    def texts(self, wordings: Wordings) -> Texts:
+        """Texts, each in some wordings."""
+        store, ids = self._stores.get("text"), wordings.ids
+        if store is None:
             return PlainTexts(ids)
 
-        def need(wording: np.ndarray) -> Need:
-            digests = functools.partial(digests_of_rows, wording)
-            return Need(digests, wording.__getitem__, [f"text {i}" for i in range(len(wording))])
+        def need(own: np.ndarray, texts: Sequence[str]) -> Need:
+            if isinstance(store, GivenStore):  # it reads texts, not ids
+                return Need(functools.partial(text_digests, texts), own.__getitem__, texts)
+            return Need(functools.partial(digests_of_rows, own), own.__getitem__, texts)
 
-        needs = [need(wording) for wording in ids.swapaxes(0, 1)]
-        self._stores["text"].add(needs)
-        return StoredTexts(Use(self._stores["text"], needs), ids)
+        needs = [need(own, texts) for own, texts in zip(ids.swapaxes(0, 1), wordings.texts)]
+        store.add(needs)
+        return StoredTexts(Use(store, needs), ids)
 
     def fill(self, params: Params) -> None:
         """Computes what the sources need and no store has, and puts it in its place.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +17,16 @@ from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.text import encode_wordings
+from dqe_jax.data.transforms import join_captions
 from dqe_jax.distributed import mesh, processes
-from dqe_jax.feature_store.features import Features, directory_of
+from dqe_jax.feature_store.features import Features, directory_of, sizes_of
+from dqe_jax.feature_store.imports import import_features
 from dqe_jax.feature_store.shards import RowSpec, open_shards
 from dqe_jax.feature_store.writing import FACTS
 from dqe_jax.models import setup
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import make_directory
+from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
 
@@ -30,7 +37,7 @@ class Stored:
     Attributes:
       name: of its directory.
       kind: "image" or "text".
-      backbone: whose tower it is of.
+      backbone: whose tower it is of, "imported", or the encoder.
       shape: of its arrays, for a person.
       dtype: of its rows.
       rows: how many.
@@ -66,7 +73,7 @@ def compute(config: AnyConfig, names: Sequence[str] = ()) -> None:
         tokenizer = text_tokens.train_word_tokenizer(train.queries.texts, config.data.max_length)
     else:
         tokenizer = setup.tokenizer_of(config.model, config.data, pretrained)
-    sizes = None if pretrained is None else pretrained.sizes
+    sizes = sizes_of(config, pretrained)
     model = setup.model_of(config.model, config.data, tokenizer, sizes)
     features = Features(config, model, devices)
     if not features.kinds:
@@ -83,14 +90,60 @@ def compute(config: AnyConfig, names: Sequence[str] = ()) -> None:
     features.compute(mesh.replicate(params, devices))
 
 
+def import_files(
+    config: AnyConfig,
+    name: str,
+    kind: str,
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    encoder: str = "",
+    dtype: str = "auto",
+) -> None:
+    """As `imports.import_features`, into the directory of a config's features."""
+    root = directory_of(RunConfig.of(config))
+    import_features(root, name, kind, paths, encoder=encoder, dtype=dtype)
+
+
+def write_inputs(config: AnyConfig, names: Sequence[str], output: str | os.PathLike[str]) -> None:
+    """Writes what has to be encoded: `images.csv`, ids, and `texts.csv`, the texts themselves.
+
+    Args:
+      config: of the run.
+      names: of splits; those that the run trains and is evaluated on by default.
+      output: directory, which is made.
+
+    Raises:
+      UserError: the config or its data cannot be used, or the directory cannot be written.
+    """
+    config = RunConfig.of(config)
+    wanted = [datasets.split_of(config.data.dataset, name) for name in names]
+    builder = datasets.open_dataset(config.data)
+    images: dict[str, None] = {}
+    texts: dict[str, None] = {}
+    for name in dict.fromkeys(wanted or ["train", "validation", config.eval.split]):
+        split = splits.open_split(config.data, builder, name)
+        images |= dict.fromkeys(split.gallery.ids)
+        texts |= dict.fromkeys(split.queries.texts)
+        if name == "train" and config.data.captions == "random":
+            texts |= dict.fromkeys(join_captions(c, "reverse") for c in split.queries.captions)
+    directory = whole_path(output)
+    make_directory(directory)
+    for name, column, rows in (("images", "id", images), ("texts", "text", texts)):
+        content = io.StringIO()
+        csv.writer(content, lineterminator="\n").writerows([row] for row in (column, *rows))
+        (directory / f"{name}.csv").write_text(content.getvalue())
+    logging.info("%s: %s images, %s texts.", directory, f"{len(images):,}", f"{len(texts):,}")
+
+
 def list_stores(root: Path) -> list[Stored]:
     """The stores in a directory, by name."""
     found = []
     for directory in sorted(root.iterdir()) if root.is_dir() else ():
         try:
             facts = json.loads((directory / FACTS).read_text())
-            shapes = {n: (tuple(a["shape"]), facts["dtype"]) for n, a in facts["arrays"].items()}
-            kind, backbone, dtype = facts["kind"], facts["backbone"], facts["dtype"]
+            shapes = {n: (tuple(a["shape"]), a["dtype"]) for n, a in facts["arrays"].items()}
+            kind, backbone = facts["kind"], facts["backbone"]
+            dtype = ", ".join(sorted({d for _, d in shapes.values()}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # nothing of ours
         specs = {n: RowSpec.of(shape, dtype) for n, (shape, dtype) in shapes.items()}
@@ -109,7 +162,7 @@ def show_stores(config: AnyConfig) -> None:
     if not stores:
         logging.info("There are no features in %s.", root)
         return
-    head = ("store", "of", "backbone", "a row", "dtype", "rows", "GB")
+    head = ("store", "of", "made by", "a row", "dtype", "rows", "GB")
     lines = [
         (s.name, s.kind, s.backbone, s.shape, s.dtype, f"{s.rows:,}", f"{s.nbytes / 1e9:.3f}")
         for s in stores

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dqe_jax.data.digest import CONTENT_BYTES
 from dqe_jax.feature_store import keys as row_names
 from dqe_jax.feature_store.shards import KEY_BYTES
 
@@ -19,7 +21,7 @@ class Need:
     Attributes:
       digests: gives uint8 `[n, 16]`, digests of their contents.
       read: gives the input of a row.
-      names: of the rows, for errors.
+      names: of the rows: ids of images, or texts.
       view: of the contents, see `keys.row_keys`.
       rows: int64 `[n]`, their numbers in the table; set when it is filled.
     """
@@ -34,6 +36,12 @@ class Need:
     def keys(self) -> np.ndarray:
         """uint8 `[n, KEY_BYTES]`."""
         return row_names.row_keys(self.digests(), self.view)
+
+
+def text_digests(texts: Sequence[str]) -> np.ndarray:
+    """Digests of texts, uint8 `[n, CONTENT_BYTES]`."""
+    digests = [hashlib.sha256(text.encode()).digest()[:CONTENT_BYTES] for text in texts]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(len(texts), CONTENT_BYTES)
 
 
 def distinct(needs: Sequence[Need]) -> tuple[np.ndarray, np.ndarray]:

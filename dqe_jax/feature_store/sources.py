@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from dqe_jax.distributed import mesh
+from dqe_jax.feature_store.given import GivenStore
 from dqe_jax.feature_store.needs import Need
 from dqe_jax.feature_store.store import Store
 from dqe_jax.method.arrays import Tree
@@ -19,7 +20,7 @@ from dqe_jax.models.features import StoredText
 class Use:
     """The needs of one source, and the store that serves them."""
 
-    store: Store
+    store: Store | GivenStore
     needs: Sequence[Need]
 
     def batches(self, rows: np.ndarray, size: int, shards: int) -> Iterator[Tree]:

@@ -110,7 +110,8 @@ class Store:
             raise UserError(f"{directory} changes while it is read: run the same command again.")
         nbytes = len(keys) * sum(spec.nbytes for spec in self.specs.values())
         place = tables.choose_place(self._config.features.place, nbytes, self._devices)
-        self._table = tables.make_table(place, shards, self.specs, at, self._devices)
+        part = tables.Part(shards, self.specs, at, {name: name for name in self.specs})
+        self._table = tables.make_table(place, [part], self._devices)
         number = {key.tobytes(): i for i, key in enumerate(keys)}
         for need in self._needs:
             need.rows = np.array([number[key.tobytes()] for key in need.keys], np.int64)

@@ -7,6 +7,7 @@ are copied into the batch as images would be.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -162,55 +163,75 @@ def _look_up(array: Array, rows: Array) -> Array:
     return found.reshape(len(rows), *array.shape[1:])
 
 
-def make_table(
-    place: str,
-    shards: Sequence[Shard],
-    specs: Mapping[str, RowSpec],
-    rows: np.ndarray,
-    devices: Sequence[jax.Device],
-) -> Table:
-    """The table of some rows of a store.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some of the arrays of a table: rows of a store.
 
-    Args:
-      place: of `PLACES`.
+    Attributes:
       shards: of the store.
       specs: of its arrays.
       rows: int64 `[n]`, as `shards.find_rows` counts them.
-      devices: of all processes.
+      names: of the arrays in the table, by their names in the store.
     """
 
-    def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
-        found = {
-            name: np.empty((len(numbers), *spec.shape), spec.dtype) for name, spec in specs.items()
-        }
-        for name, out in found.items():
-            read_rows(shards, name, specs[name], rows[numbers], out)
+    shards: Sequence[Shard]
+    specs: Mapping[str, RowSpec]
+    rows: np.ndarray
+    names: Mapping[str, str]
+
+    def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows int `[n]` of the table as arrays `[n, ...]` by their names there."""
+        found = {}
+        for name, spec in self.specs.items():
+            out = np.empty((len(numbers), *spec.shape), spec.dtype)
+            read_rows(self.shards, name, spec, self.rows[numbers], out)
+            found[self.names[name]] = out
         return found
 
+
+def make_table(place: str, parts: Sequence[Part], devices: Sequence[jax.Device]) -> Table:
+    """The table of some rows of one store or of several.
+
+    Args:
+      place: of `PLACES`.
+      parts: each with the same rows, at least one.
+      devices: of all processes.
+    """
+    count = len(parts[0].rows)
+
+    def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array for part in parts for name, array in part.read(numbers).items()}
+
     if place == "device":
-        return DeviceTable(read, specs, len(rows), devices)
+        specs = {part.names[name]: spec for part in parts for name, spec in part.specs.items()}
+        return DeviceTable(read, specs, count, devices)
     if place == "disk":
-        return HostTable(_Mapped(shards, specs, rows).read)
-    held = read(np.arange(len(rows)))
+        mapped = [_Mapped(part) for part in parts]
+        return HostTable(lambda rows: {n: a for m in mapped for n, a in m.read(rows).items()})
+    held = read(np.arange(count))
     return HostTable(lambda numbers: {name: array[numbers] for name, array in held.items()})
 
 
 class _Mapped:
     """Rows that stay on disk."""
 
-    def __init__(self, shards: Sequence[Shard], specs: Mapping[str, RowSpec], rows: np.ndarray):
-        starts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
-        self._shard = np.searchsorted(starts, rows, side="right") - 1
-        self._at = rows - starts[self._shard]
-        self._specs = specs
+    def __init__(self, part: Part):
+        starts = np.cumsum([0, *(len(shard.keys) for shard in part.shards)])
+        self._shard = np.searchsorted(starts, part.rows, side="right") - 1
+        self._at = part.rows - starts[self._shard]
+        self._names = part.names
         self._arrays = [
-            {name: shard.array(name, spec) for name, spec in specs.items()} for shard in shards
+            {name: shard.array(name, spec) for name, spec in part.specs.items()}
+            for shard in part.shards
         ]
 
     def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The rows int `[n]`."""
         places = [(self._arrays[self._shard[n]], self._at[n]) for n in numbers]
-        return {name: np.stack([held[name][at] for held, at in places]) for name in self._specs}
+        return {
+            self._names[name]: np.stack([held[name][at] for held, at in places])
+            for name in self._names
+        }
 
 
 def choose_place(asked: str, nbytes: int, devices: Sequence[jax.Device]) -> str:

@@ -43,7 +43,7 @@ def _make(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "lock").touch()
     except OSError as error:
-        raise _cannot_write(directory, error) from error
+        raise cannot_write(directory, error) from error
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def write_facts(directory: Path, facts: JsonObject, specs: Mapping[str, RowSpec]
         partial.write_text(json.dumps({**facts, "arrays": arrays}, indent=2) + "\n")
         partial.replace(directory / FACTS)
     except OSError as error:
-        raise _cannot_write(directory, error) from error
+        raise cannot_write(directory, error) from error
 
 
 def write(directory: Path, number: int, keys: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
@@ -78,11 +78,12 @@ def write(directory: Path, number: int, keys: np.ndarray, arrays: Mapping[str, n
         files.write_shard(directory, number, keys, arrays)
     except OSError as error:
         if is_of_disk(error):
-            raise _cannot_write(directory, error) from error
+            raise cannot_write(directory, error) from error
         raise
 
 
-def _cannot_write(directory: Path, error: OSError) -> UserError:
+def cannot_write(directory: Path, error: OSError) -> UserError:
+    """The error that says that a store cannot be written."""
     return UserError(
         f"features cannot be written to {directory} ({error.strerror or error}): what is there "
         "stays; free space or name a writable config.features.directory, and run the same command "

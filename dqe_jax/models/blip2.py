@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Bool, Float, Int, UInt8
@@ -285,6 +286,11 @@ class Blip2(nn.Module):
     def _queries(self, batch: int) -> Float[Array, "B M D"]:
         tokens = self.query_tokens.astype(self.compute.dtype)
         return jnp.broadcast_to(tokens, (batch, *tokens.shape))
+
+    def given_states(self, kind: str) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """None: towers make them."""
+        del kind
+        return {}
 
     def random_towers(self) -> frozenset[str]:
         """The text passes the Q-Former, which has dropout."""

@@ -15,14 +15,23 @@ from dqe_jax.models.clip import Clip, ClipSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import Compute
 from dqe_jax.models.features import Backbone
+from dqe_jax.models.given import Given, GivenSizes
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.tiny import Tiny
-from dqe_jax.models.weights.sizes import Sizes
+from dqe_jax.models.weights.sizes import PretrainedSizes, Sizes
 from dqe_jax.utils.errors import UserError
 
-BACKBONES: dict[str, type[Backbone]] = {"tiny": Tiny, "clip": Clip, "blip2": Blip2}
+BACKBONES: dict[str, type[Backbone]] = {
+    "tiny": Tiny,
+    "clip": Clip,
+    "blip2": Blip2,
+    "features": Given,
+}
 # Sizes of the pretrained backbones by name of the variant.
-VARIANTS: dict[str, Mapping[str, Sizes]] = {"clip": clip.VARIANTS, "blip2": blip2.VARIANTS}
+VARIANTS: dict[str, Mapping[str, PretrainedSizes]] = {
+    "clip": clip.VARIANTS,
+    "blip2": blip2.VARIANTS,
+}
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Parts of the model that do not belong to its backbone.
 PARTS = {"attributes": ("attributes/*",), "temperature": ("log_scale",)}
@@ -73,10 +82,21 @@ def build_backbone(
             dtype=DTYPES[config.dtype],
             **fields,
         )
+    if config.backbone == "features":
+        assert isinstance(sizes, GivenSizes), "what the features are is known before the model"
+        named = {name: fields[name] for name in fields if name not in ("images", "texts")}
+        return Given(
+            sizes=sizes,
+            vocab_size=vocab_size,
+            max_length=max_length,
+            dtype=DTYPES[config.dtype],
+            **named,
+        )
     variant = fields.pop("variant")
     if sizes is None:
         sizes = VARIANTS[config.backbone][variant]
     compute = compute_of(config)
+    assert not isinstance(sizes, GivenSizes), "those are of the backbone 'features'"
     if isinstance(sizes, ClipSizes):
         return Clip(sizes=sizes, image_size=image_size, compute=compute, **fields)
     return Blip2(sizes=sizes, image_size=image_size, compute=compute, **fields)
@@ -94,10 +114,11 @@ def build_model(
 
     Args:
       config: `config.model`.
-      vocab_size: size of the text vocabulary; pretrained backbones have their own.
+      vocab_size: size of the text vocabulary; clip and blip2 have their own.
       max_length: longest text, in tokens.
       image_size: pixels a side of the square images.
-      sizes: of a pretrained backbone; None for those of `config.<backbone>.variant`.
+      sizes: of a pretrained backbone, None for those of `config.<backbone>.variant`; or of
+        features.
     """
     backbone = build_backbone(
         config,

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Float, Int, UInt8
@@ -169,6 +170,11 @@ class Clip(nn.Module):
         ]
         self.composer_norm = nn.LayerNorm()
         self.residual = nn.Dense(d, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype)
+
+    def given_states(self, kind: str) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """None: towers make them."""
+        del kind
+        return {}
 
     def random_towers(self) -> frozenset[str]:
         """None: there is no dropout."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 import flax.struct
+import jax
 from jaxtyping import Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
@@ -51,8 +52,8 @@ class TextFeatures:
 
     Attributes:
       ids: int `[B, L]`.
-      mask: bool `[B, L]`, false for padding.
-      tokens: `[B, L, D]`.
+      mask: bool `[B, S]`, false for padding.
+      tokens: `[B, S, D]`; `S` is `L` where there is one for each id.
       pooled: `[B, D']`, one vector a text.
     """
 
@@ -60,6 +61,12 @@ class TextFeatures:
     mask: Array
     tokens: Array
     pooled: Array
+
+
+def given_spec(backbone: Backbone, kind: str, *axes: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shapes of the states of images or texts `[*axes]` that come from outside; none if none do."""
+    shapes = backbone.given_states(kind)
+    return {n: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype) for n, x in shapes.items()}
 
 
 @runtime_checkable
@@ -78,6 +85,12 @@ class Backbone(Protocol):
     @property
     def embed_dim(self) -> int:
         """`d`."""
+
+    def given_states(self, kind: str) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes of the states of one "image" or "text" that come from outside the model.
+
+        Empty where a tower of the model makes them.
+        """
 
     def random_towers(self) -> frozenset[str]:
         """Towers, of `TOWERS`, with dropout: in training their states are never the same."""

@@ -16,7 +16,7 @@ from dqe_jax.utils.fields import (
     tuple_of_names,
 )
 
-BACKBONES = ("tiny", "clip", "blip2")
+BACKBONES = ("tiny", "clip", "blip2", "features")
 # Named by the vision tower; "auto" takes the sizes of the weights.
 CLIP_VARIANTS = ("vit_b_32", "vit_b_16", "vit_l_14", "vit_l_14_336")
 BLIP2_VARIANTS = ("vit_g_14", "vit_l_14")
@@ -100,6 +100,41 @@ class Blip2Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenConfig:
+    """The backbone `features`: what frozen encoders of any kind make of images and texts."""
+
+    images: tuple[str, ...] = field(
+        (),
+        "Features of images: names of imported features, or encoders as package.module:function. "
+        "Several are used side by side.",
+        tuple_of_names(empty=True),
+        "model",
+    )
+    texts: tuple[str, ...] = field(
+        (),
+        "Features of texts, named as those of images; (): an encoder of words that trains from "
+        "scratch reads the texts alone.",
+        tuple_of_names(empty=True),
+        "model",
+    )
+    words: bool = field(
+        True,
+        "Whether the encoder of words reads the texts beside config.model.features.texts.",
+        flag(),
+        "model",
+    )
+    width: int = field(256, "Width of the tokens.", integer(1, MOST_WIDTH), "model")
+    heads: int = field(4, "Attention heads.", integer(1, MOST_HEADS), "model")
+    text_depth: int = field(1, "Blocks of the encoder of words.", integer(0, MOST_DEPTH), "model")
+    composer_depth: int = field(2, "Blocks of the composer.", integer(1, MOST_DEPTH), "model")
+    token_dim: int = field(
+        64, "Width of a token inside the embedding heads.", integer(1, MOST_WIDTH), "model"
+    )
+    embed_dim: int = field(256, "Width of the embeddings.", integer(1, MOST_WIDTH), "model")
+    dropout: float = field(0.1, "Dropout on the tokens of images and on words.", rate(), "model")
+
+
+@dataclasses.dataclass(frozen=True)
 class AttributesConfig:
     """Attribute weighting (method, section 1)."""
 
@@ -130,7 +165,8 @@ class ModelConfig:
 
     backbone: str = field(
         "tiny",
-        'Backbone: "tiny" (from scratch), or the pretrained "clip" or "blip2".',
+        'Backbone: "tiny" (from scratch), the pretrained "clip" or "blip2", or "features": what '
+        "encoders of any kind make of images and texts.",
         one_of(*BACKBONES),
         "model",
     )
@@ -193,4 +229,5 @@ class ModelConfig:
     tiny: TinyConfig = dataclasses.field(default_factory=TinyConfig)
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     blip2: Blip2Config = dataclasses.field(default_factory=Blip2Config)
+    features: GivenConfig = dataclasses.field(default_factory=GivenConfig)
     attributes: AttributesConfig = dataclasses.field(default_factory=AttributesConfig)

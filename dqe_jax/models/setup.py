@@ -16,8 +16,9 @@ from dqe_jax.data.settings import DataConfig
 from dqe_jax.distributed.mesh import REMEMBERED
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.models import freeze
-from dqe_jax.models.build import DTYPES, build_model, parts_of
+from dqe_jax.models.build import DTYPES, VARIANTS, build_model, parts_of
 from dqe_jax.models.dqe import DQE
+from dqe_jax.models.features import States, StoredText, given_spec
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
 from dqe_jax.models.weights.sizes import Sizes
@@ -32,7 +33,7 @@ LEAST_LENGTH = 3
 
 
 def open_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
-    """The pretrained weights of a config, found but not read; None for the tiny backbone.
+    """The weights of a config's pretrained backbone, found but not read; None for another one.
 
     Args:
       config: `config.model`.
@@ -41,7 +42,7 @@ def open_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
     Raises:
       UserError: they cannot be found, or do not fit the config.
     """
-    if config.backbone == "tiny":
+    if config.backbone not in VARIANTS:
         return None
     pretrained = open_pretrained(config)
     longest = pretrained.sizes.max_length
@@ -65,7 +66,7 @@ def open_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
 
 def describe_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
     """As `open_weights`; weights are looked for only if they decide the sizes of the model."""
-    if config.backbone != "tiny" and getattr(config, config.backbone).variant != "auto":
+    if config.backbone in VARIANTS and getattr(config, config.backbone).variant != "auto":
         config = dataclasses.replace(config, weights="")
     return open_weights(config, data)
 
@@ -186,14 +187,22 @@ def init_params(
 
 @functools.lru_cache(REMEMBERED)
 def _initializer(
-    model: DQE, image_size: int, max_length: int, given: frozenset[str]
+    model: DQE, image_size: int, max_length: int, known: frozenset[str]
 ) -> Callable[[jax.Array], dict[str, Array]]:
-    """Draws the parameters of a model by path; those that are given are not drawn at all."""
-    image = np.zeros((1, image_size, image_size, 3), np.uint8)
-    text = np.ones((1, 1, max_length), np.int32)
+    """Draws the parameters of a model by path; those that are known are not drawn at all."""
+    ids = np.ones((1, 1, max_length), np.int32)
+
+    def zeros(kind: str, *axes: int) -> States:
+        shapes = given_spec(model.backbone, kind, *axes)
+        return {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+
+    image = zeros("image", 1) or np.zeros((1, image_size, image_size, 3), np.uint8)
+    target = jax.tree.map(lambda x: x[:, None], image)
+    states = zeros("text", 1, 1)
+    text = StoredText(ids, states) if states else ids
 
     def draw(key: jax.Array) -> dict[str, Array]:
-        params = model.init(key, image, text, image[:, None], train=False)["params"]
-        return {path: x for path, x in flatten_dict(params, sep="/").items() if path not in given}
+        params = model.init(key, image, text, target, train=False)["params"]
+        return {path: x for path, x in flatten_dict(params, sep="/").items() if path not in known}
 
     return jax.jit(draw)

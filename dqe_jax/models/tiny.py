@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -115,6 +116,11 @@ class Tiny(nn.Module):
 
     def _blocks(self, depth: int) -> list[Block]:
         return [Block(self.heads, dtype=self.dtype) for _ in range(depth)]
+
+    def given_states(self, kind: str) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """None: towers make them."""
+        del kind
+        return {}
 
     def random_towers(self) -> frozenset[str]:
         """Both or none."""

@@ -6,13 +6,17 @@ addition counts as two.
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import numpy as np
 
 from dqe_jax.config import AnyConfig, RunConfig
+from dqe_jax.feature_store.features import KINDS, sizes_of
 from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.models import setup, summary
 from dqe_jax.models.build import build_model
+from dqe_jax.models.features import States, StoredText, given_spec
 
 # The tiny backbone's vocabulary is made of the training texts.
 TINY_VOCABULARY = 100
@@ -38,13 +42,16 @@ def describe_model(config: AnyConfig) -> str:
         vocab_size=TINY_VOCABULARY,
         max_length=data.max_length,
         image_size=data.image_size,
-        sizes=None if pretrained is None else pretrained.sizes,
+        sizes=sizes_of(config, pretrained),
     )
     shapes = setup.param_shapes(model, config.model, data)
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), np.uint8)
-    text = jax.ShapeDtypeStruct((1, data.max_length), np.int32)
+    pixels = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), np.uint8)
+    ids = jax.ShapeDtypeStruct((1, data.max_length), np.int32)
+    given = {kind: given_spec(model.backbone, kind, 1) for kind in KINDS}
+    image = given["image"] or pixels
+    text = StoredText(cast(Array, ids), cast(States, given["text"])) if given["text"] else ids
 
-    def gflop(method: str, *inputs: jax.ShapeDtypeStruct) -> float:
+    def gflop(method: str, *inputs: Tree) -> float:
         def call(params: Params, *args: Array) -> Tree:
             return model.apply({"params": params}, *args, method=method)
 

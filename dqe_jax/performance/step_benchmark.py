@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.distributed import mesh
-from dqe_jax.feature_store.features import states_spec, stored_kinds
+from dqe_jax.feature_store.features import sizes_of, states_spec, stored_kinds
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models import setup
@@ -179,7 +179,7 @@ def _model_of(config: RunConfig) -> DQE:
         vocab_size=VOCABULARY,
         max_length=config.data.max_length,
         image_size=config.data.image_size,
-        sizes=None if pretrained is None else pretrained.sizes,
+        sizes=sizes_of(config, pretrained),
     )
 
 

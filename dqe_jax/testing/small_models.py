@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int, UInt8
 
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.config import RunConfig
+from dqe_jax.method.arrays import Array
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.build import build_model
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import VisionSizes
+from dqe_jax.models.features import States
+from dqe_jax.models.given import Given, GivenArray, GivenSizes, GivenSource
 from dqe_jax.models.weights.sizes import Sizes
 
 # Words of the vocabulary, of which the last ends a text; tokens of a text; pixels a side.
@@ -96,7 +104,59 @@ BACKBONES = {
             embed_dim=EMBED_DIM,
         ),
     ),
+    "features": Small(
+        tokens=1,
+        fields={
+            "width": 16,
+            "heads": 2,
+            "text_depth": 1,
+            "composer_depth": 1,
+            "token_dim": 4,
+            "embed_dim": EMBED_DIM,
+        },
+        sizes=GivenSizes(
+            images=(
+                GivenSource("one", "", (GivenArray("tokens", (3, 10), "float32"),)),
+                GivenSource(
+                    "two",
+                    "lab.encoders:images 1",
+                    (
+                        GivenArray("early", (2, 6), "float16"),
+                        GivenArray("vector", (12,), "float32"),
+                    ),
+                ),
+            ),
+            texts=(GivenSource("three", "", (GivenArray("features", (9,), "float32"),)),),
+        ),
+    ),
 }
+
+
+class GivenFromPixels(Given):
+    """The backbone `features` with encoders in it: fixed sums of pixels and of words.
+
+    It takes images and texts as the other backbones do.
+    """
+
+    def given_states(self, kind: str) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """None."""
+        return {}
+
+    def image_states(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> States:
+        """What the model takes of images."""
+        cells = image.reshape(len(image), 4, SIZE // 4, 4, SIZE // 4, 3).mean((2, 4)) / 255
+        return self._states("image", jnp.asarray(cells.reshape(len(image), -1)))
+
+    def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
+        """What the model takes of texts."""
+        return self._states("text", (jax.nn.one_hot(ids, VOCAB) * (ids > 0)[..., None]).sum(1))
+
+    def _states(self, kind: str, x: Array) -> States:
+        found = {}
+        for i, (name, spec) in enumerate(super().given_states(kind).items()):
+            table = jax.random.normal(jax.random.key(i), (x.shape[-1], *spec.shape))
+            found[name] = jnp.tensordot(x, table, 1).astype(spec.dtype)
+        return found
 
 
 def small_model_config(backbone: str = "tiny", **changes: object) -> RunConfig:
@@ -118,10 +178,15 @@ def small_model_config(backbone: str = "tiny", **changes: object) -> RunConfig:
 
 def build_small_model(config: RunConfig) -> DQE:
     """The model of a config of `small_model_config`."""
-    return build_model(
+    model = build_model(
         config.model,
         vocab_size=VOCAB,
         max_length=LENGTH,
         image_size=config.data.image_size,
         sizes=BACKBONES[config.model.backbone].sizes,
     )
+    if not isinstance(model.backbone, Given):
+        return model
+    own = {f.name: getattr(model.backbone, f.name) for f in dataclasses.fields(model.backbone)}
+    fields = {name: own[name] for name in own if name not in ("parent", "name")}
+    return model.clone(backbone=GivenFromPixels(**fields))

@@ -16,6 +16,7 @@ from absl import logging
 
 from dqe_jax.config import RunConfig
 from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
+from dqe_jax.data.text import Wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, encoders, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
@@ -219,7 +220,7 @@ def make_bank_keeper(
     config: RunConfig,
     model: DQE,
     split: Split,
-    text: np.ndarray,
+    text: Wordings,
     devices: list[jax.Device],
     features: Features,
 ) -> BankKeeper:
@@ -229,7 +230,7 @@ def make_bank_keeper(
       config: of the run.
       model: of the config.
       split: the training split.
-      text: int32 `[n, V, L]`, its queries' texts; the first wording counts.
+      text: its queries' texts; the first wording counts.
       devices: to run on.
       features: filled before the bank is.
     """
@@ -240,7 +241,7 @@ def make_bank_keeper(
     return BankKeeper(
         split=split,
         images=features.images(split.gallery),
-        texts=features.texts(text[:, :1]),
+        texts=features.texts(text.first()),
         known_positives=never,
         encode_query=encode_query,
         encode_gallery=encode_gallery,

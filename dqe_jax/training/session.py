@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -18,16 +17,17 @@ from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.pipeline import Batches
 from dqe_jax.data.splits import Split
-from dqe_jax.data.text import encode_wordings
+from dqe_jax.data.text import Wordings, encode_wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import make_evaluator
-from dqe_jax.feature_store.features import Features
+from dqe_jax.feature_store.features import Features, sizes_of
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.models import freeze, setup
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
+from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.training import state as states
 from dqe_jax.training.bank import BankKeeper, make_bank_keeper
 from dqe_jax.training.state import Optimizer, TrainState
@@ -45,7 +45,8 @@ class Session:
       workdir: of the run.
       data_dir: of the prepared data.
       devices: of all processes.
-      pretrained: weights that the run starts from; None for the tiny backbone.
+      pretrained: weights that the run starts from, or None.
+      sizes: of the model, where the config does not say them.
       tokenizer: of the texts.
       model: of the config.
       params: shapes of the parameters.
@@ -65,6 +66,7 @@ class Session:
     data_dir: epath.Path
     devices: list[jax.Device]
     pretrained: Pretrained | None
+    sizes: Sizes | None
     tokenizer: Tokenizer
     model: DQE
     params: Params
@@ -108,7 +110,7 @@ def open_session(
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, config.data.max_length)
     text = encode_wordings(tokenizer, split, config.data.captions)
     held_out = splits.open_split(config.data, builder, "validation")
-    sizes = None if pretrained is None else pretrained.sizes
+    sizes = sizes_of(config, pretrained)
     model = setup.model_of(config.model, config.data, tokenizer, sizes)
     params = setup.param_shapes(model, config.model, config.data)
     features = Features(config, model, devices)
@@ -128,6 +130,7 @@ def open_session(
         data_dir=epath.Path(builder.data_dir),
         devices=devices,
         pretrained=pretrained,
+        sizes=sizes,
         tokenizer=tokenizer,
         model=model,
         params=params,
@@ -143,7 +146,7 @@ def open_session(
     )
 
 
-def _open_batches(config: RunConfig, split: Split, text: np.ndarray, features: Features) -> Batches:
+def _open_batches(config: RunConfig, split: Split, text: Wordings, features: Features) -> Batches:
     """The iterator over this process's part of the training batches."""
     words = lexicon.load_lexicon(config.data.lexicon)
     names = config.model.attributes.names
@@ -272,7 +275,7 @@ def save(
     meta = {
         "config": session.config.to_dict(),
         "tokenizer": session.tokenizer.to_str(),
-        "sizes": session.pretrained and size_files.to_json(session.pretrained.sizes),
+        "sizes": session.sizes and size_files.to_json(session.sizes),
         "data_state": session.batches.get_state(),
         "bank_step": bank_step,
         "train_seconds": seconds,

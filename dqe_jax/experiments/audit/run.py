@@ -17,7 +17,7 @@ from dqe_jax.checkpoints.trained import Trained, open_trained
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
 from dqe_jax.data.splits import Split
-from dqe_jax.data.text import encode_texts
+from dqe_jax.data.text import encode_wordings
 from dqe_jax.evaluation.run import output_of
 from dqe_jax.experiments.audit import candidates, draws, figure, statistics
 from dqe_jax.feature_store.features import Features
@@ -98,11 +98,9 @@ def _measure(
     # Filling the bank mines nothing yet.
     banked = {"negatives.pool": "bank", "negatives.mining": "step"}
     config = trained.config.with_changes(banked)
-    text = encode_texts(trained.tokenizer, split)
+    text = encode_wordings(trained.tokenizer, split, "forward")
     features = Features(config, trained.model, trained.devices)
-    keeper = make_bank_keeper(
-        config, trained.model, split, text[:, None], trained.devices, features
-    )
+    keeper = make_bank_keeper(config, trained.model, split, text, trained.devices, features)
     params = trained.place_params()
     features.fill(params)
     return draws.audit(

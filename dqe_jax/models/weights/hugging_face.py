@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.clip import ClipSizes
+from dqe_jax.models.given import GivenSizes
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.rules import layouts_of
 from dqe_jax.models.weights.stacking import unstack_layers
@@ -21,7 +22,7 @@ from dqe_jax.utils.files import JsonObject
 METADATA = {"format": "pt"}
 
 
-def config_of(sizes: size_files.Sizes) -> JsonObject | None:
+def config_of(sizes: size_files.PretrainedSizes) -> JsonObject | None:
     """A `config.json` of these sizes; None if no Hugging Face model has this shape."""
     vision = {
         "image_size": sizes.vision.image_size,
@@ -90,6 +91,7 @@ def write(directory: pathlib.Path, params: Params, meta: JsonObject) -> tuple[in
       OSError: the directory cannot be written to.
     """
     sizes = size_files.from_json(meta["config"]["model"]["backbone"], meta["sizes"])
+    assert not isinstance(sizes, GivenSizes), "features have no encoder to export"
     flat = flatten_dict(unstack_layers(params), sep="/")
     prefix = "backbone/"
     own = {path[len(prefix) :]: x for path, x in flat.items() if path.startswith(prefix)}

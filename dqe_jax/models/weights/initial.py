@@ -8,6 +8,7 @@ the tokenizer.
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ class Pretrained:
     """
 
     backbone: str
-    sizes: size_files.Sizes
+    sizes: size_files.PretrainedSizes
     origin: str = ""
     tokenizer: str | None = None
     source: Source | None = None
@@ -103,7 +104,7 @@ def open_pretrained(config: ModelConfig) -> Pretrained:
     return Pretrained(backbone, sizes, origin, source=source)
 
 
-def _read_facts(file: epath.Path) -> tuple[str, size_files.Sizes, str | None]:
+def _read_facts(file: epath.Path) -> tuple[str, size_files.PretrainedSizes, str | None]:
     """Backbone, sizes and tokenizer of converted weights.
 
     Raises:
@@ -117,6 +118,7 @@ def _read_facts(file: epath.Path) -> tuple[str, size_files.Sizes, str | None]:
             raise ValueError(f"backbone is {backbone!r:.40}")
         if not isinstance(tokenizer, str | None):
             raise ValueError("tokenizer is no text")
-        return backbone, size_files.from_json(backbone, content["sizes"]), tokenizer
+        sizes = size_files.from_json(backbone, content["sizes"])
+        return backbone, cast(size_files.PretrainedSizes, sizes), tokenizer
     except (ValueError, KeyError) as error:
         raise UserError(f"{file} cannot be read ({reason_of(error)}); {advice}.") from error

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import VisionSizes
-from dqe_jax.models.weights.sizes import Sizes
+from dqe_jax.models.weights.sizes import PretrainedSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,7 @@ def blip2_lavis_layout(sizes: Blip2Sizes) -> Layout:
     return Layout("LAVIS", tuple(rules), ("*.position_ids", "Qformer.cls.*", "temp"))
 
 
-def layouts_of(sizes: Sizes) -> tuple[Layout, ...]:
+def layouts_of(sizes: PretrainedSizes) -> tuple[Layout, ...]:
     """The layouts of a backbone of these sizes; the first is the one that is written."""
     if isinstance(sizes, ClipSizes):
         return (clip_layout(sizes),)

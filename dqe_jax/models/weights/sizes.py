@@ -1,4 +1,4 @@
-"""Sizes of a pretrained backbone: from a Hugging Face config, and as JSON.
+"""Sizes of a backbone: from a Hugging Face config, and as JSON.
 
 Files are not trusted: a size that no model has would only exhaust memory.
 """
@@ -12,18 +12,23 @@ from typing import Any, TypeVar
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import ACTIVATIONS, VisionSizes
+from dqe_jax.models.given import GivenArray, GivenSizes, GivenSource
 from dqe_jax.models.settings import MOST_DEPTH, MOST_HEADS, MOST_PIXELS, MOST_WIDTH
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.fields import Check, flag, integer, number, one_of
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.quiet import import_transformers
 
-Sizes = ClipSizes | Blip2Sizes
+# Of a pretrained backbone, and of any that has sizes beside those of its config.
+PretrainedSizes = ClipSizes | Blip2Sizes
+Sizes = PretrainedSizes | GivenSizes
 
 SIZES: dict[str, type[ClipSizes] | type[Blip2Sizes]] = {"clip": ClipSizes, "blip2": Blip2Sizes}
 MODEL_TYPES = {"clip": "clip", "blip-2": "blip2"}
 _Value = TypeVar("_Value")
 MOST_LENGTH, MOST_WORDS = 10_000, 10_000_000
+# Dtypes in which features from outside are stored.
+GIVEN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def to_json(sizes: Sizes) -> JsonObject:
@@ -37,6 +42,8 @@ def from_json(backbone: str, content: Any) -> Sizes:
     Raises:
       ValueError: it did not write them, or one is far too large; the text names it.
     """
+    if backbone == "features":
+        return _given_from_json(content)
     try:
         fields = dict(content)
         vision = VisionSizes(**fields["vision"])
@@ -49,7 +56,32 @@ def from_json(backbone: str, content: Any) -> Sizes:
     return sizes
 
 
-def _check_all(place: str, sizes: Sizes | VisionSizes, but: Sequence[str]) -> None:
+def _given_from_json(content: Any) -> GivenSizes:
+    """Sizes of features; raises as `from_json`."""
+    try:
+        return GivenSizes(
+            *(
+                tuple(
+                    GivenSource(str(s["name"]), str(s["origin"]), tuple(map(_array, s["arrays"])))
+                    for s in content[kind]
+                )
+                for kind in ("images", "texts")
+            )
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"sizes are not those of features: {reason_of(error)}") from error
+
+
+def _array(content: Any) -> GivenArray:
+    shape = tuple(content["shape"])
+    for size in shape:
+        _checked("sizes of features", "width", size)
+    if not 1 <= len(shape) <= 2 or content["dtype"] not in GIVEN_DTYPES:
+        raise ValueError(f"features have shape {shape} and dtype {content['dtype']!r:.40}")
+    return GivenArray(str(content["name"]), shape, content["dtype"])
+
+
+def _check_all(place: str, sizes: PretrainedSizes | VisionSizes, but: Sequence[str]) -> None:
     """Raises a `ValueError` for the first size that is not allowed; leaves those of `but` out."""
     for own in dataclasses.fields(sizes):
         if own.name not in but:
@@ -90,7 +122,7 @@ def _check_of(name: str) -> Check:
     return integer(0 if name == "end_id" else 1, most[name])
 
 
-def _check_heads(sizes: Sizes) -> None:
+def _check_heads(sizes: PretrainedSizes) -> None:
     """Raises a `ValueError` for a tower whose channels do not divide into its attention heads."""
     vision = sizes.vision
     text = (
@@ -118,7 +150,7 @@ def backbone_of(config: JsonObject, origin: str) -> str:
     return MODEL_TYPES[kind]
 
 
-def from_hugging_face(backbone: str, config: JsonObject, origin: str) -> Sizes:
+def from_hugging_face(backbone: str, config: JsonObject, origin: str) -> PretrainedSizes:
     """Sizes of a `config.json` of `CLIPModel` or `Blip2ForImageTextRetrieval`.
 
     Raises:
@@ -233,4 +265,7 @@ def _blip2(content: JsonObject, origin: str) -> Blip2Sizes:
     )
 
 
-_READERS: Mapping[str, Callable[[JsonObject, str], Sizes]] = {"clip": _clip, "blip2": _blip2}
+_READERS: Mapping[str, Callable[[JsonObject, str], PretrainedSizes]] = {
+    "clip": _clip,
+    "blip2": _blip2,
+}

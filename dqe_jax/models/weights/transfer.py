@@ -11,14 +11,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.weights.rules import Layout, Rule, layouts_of
-from dqe_jax.models.weights.sizes import Sizes
+from dqe_jax.models.weights.sizes import PretrainedSizes
 from dqe_jax.models.weights.source import Source
 from dqe_jax.utils.errors import UserError
 
 SHOWN = 8  # names listed in an error
 
 
-def layout_of(source: Source, backbone: str, sizes: Sizes) -> Layout:
+def layout_of(source: Source, backbone: str, sizes: PretrainedSizes) -> Layout:
     """The layout that a source is in; reads no tensor.
 
     Args:
@@ -49,7 +49,7 @@ def layout_of(source: Source, backbone: str, sizes: Sizes) -> Layout:
     return layout
 
 
-def read_backbone(source: Source, backbone: str, sizes: Sizes) -> Params:
+def read_backbone(source: Source, backbone: str, sizes: PretrainedSizes) -> Params:
     """The backbone's parameters of a source: float32, layers not scanned.
 
     Args:
@@ -122,7 +122,7 @@ def to_tensors(rule: Rule, x: np.ndarray, patch_size: int) -> dict[str, np.ndarr
     }
 
 
-def write_backbone(params: Params, sizes: Sizes) -> dict[str, np.ndarray]:
+def write_backbone(params: Params, sizes: PretrainedSizes) -> dict[str, np.ndarray]:
     """Tensors in the Hugging Face layout, of a backbone's parameters that are not scanned.
 
     Parameters that the layout does not have (the composer of `clip`) are left out.

@@ -15,7 +15,7 @@ from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.feature_store import tables
-from dqe_jax.feature_store.features import states_spec, stored_kinds
+from dqe_jax.feature_store.features import sizes_of, states_spec, stored_kinds
 from dqe_jax.method.arrays import Array, Tree
 from dqe_jax.method.batch import Batch, MinedNegatives
 from dqe_jax.method.mining import Bank, MiningRule
@@ -137,7 +137,7 @@ class _Maker:
             vocab_size=vocabulary,
             max_length=config.data.max_length,
             image_size=config.data.image_size,
-            sizes=None if pretrained is None else pretrained.sizes,
+            sizes=sizes_of(config, pretrained),
         )
         self.encode_gallery = encoders(self.model)[1]
         params = setup.param_shapes(self.model, config.model, config.data)
