@@ -356,7 +356,7 @@ def differences(
       roles: of the fields to compare.
     """
     a = flatten(config.to_dict())
-    b = {name: one.default for name, one in fields().items() if name.startswith(YOUNGER)}
+    b = flatten({n: one.default for n, one in fields().items() if n.startswith(YOUNGER)})
     b |= {name: -math.inf if x == "-inf" else x for name, x in flatten(held).items()}
     return [
         f"{name}: {a.get(name)!r} (not {b.get(name)!r})"

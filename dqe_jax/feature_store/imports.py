@@ -128,7 +128,8 @@ def _pieces(
     for one in read:
         for start in range(0, len(one.ids), rows):
             here = slice(start, start + rows)
-            arrays = {n: one.arrays[n][here].astype(spec.dtype) for n, spec in specs.items()}
+            with np.errstate(over="ignore"):  # it is named below
+                arrays = {n: one.arrays[n][here].astype(spec.dtype) for n, spec in specs.items()}
             for name, array in arrays.items():
                 _check_finite(one.path, one.ids[here], name, array)
             yield one.ids[here], arrays

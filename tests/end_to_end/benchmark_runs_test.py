@@ -245,9 +245,10 @@ def test_captions_in_both_orders(base):
     assert split.queries.texts[3] == "is more 3 and is red"
     words = train_word_tokenizer(split.queries.texts, 12)
     both = encode_wordings(words, split, "random")
-    assert both.shape == (36, 2, 12)
+    assert both.ids.shape == (36, 2, 12)
+    assert [own[3] for own in both.texts] == ["is more 3 and is red", "is red and is more 3"]
     backwards = dataclasses.replace(data, captions="reverse")
     other = splits.open_split(backwards, builder, "train")
     assert other.queries.texts[3] == "is red and is more 3"
-    np.testing.assert_array_equal(encode_texts(words, other), both[:, 1])
-    assert encode_wordings(words, split, "forward").shape == (36, 1, 12)
+    np.testing.assert_array_equal(encode_texts(words, other), both.ids[:, 1])
+    assert encode_wordings(words, split, "forward").ids.shape == (36, 1, 12)

@@ -34,6 +34,10 @@ def stored(tmp_path_factory):
     return held, {name: x[order] for name, x in arrays.items()}, order
 
 
+def part_of(held, order):
+    return tables.Part(held, SPECS, order, {name: name for name in SPECS})
+
+
 def assert_equal(found, expected):
     for name in SPECS:
         got = np.asarray(found[name])
@@ -45,7 +49,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_rows_are_those_that_were_stored(stored, place, num_devices):
     held, arrays, order = stored
-    table = tables.make_table(place, held, SPECS, order, jax.devices()[:num_devices])
+    table = tables.make_table(place, [part_of(held, order)], jax.devices()[:num_devices])
     rows = np.random.default_rng(1).integers(0, COUNT, (num_devices, 6))
     assert_equal(table.rows(rows), {name: x[rows] for name, x in arrays.items()})
     # As in a batch: each row is drawn alone, and those of references and targets stand apart.
@@ -64,7 +68,7 @@ def test_rows_on_devices_are_exchanged_in_parts(stored, monkeypatch):
     held, arrays, order = stored
     monkeypatch.setattr(tables, "EXCHANGE", 1)
     tables._look_up_program.cache_clear()
-    table = tables.make_table("device", held, SPECS, order, jax.devices()[:2])
+    table = tables.make_table("device", [part_of(held, order)], jax.devices()[:2])
     rows = np.arange(2 * 9).reshape(2, 9)
     assert_equal(table.rows(rows), {name: x[rows] for name, x in arrays.items()})
     tables._look_up_program.cache_clear()

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, splits
-from dqe_jax.data.text import encode_texts
+from dqe_jax.data.text import encode_wordings
 from dqe_jax.data.tokenizer import train_word_tokenizer
 from dqe_jax.feature_store.features import Features
 from dqe_jax.method.batch import Batch
@@ -128,7 +128,7 @@ def keeper_of(config, model, split, text):
     """A keeper on 8 devices."""
     devices = jax.devices()[:8]
     features = Features(config, model, devices)
-    return make_bank_keeper(config, model, split, text[:, None], devices, features)
+    return make_bank_keeper(config, model, split, text, devices, features)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def keeper(base):
     split = splits.open_split(config.data, datasets.open_dataset(config.data), "train")
     words = train_word_tokenizer(split.queries.texts, config.data.max_length)
     model = setup.model_of(config.model, config.data, words)
-    text = encode_texts(words, split)
+    text = encode_wordings(words, split, "forward")
     params = setup.init_params(model, config.model, config.data)
     keeper = keeper_of(config, model, split, text)
     keeper.refresh(params, 0)
@@ -225,7 +225,7 @@ def test_queries_are_embedded_as_the_model_does(keeper):
     found = keeper.embed_queries(params, np.array([5, 0, 9]))
     for i, query in enumerate((5, 0, 9)):
         image = split.gallery[split.queries.reference[query]][None]
-        out = model.apply({"params": params}, image, text[query][None], method="encode_query")
+        out = model.apply({"params": params}, image, text.ids[query], method="encode_query")
         np.testing.assert_allclose(found[i], out.embedding[0], atol=1e-5)
 
 
