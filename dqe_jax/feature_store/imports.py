@@ -290,7 +290,9 @@ def _specs(read: Sequence[Features], dtype: str) -> dict[str, RowSpec]:
         own = "float32" if array.dtype == np.float64 else str(array.dtype)
         return own if dtype == "auto" else dtype
 
-    return {n: RowSpec.of(array.shape[1:], stored(array)) for n, array in first.arrays.items()}
+    # In one order, whatever that of the file: the model's parameters follow it.
+    named = sorted(first.arrays.items())
+    return {name: RowSpec.of(array.shape[1:], stored(array)) for name, array in named}
 
 
 def _check_ids(read: Sequence[Features]) -> None:
