@@ -38,7 +38,9 @@ def images_of(pixels):
     with torch.inference_mode():
         tokens = made.forward_features(x)
         vector = made.forward_head(tokens)
-    return {"tokens": tokens.numpy(), "vector": vector.numpy()}
+    # safetensors writes the memory as it lies.
+    made = {"tokens": tokens.numpy(), "vector": vector.numpy()}
+    return {name: np.ascontiguousarray(array) for name, array in made.items()}
 
 
 def texts_of(texts, directory):
