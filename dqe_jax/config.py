@@ -45,7 +45,7 @@ AnyConfig: TypeAlias = "RunConfig | ConfigDict | Mapping[str, Any]"
 
 MOST_STEPS = 1_000_000_000
 # Newer sections, which copied configs may lack. Their fields then have the defaults.
-YOUNGER = ("features.", "model.features.")
+YOUNGER = ("features.", "model.features.", "model.attributes.form", "model.attributes.parts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +325,16 @@ def _check_sizes(config: RunConfig) -> None:
         rows = [(*own, model.features.heads, "model.features.heads")]
     else:
         rows = []
+    if attributes.enabled and attributes.form == "gate":
+        if attributes.parts < len(attributes.names):
+            raise UserError(
+                f"config.model.attributes.parts is {attributes.parts}: it must be at least the "
+                f"number of config.model.attributes.names, {len(attributes.names)}."
+            )
+        parts = (attributes.parts, "model.attributes.parts")
+        if model.backbone in ("tiny", "features"):
+            own = getattr(model, model.backbone).embed_dim
+            rows.append((own, f"model.{model.backbone}.embed_dim", *parts))
     for value, name, divisor, by in rows + shared:
         if value % divisor:
             raise UserError(

@@ -1,8 +1,13 @@
-"""Learnable attribute weights (method, section 1): which features of an image a query stresses.
+"""Learnable attribute weights (method, sections 1 and 9): what a query stresses, or takes over.
 
-`K` attribute queries attend over the tokens of an image, conditioned on the modification text, and
-give the attribute features `a_k`; the weights `w` are a function of the text alone. Which attribute
-is which is taught by the intent term of the loss through a lexicon.
+The weights `w` are a function of the modification text alone. Which attribute is which is taught by
+the intent term of the loss through a lexicon. There are two forms.
+
+`AttributeWeights` adds to the query: `K` attribute queries attend over the tokens of an image,
+conditioned on the text, and give the attribute features `a_k`, which `w` weighs.
+
+`AttributeGates` chooses: the embedding is cut into parts, the first of which are the attributes,
+and `w_k` says how much of a part is taken from the text instead of the reference.
 """
 
 from __future__ import annotations
@@ -82,3 +87,50 @@ class AttributeWeights(nn.Module):
     ) -> Float[Array, "B d"]:
         """`sum_k w_k O(a_k)`, what is added to `h`."""
         return self.contribution(jnp.einsum("bk,bkd->bd", weights, features))
+
+
+class AttributeGates(nn.Module):
+    """Weights that choose, part by part, between the reference and the text (method, section 9).
+
+    With `r` the reference's own embedding and `u` what the text asks for, `w_k (u_k - r_k)` is
+    added to part k of the composed embedding: `w_k = 0` keeps the reference's attribute, `w_k = 1`
+    replaces it by the text's.
+
+    Attributes:
+      names: the K attributes, which are the first parts.
+      parts: all of them; the others are free. They divide `d`.
+      embed_dim: `d`.
+      width: of the hidden layer that reads the text.
+      dtype: compute dtype of the matrix products.
+    """
+
+    names: Sequence[str]
+    parts: int
+    embed_dim: int
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the parameters."""
+        self.gate = nn.Dense(self.parts, dtype=self.dtype)
+        self.asked_hidden = nn.Dense(self.width, dtype=self.dtype)
+        self.asked_out = nn.Dense(self.embed_dim, dtype=self.dtype)
+
+    def weights(self, text: Float[Array, "B D"]) -> Float[Array, "B parts"]:
+        """`w = sigmoid(Linear(text))`, of the pooled text, float32."""
+        return jax.nn.sigmoid(self.gate(text).astype(jnp.float32))
+
+    def contribute(
+        self,
+        weights: Float[Array, "B parts"],
+        reference: Float[Array, "B d"],
+        text: Float[Array, "B D"],
+    ) -> Float[Array, "B d"]:
+        """`w_k (u_k - r_k)` of all parts, what is added to `h`, float32."""
+        asked = self.asked_out(nn.relu(self.asked_hidden(text))).astype(jnp.float32)
+        return jnp.repeat(weights, self.embed_dim // self.parts, axis=-1) * (asked - reference)
+
+    def named_parts(self, embedding: Float[Array, "B d"]) -> Float[Array, "B K part"]:
+        """The parts of an embedding that are attributes."""
+        cut = embedding.reshape(len(embedding), self.parts, -1)
+        return cut[:, : len(self.names)]

@@ -34,7 +34,7 @@ VARIANTS: dict[str, Mapping[str, PretrainedSizes]] = {
 }
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Parts of the model that do not belong to its backbone.
-PARTS = {"attributes": ("attributes/*",), "temperature": ("log_scale",)}
+PARTS = {"attributes": ("attributes/*", "gates/*"), "temperature": ("log_scale",)}
 
 
 def parts_of(backbone: str) -> dict[str, tuple[str, ...]]:
@@ -119,6 +119,9 @@ def build_model(
       image_size: pixels a side of the square images.
       sizes: of a pretrained backbone, None for those of `config.<backbone>.variant`; or of
         features.
+
+    Raises:
+      UserError: the parts of the embedding do not divide it.
     """
     backbone = build_backbone(
         config,
@@ -128,9 +131,16 @@ def build_model(
         sizes=sizes,
     )
     attributes = config.attributes
+    if attributes.enabled and attributes.form == "gate" and backbone.embed_dim % attributes.parts:
+        raise UserError(
+            f"config.model.attributes.parts is {attributes.parts}: it must divide the width of the "
+            f"embedding of {config.backbone}, {backbone.embed_dim}."
+        )
     return DQE(
         backbone=backbone,
         attribute_names=attributes.names if attributes.enabled else (),
+        form=attributes.form,
+        parts=attributes.parts,
         width=attributes.width,
         heads=attributes.heads,
         activation=attributes.activation,

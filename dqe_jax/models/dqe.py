@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.method.batch import QueryOutput, TrainOutput
-from dqe_jax.models.attributes import AttributeWeights
+from dqe_jax.models.attributes import AttributeGates, AttributeWeights
 from dqe_jax.models.features import (
     Backbone,
     ImageFeatures,
@@ -39,7 +39,10 @@ class DQE(nn.Module):
     Attributes:
       backbone: see `models/features.py`.
       attribute_names: the K attributes; none gives the plain composer.
-      width: of the attribute features.
+      form: of the attribute weights: "sum" (they weigh what is added to the query) or "gate" (they
+        choose between reference and text).
+      parts: of the embedding, with form "gate".
+      width: of the attribute features, or of the hidden layer of the gates.
       heads: attention heads of the attribute queries.
       activation: of the attribute weights, `sigmoid` or `softmax`.
       initial_tau: the temperature at the start.
@@ -48,6 +51,8 @@ class DQE(nn.Module):
 
     backbone: Backbone
     attribute_names: Sequence[str] = ()
+    form: str = "sum"
+    parts: int = 8
     width: int = 128
     heads: int = 4
     activation: str = "sigmoid"
@@ -56,7 +61,11 @@ class DQE(nn.Module):
 
     def setup(self) -> None:
         """Creates the attribute weights and the temperature."""
-        if self.attribute_names:
+        if self._gated:
+            self.gates = AttributeGates(
+                self.attribute_names, self.parts, self.backbone.embed_dim, self.width, self.dtype
+            )
+        elif self.attribute_names:
             self.attributes = AttributeWeights(
                 self.attribute_names,
                 self.backbone.embed_dim,
@@ -69,6 +78,10 @@ class DQE(nn.Module):
         start = jnp.log(jnp.asarray(1 / self.initial_tau, jnp.float32))
         self.log_scale = self.param("log_scale", lambda _: start)
 
+    @property
+    def _gated(self) -> bool:
+        return bool(self.attribute_names) and self.form == "gate"
+
     def tau(self) -> Float[Array, ""]:
         """The learned temperature, at least 0.01, float32."""
         return jnp.exp(-jnp.minimum(self.log_scale, jnp.log(jnp.float32(100.0))))
@@ -78,6 +91,14 @@ class DQE(nn.Module):
         if not self.attribute_names:
             none = jnp.zeros((len(h), 0), jnp.float32)
             return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, self.width), h.dtype))
+        if self._gated:
+            weights = self.gates.weights(text.pooled)
+            reference = normalize(image.gallery).mean(1)
+            each = len(h) // len(reference)
+            reference = jnp.repeat(reference, each, axis=0)
+            q = normalize(h + self.gates.contribute(weights, reference, text.pooled))
+            named = weights[:, : len(self.attribute_names)]
+            return QueryOutput(q, named, self.gates.named_parts(q))
         weights = self.attributes.weights(text.pooled)
         features = self.attributes.features(image.tokens, text.pooled)
         q = normalize(h + self.attributes.contribute(features, weights))
@@ -131,7 +152,10 @@ class DQE(nn.Module):
         features = self._image(images, train)
         modification = self._text(jax.tree.map(flat, text), train)
         query = self._compose(jax.tree.map(lambda x: x[:R], features), modification, train)
-        if self.attribute_names:
+        if self._gated:
+            target = normalize(features.gallery[R:]).mean(1)
+            target_features = self.gates.named_parts(target)
+        elif self.attribute_names:
             target_features = self.attributes.features(features.tokens[R:], modification.pooled)
         else:
             target_features = query.attribute_features

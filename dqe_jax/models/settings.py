@@ -23,6 +23,7 @@ BLIP2_VARIANTS = ("vit_g_14", "vit_l_14")
 # Layers of CLIP whose patch tokens the composer may see.
 FEATURES = ("penultimate", "last")
 ACTIVATIONS = ("sigmoid", "softmax")
+FORMS = ("sum", "gate")
 
 # Far more than any model has. A larger value is a typing error and would exhaust the memory.
 MOST_WIDTH, MOST_HEADS, MOST_DEPTH, MOST_PIXELS = 16_384, 1_024, 1_000, 4_096
@@ -147,13 +148,33 @@ class AttributesConfig:
         tuple_of_names(empty=False),
         "model",
     )
-    width: int = field(128, "Width of the attribute features.", integer(1, MOST_WIDTH), "model")
+    form: str = field(
+        "sum",
+        'What the weights do: "sum" (they weigh features of the reference that are added to the '
+        'query) or "gate" (they choose, part by part of the embedding, between the reference and '
+        "the text).",
+        one_of(*FORMS),
+        "model",
+    )
+    parts: int = field(
+        8,
+        'Parts of the embedding with form "gate": the attributes, and free ones. They divide its '
+        "width.",
+        integer(1, MOST_WIDTH),
+        "model",
+    )
+    width: int = field(
+        128,
+        "Width of the attribute features, or of the hidden layer of gates.",
+        integer(1, MOST_WIDTH),
+        "model",
+    )
     heads: int = field(
         4, "Attention heads of the attribute queries.", integer(1, MOST_HEADS), "model"
     )
     activation: str = field(
         "sigmoid",
-        'Weights: "sigmoid" (independent) or "softmax" (they sum to 1).',
+        'Weights of a sum: "sigmoid" (independent) or "softmax" (they sum to 1).',
         one_of(*ACTIVATIONS),
         "model",
     )

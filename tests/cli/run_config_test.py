@@ -129,6 +129,8 @@ YOUNGER = {
     "features.place": "auto",
     "features.dtype": "auto",
     "features.directory": "",
+    "model.attributes.form": "sum",
+    "model.attributes.parts": 8,
     "model.features.images": (),
     "model.features.texts": (),
     "model.features.words": True,

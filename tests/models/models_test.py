@@ -23,6 +23,7 @@ from dqe_jax.testing.small_models import (
     build_small_model,
     small_model_config,
 )
+from dqe_jax.utils.errors import UserError
 
 R, Q = 2, 3
 
@@ -260,6 +261,55 @@ def test_without_attributes_the_model_is_the_plain_composer(model, backbone, ini
     # At initialisation the attribute weights add nothing.
     full = query(initial, *flat_inputs()[:2]).embedding
     np.testing.assert_allclose(full, out.embedding, atol=1e-6)
+
+
+def test_gates_choose_between_the_reference_and_the_text(model, backbone):
+    config = small_model_config(
+        backbone, **{"model.attributes.form": "gate", "model.attributes.parts": 4}
+    )
+    module = build_small_model(config)
+    params = trained(setup.init_params(module, config.model, config.data))
+    reference, text, target = inputs()
+
+    @jax.jit
+    def run(gate, bias):
+        gates = params["gates"] | {"gate": {"kernel": gate, "bias": bias}}
+        held = params | {"gates": gates}
+        return module.apply({"params": held}, reference, text, target, train=False)
+
+    kernel = params["gates"]["gate"]["kernel"]
+    out = run(kernel, jnp.zeros(4))
+    weights = out.query.attribute_weights
+    assert weights.shape == (R * Q, len(ATTRIBUTES))
+    assert ((weights > 0) & (weights < 1)).all()
+    assert np.abs(weights - weights[:1]).max() > 1e-3  # of the text
+    parts = (R * Q, len(ATTRIBUTES), EMBED_DIM // 4)
+    assert out.query.attribute_features.shape == parts
+    assert out.target_attribute_features.shape == parts
+    # Closed, they leave the plain composer; the target's parts are those of its embedding.
+    closed = run(kernel * 0, jnp.full(4, -1e9))
+    plain = build_small_model(small_model_config(backbone, **{"model.attributes.enabled": False}))
+    bare = {name: value for name, value in params.items() if name != "gates"}
+    expected = plain.apply({"params": bare}, reference, text, target, train=False)
+    np.testing.assert_allclose(closed.query.embedding, expected.query.embedding, atol=1e-5)
+    own = np.asarray(out.target).mean(1).reshape(R * Q, 4, -1)[:, : len(ATTRIBUTES)]
+    np.testing.assert_allclose(out.target_attribute_features, own, atol=1e-5)
+    # Open in one part, they change this part of the sum alone, whatever the reference is there.
+    q = np.asarray(run(kernel * 0, jnp.array([1e9, -1e9, -1e9, -1e9])).query.embedding)
+    closed_q = np.asarray(closed.query.embedding)
+    rest, closed_rest = q[:, EMBED_DIM // 4 :], closed_q[:, EMBED_DIM // 4 :]
+    cosine = (rest * closed_rest).sum(-1)
+    norms = np.linalg.norm(rest, axis=-1) * np.linalg.norm(closed_rest, axis=-1)
+    np.testing.assert_allclose(cosine, norms, rtol=1e-5)
+    assert np.abs(q[:, : EMBED_DIM // 4] - closed_q[:, : EMBED_DIM // 4]).max() > 1e-3
+
+
+def test_parts_that_do_not_divide_the_embedding_are_refused(backbone):
+    fields = {"model.attributes.form": "gate", "model.attributes.parts": 3}
+    with pytest.raises(UserError, match="parts, 3|parts is 3: it must"):
+        build_small_model(small_model_config(backbone, **fields))
+    with pytest.raises(UserError, match="parts is 2: it must be at least"):
+        small_model_config(backbone, **fields | {"model.attributes.parts": 2})
 
 
 def test_what_an_untrained_query_is(model, backbone, initial):
