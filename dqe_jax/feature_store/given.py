@@ -39,6 +39,8 @@ from dqe_jax.utils.files import JsonObject, read_json
 IMPORTED = "imported"  # what `store.json` of imported features says in place of a backbone
 # Rows of a shard, at most: an encoder may take a second a row, and what is stored is not lost.
 SHARD_ROWS = 1024
+# Rows that features are standardized by.
+SAMPLE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +159,7 @@ class GivenStore:
                 )
         self._needs: list[Need] = []
         self._table: Table | None = None
+        self._parts: list[Part] = []
         self.specs = {
             state_name(source.name, name): spec
             for source in self._sources
@@ -193,6 +196,7 @@ class GivenStore:
         began = time.time()
         del params
         parts, numbers = self._locate()
+        self._parts = parts
         count = len(parts[0].rows)
         nbytes = count * sum(spec.nbytes for spec in self.specs.values())
         place = tables.choose_place(self._config.features.place, nbytes, self._devices)
@@ -207,6 +211,21 @@ class GivenStore:
                 ", ".join(source.name for source in self._sources),
                 *(where.get(place, "on disk"), time.time() - began),
             )
+
+    def moments(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Mean and standard deviation `[D]` of each array, by its name among the states.
+
+        They are those of up to `SAMPLE` rows, evenly spread, of what was asked for first: the
+        images, or the texts, of the training split.
+        """
+        rows = np.unique(self._needs[0].rows)
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(np.int64)]
+        found = {}
+        for part in self._parts:
+            for name, array in part.read(rows).items():
+                x = array.astype(np.float64).reshape(-1, array.shape[-1])
+                found[name] = (x.mean(0), x.std(0))
+        return found
 
     def _locate(self) -> tuple[list[Part], list[np.ndarray]]:
         """The rows of each source, and the numbers of each need's rows among these."""

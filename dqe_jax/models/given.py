@@ -1,26 +1,27 @@
 """The backbone `features`: trained heads on what frozen encoders of any kind make of images.
 
-Features of images come from outside the model, as tokens or as one vector, from one encoder or from
-several. Each is normalised and projected to tokens of one width. A text is what an encoder makes of
-it, what an encoder of words trained from scratch makes of it, or both. Composer and embedding heads
-are those of `tiny`.
+Features of images come from outside the model, as tokens of a grid or as one vector, from one
+encoder or from several. Each is standardized and projected to one width. A text is what an encoder
+makes of it, what an encoder of words trained from scratch makes of it, or both.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 
-from dqe_jax.method.arrays import Array
+from dqe_jax.method.arrays import Array, Params
 from dqe_jax.models.features import ImageFeatures, States, TextFeatures
-from dqe_jax.models.layers import Block, normalize
+from dqe_jax.models.layers import Block, masked_mean, normalize
 from dqe_jax.models.tiny import TokenHead
 
 
@@ -76,6 +77,20 @@ def state_name(source: str, array: str) -> str:
     return f"{source}/{array}"
 
 
+class Standardize(nn.Module):
+    """Features with a mean of 0 and a deviation of 1 in each of their dimensions.
+
+    Both start as what `with_moments` gives, and train.
+    """
+
+    @nn.compact
+    def __call__(self, x: Shaped[Array, "*axes D"]) -> Float[Array, "*axes D"]:
+        """Returns float32."""
+        shift = self.param("shift", nn.initializers.zeros, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return (x.astype(jnp.float32) - shift) * scale
+
+
 class Given(nn.Module):
     """Backbone interface: see `models/features.py`. Word id 0 is padding.
 
@@ -87,10 +102,13 @@ class Given(nn.Module):
       width: `D`.
       heads: attention heads.
       text_depth: blocks of the encoder of words.
-      composer_depth: blocks of the composer.
+      composer: "attention" (blocks in which image tokens attend to the text) or "mlp" (of the
+        reference's embedding and the pooled text).
+      composer_depth: blocks, or hidden layers, of the composer.
+      composer_width: width of the hidden layers of an MLP.
       token_dim: width of a token inside the embedding heads.
       embed_dim: `d`.
-      dropout: rate on the tokens of images and on words, in training only.
+      dropout: rate in all places, in training only.
       dtype: compute dtype of the matrix products; parameters are float32.
     """
 
@@ -98,10 +116,12 @@ class Given(nn.Module):
     vocab_size: int
     max_length: int
     words: bool = True
-    width: int = 256
+    width: int = 128
     heads: int = 4
-    text_depth: int = 1
+    text_depth: int = 0
+    composer: str = "mlp"
     composer_depth: int = 2
+    composer_width: int = 384
     token_dim: int = 64
     embed_dim: int = 256
     dropout: float = 0.1
@@ -111,43 +131,57 @@ class Given(nn.Module):
         "inputs": ("image_*",),
         "text": ("words_table/*", "text_*"),
         "composer": ("composer_*", "residual_head/*"),
-        "projections": ("gallery_head/*",),
+        "projections": ("gallery_*",),
     }
     TOWERS: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": (), "text": ("text",)}
 
     def setup(self) -> None:
         """Creates the submodules."""
-        self.image_norms, self.image_inputs = self._inputs(self.sizes.images)
-        self.image_positions = nn.Embed(
-            sum(_tokens_of(array) for _, array in _arrays_of(self.sizes.images)),
-            self.width,
-            dtype=self.dtype,
-        )
-        self.text_norms, self.text_inputs = self._inputs(self.sizes.texts)
+        self.image_norms, self.image_inputs = self._inputs("image")
+        grids = sorted({_tokens_of(array) for array in self._grids})
+        vectors = len(_arrays_of(self.sizes.images)) - len(self._grids)
+        self.image_positions = nn.Embed(sum(grids) or vectors, self.width, dtype=self.dtype)
+        self.text_norms, self.text_inputs = self._inputs("text")
         if self._reads_words:
             self.words_table = nn.Embed(self.vocab_size, self.width, dtype=self.dtype)
             self.text_positions = nn.Embed(self.max_length, self.width, dtype=self.dtype)
             self.text_blocks = self._blocks(self.text_depth)
             self.text_norm = nn.LayerNorm()
-        self.composer_blocks = self._blocks(self.composer_depth)
         self.gallery_head = TokenHead(self.token_dim, self.embed_dim, self.dtype)
-        self.residual_head = TokenHead(self.token_dim, self.embed_dim, self.dtype, zero_init=True)
+        self.gallery_vectors = [self._dense(self.embed_dim) for _ in range(vectors)]
+        if self.composer == "attention":
+            self.composer_blocks = self._blocks(self.composer_depth)
+            self.residual_head = TokenHead(
+                self.token_dim, self.embed_dim, self.dtype, zero_init=True
+            )
+        else:
+            self.composer_hidden = [
+                self._dense(self.composer_width) for _ in range(self.composer_depth)
+            ]
+            self.composer_out = self._dense(self.embed_dim, nn.initializers.zeros)
         self.drop = nn.Dropout(self.dropout)
 
     @property
     def _reads_words(self) -> bool:
         return self.words or not self.sizes.texts
 
+    @property
+    def _grids(self) -> list[GivenArray]:
+        """The arrays of images that have several tokens."""
+        return [array for _, array in _arrays_of(self.sizes.images) if _tokens_of(array) > 1]
+
     def _blocks(self, depth: int) -> list[Block]:
         return [Block(self.heads, dtype=self.dtype) for _ in range(depth)]
 
-    def _inputs(self, sources: Sequence[GivenSource]) -> tuple[list[nn.LayerNorm], list[nn.Dense]]:
-        """A norm and a projection for each array of some sources."""
-        arrays = list(_arrays_of(sources))
-        return (
-            [nn.LayerNorm() for _ in arrays],
-            [nn.Dense(self.width, dtype=self.dtype) for _ in arrays],
-        )
+    def _dense(
+        self, width: int, init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    ) -> nn.Dense:
+        return nn.Dense(width, kernel_init=init, dtype=self.dtype)
+
+    def _inputs(self, kind: str) -> tuple[list[Standardize], list[nn.Dense]]:
+        """A norm and a projection for each array of a kind."""
+        arrays = _arrays_of(self.sizes.of(kind))
+        return [Standardize() for _ in arrays], [self._dense(self.width) for _ in arrays]
 
     def given_states(self, kind: str) -> Mapping[str, jax.ShapeDtypeStruct]:
         """As the sizes say."""
@@ -169,11 +203,32 @@ class Given(nn.Module):
         raise TypeError("the backbone 'features' takes what encoders made of images, not images")
 
     def image_features(self, states: States, train: bool = False) -> ImageFeatures:
-        """Tokens `[B, P, D]` of all arrays in turn, and gallery embedding `[B, M=1, d]`."""
-        tokens = self._tokens(self.sizes.images, states, self.image_norms, self.image_inputs)
-        x = jnp.concatenate(tokens, axis=1)
-        x = self.drop(x + self.image_positions(jnp.arange(x.shape[1])), deterministic=not train)
-        return ImageFeatures(x, self.gallery_head(x)[:, None])
+        """Tokens `[B, P, D]`, one for each place of each grid, and an embedding `[B, M=1, d]`.
+
+        What several arrays say of the same place is added; so is, to every token, what vectors say.
+        """
+        grids: dict[int, list[jax.Array]] = {}
+        alone: list[jax.Array] = []
+        own: list[jax.Array] = []
+        made = iter(self.gallery_vectors)
+        tokens: Array
+        arrays = self._standardized("image", states)
+        for x, project in zip(arrays, self.image_inputs):
+            token = project(x)
+            if x.shape[1] > 1:
+                grids.setdefault(x.shape[1], []).append(token)
+            else:
+                alone.append(token)
+                own.append(next(made)(self._dropped(x[:, 0], train)))
+        if grids:
+            tokens = jnp.concatenate([sum(grids[count]) for count in sorted(grids)], axis=1)
+            tokens = tokens + sum(alone)
+        else:
+            tokens = jnp.concatenate(alone, axis=1)
+        positions = self.image_positions(jnp.arange(tokens.shape[1]))
+        tokens = self._dropped(tokens + positions, train)
+        gallery = self.gallery_head(self._dropped(tokens, train)) + sum(own)
+        return ImageFeatures(tokens, gallery[:, None])
 
     def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
         """Tokens `[B, L, D]` of words, where no features of texts are given.
@@ -188,59 +243,87 @@ class Given(nn.Module):
     def text_features(
         self, ids: Int[Array, "B L"], states: States, train: bool = False
     ) -> TextFeatures:
-        """Tokens `[B, P + L, D]`, given ones before words, and their mean `[B, D]`."""
-        tokens = self._tokens(self.sizes.texts, states, self.text_norms, self.text_inputs)
+        """Tokens `[B, P + L, D]`, given ones before words, and the means of each side by side."""
+        given = self._standardized("text", states)
+        tokens = [project(self._dropped(x, train)) for x, project in zip(given, self.text_inputs)]
         mask = [jnp.ones(x.shape[:2], bool) for x in tokens]
         if self._reads_words:
             tokens.append(states["words"] if "words" in states else self._words(ids, train))
             mask.append(jnp.asarray(ids > 0))
-        pooled = [
-            (x * m[..., None]).sum(1) / jnp.maximum(m.sum(1, keepdims=True), 1)
-            for x, m in zip(tokens, mask)
-        ]
-        x, whole = jnp.concatenate(tokens, axis=1), jnp.concatenate(mask, axis=1)
-        return TextFeatures(ids, whole, x, jnp.stack(pooled).mean(0))
+        pooled = [masked_mean(x, own) for x, own in zip(tokens, mask)]
+        return TextFeatures(
+            ids,
+            jnp.concatenate(mask, axis=1),
+            jnp.concatenate(tokens, axis=1),
+            jnp.concatenate(pooled, axis=1),
+        )
 
     def compose(
         self, image: ImageFeatures, text: TextFeatures, train: bool = False
     ) -> Float[Array, "B d"]:
-        """Composed embedding `h`, float32: the reference's own and a residual, as in `tiny`."""
-        del train
+        """Composed embedding `h`, float32: the reference's own at length 1, and a residual."""
         each = len(text.ids) // len(image.tokens)
-        x: Array = jnp.repeat(image.tokens, each, axis=0)
-        for block in self.composer_blocks:
-            x = block(x, context=text.tokens, context_mask=text.mask)
-        reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
-        return reference + self.residual_head(x)
+        gallery = jnp.repeat(image.gallery[:, 0], each, axis=0)
+        if self.composer == "attention":
+            x: Array = jnp.repeat(image.tokens, each, axis=0)
+            for block in self.composer_blocks:
+                x = block(x, context=text.tokens, context_mask=text.mask)
+            return normalize(gallery) + self.residual_head(self._dropped(x, train))
+        y: Array = jnp.concatenate([gallery, text.pooled.astype(gallery.dtype)], axis=1)
+        for layer in self.composer_hidden:
+            y = self._dropped(jax.nn.relu(layer(y)), train)
+        return normalize(gallery) + self.composer_out(y)
 
     def _words(self, ids: Int[Array, "B L"], train: bool) -> Float[Array, "B L D"]:
         mask = ids > 0
         x = self.words_table(ids) + self.text_positions(jnp.arange(ids.shape[1]))
-        x = self.drop(x, deterministic=not train)
+        x = self._dropped(x, train)
         for block in self.text_blocks:
             x = block(x, mask)
         return self.text_norm(x)
 
-    def _tokens(
-        self,
-        sources: Sequence[GivenSource],
-        states: States,
-        norms: Sequence[nn.LayerNorm],
-        inputs: Sequence[nn.Dense],
-    ) -> list[Array]:
-        """The tokens `[B, P, D]` of each array."""
+    def _standardized(self, kind: str, states: States) -> list[Array]:
+        """Each array of a kind as tokens `[B, P, *]`, standardized."""
+        norms = self.image_norms if kind == "image" else self.text_norms
         found = []
-        for (name, array), norm, project in zip(_arrays_of(sources), norms, inputs):
+        for (name, array), norm in zip(_arrays_of(self.sizes.of(kind)), norms):
             x = jnp.asarray(states[name]).reshape(-1, _tokens_of(array), array.shape[-1])
-            found.append(project(norm(x.astype(jnp.float32))))
+            found.append(norm(x))
         return found
 
+    def _dropped(self, x: Array, train: bool) -> Array:
+        return self.drop(x, deterministic=not train)
 
-def _arrays_of(sources: Sequence[GivenSource]) -> Iterator[tuple[str, GivenArray]]:
+
+def with_moments(
+    params: Params, sizes: GivenSizes, moments: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> Params:
+    """Parameters of a model that start by standardizing its features.
+
+    Args:
+      params: of the whole model.
+      sizes: of its features.
+      moments: mean and standard deviation `[D]` of the arrays, by their names among the states.
+    """
+    flat = flatten_dict(params, sep="/")
+    for kind in ("image", "text"):
+        for i, (name, _) in enumerate(_arrays_of(sizes.of(kind))):
+            mean, deviation = moments[name]
+            place = f"backbone/{kind}_norms_{i}"
+            flat[f"{place}/shift"] = mean.astype(np.float32)
+            # A dimension that hardly moves is not blown up.
+            least = 1e-3 * float(deviation.mean()) + 1e-6
+            flat[f"{place}/scale"] = (1 / (deviation + least)).astype(np.float32)
+    return unflatten_dict(flat, sep="/")
+
+
+def _arrays_of(sources: Sequence[GivenSource]) -> list[tuple[str, GivenArray]]:
     """The arrays of some sources, by their names among the states."""
-    for source in sources:
-        for array in source.arrays:
-            yield state_name(source.name, array.name), array
+    return [
+        (state_name(source.name, array.name), array)
+        for source in sources
+        for array in source.arrays
+    ]
 
 
 def _tokens_of(array: GivenArray) -> int:

@@ -24,6 +24,8 @@ BLIP2_VARIANTS = ("vit_g_14", "vit_l_14")
 FEATURES = ("penultimate", "last")
 ACTIVATIONS = ("sigmoid", "softmax")
 FORMS = ("sum", "gate")
+# Of the backbone `features`.
+COMPOSERS = ("mlp", "attention")
 
 # Far more than any model has. A larger value is a typing error and would exhaust the memory.
 MOST_WIDTH, MOST_HEADS, MOST_DEPTH, MOST_PIXELS = 16_384, 1_024, 1_000, 4_096
@@ -124,15 +126,32 @@ class GivenConfig:
         flag(),
         "model",
     )
-    width: int = field(256, "Width of the tokens.", integer(1, MOST_WIDTH), "model")
+    width: int = field(128, "Width of the tokens.", integer(1, MOST_WIDTH), "model")
     heads: int = field(4, "Attention heads.", integer(1, MOST_HEADS), "model")
-    text_depth: int = field(1, "Blocks of the encoder of words.", integer(0, MOST_DEPTH), "model")
-    composer_depth: int = field(2, "Blocks of the composer.", integer(1, MOST_DEPTH), "model")
+    text_depth: int = field(
+        0,
+        "Blocks of the encoder of words; 0 for the words alone.",
+        integer(0, MOST_DEPTH),
+        "model",
+    )
+    composer: str = field(
+        "mlp",
+        'Composer: "mlp" (of the embedding of the reference and the text: fast) or "attention" '
+        "(blocks in which the tokens of the reference attend to those of the text).",
+        one_of(*COMPOSERS),
+        "model",
+    )
+    composer_depth: int = field(
+        2, "Blocks or hidden layers of the composer.", integer(1, MOST_DEPTH), "model"
+    )
+    composer_width: int = field(
+        384, "Width of the hidden layers of an MLP.", integer(1, MOST_WIDTH), "model"
+    )
     token_dim: int = field(
         64, "Width of a token inside the embedding heads.", integer(1, MOST_WIDTH), "model"
     )
     embed_dim: int = field(256, "Width of the embeddings.", integer(1, MOST_WIDTH), "model")
-    dropout: float = field(0.1, "Dropout on the tokens of images and on words.", rate(), "model")
+    dropout: float = field(0.1, "Dropout on tokens, on words and in the composer.", rate(), "model")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ BACKBONES = {
             "width": 16,
             "heads": 2,
             "text_depth": 1,
-            "composer_depth": 1,
+            "composer_width": 16,
             "token_dim": 4,
             "embed_dim": EMBED_DIM,
         },

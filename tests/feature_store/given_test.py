@@ -35,7 +35,7 @@ FIELDS = {
     **{"negatives.pool": "bank", "negatives.first_refresh": 2, "negatives.refresh_every": 3},
     **{"model.backbone": "features", "model.features.width": 16, "model.features.heads": 2},
     **{"model.features.images": (IMAGES,), "model.features.texts": (TEXTS,)},
-    **{"model.features.composer_depth": 1, "model.features.token_dim": 8},
+    **{"model.features.composer_width": 16, "model.features.token_dim": 8},
     **{"model.features.embed_dim": 32},
 }
 
@@ -229,6 +229,8 @@ def test_several_sources_and_words(base, named):
     changes = {
         "model.features.images": (IMAGES, "named"),
         "model.features.texts": (),
+        "model.features.composer": "attention",
+        "model.features.composer_depth": 1,
         "model.dtype": "bfloat16",
     }
     loop.train_and_evaluate(config_of(base, **changes), base / "several")

@@ -306,7 +306,7 @@ def test_gates_choose_between_the_reference_and_the_text(model, backbone):
 
 def test_parts_that_do_not_divide_the_embedding_are_refused(backbone):
     fields = {"model.attributes.form": "gate", "model.attributes.parts": 3}
-    with pytest.raises(UserError, match="parts, 3|parts is 3: it must"):
+    with pytest.raises(UserError, match=r"parts, 3|parts is 3: it must"):
         build_small_model(small_model_config(backbone, **fields))
     with pytest.raises(UserError, match="parts is 2: it must be at least"):
         small_model_config(backbone, **fields | {"model.attributes.parts": 2})
