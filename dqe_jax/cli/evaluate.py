@@ -72,7 +72,10 @@ def _evaluate() -> None:
     directory = _CHECKPOINT.value or _WORKDIR.value
     if directory is None:
         raise UserError("name what to evaluate: --workdir=DIR or --checkpoint=DIR.")
-    from dqe_jax.evaluation.run import evaluate_checkpoint  # importing JAX takes seconds
+    from dqe_jax.distributed import compiled  # importing JAX takes seconds
+    from dqe_jax.evaluation.run import evaluate_checkpoint
+
+    compiled.keep_programs()
 
     evaluate_checkpoint(
         _CONFIG.value,

@@ -45,7 +45,7 @@ REQUIRED = ("config",)
 def main(argv: Sequence[str]) -> None:
     """Trains and evaluates."""
     del argv
-    from dqe_jax.distributed import processes  # after the flags: importing JAX takes seconds
+    from dqe_jax.distributed import compiled, processes  # importing JAX takes seconds
     from dqe_jax.distributed.interrupts import Interrupted
     from dqe_jax.training.loop import train_and_evaluate
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         num_processes=_NUM_PROCESSES.value,
         process_id=_PROCESS_ID.value,
     )
+    compiled.keep_programs()
     config = _CONFIG.value
     if _DATA_DIR.value is not None:
         config.data.data_dir = _DATA_DIR.value

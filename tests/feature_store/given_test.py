@@ -22,10 +22,11 @@ from dqe_jax.feature_store.features import directory_of, sizes_of
 from dqe_jax.feature_store.given import GivenStore
 from dqe_jax.feature_store.imports import import_features
 from dqe_jax.feature_store.needs import Need, text_digests
+from dqe_jax.models import setup
 from dqe_jax.performance.describe import describe_model
 from dqe_jax.testing import encoders
 from dqe_jax.testing.small_runs import small_config
-from dqe_jax.training import loop
+from dqe_jax.training import loop, session
 from dqe_jax.utils.errors import UserError
 
 IMAGES, TEXTS = "dqe_jax.testing.encoders:images", "dqe_jax.testing.encoders:texts"
@@ -181,6 +182,25 @@ def imported(base, name, images, texts, image_encoder="", text_encoder=""):
         import_features(root, name, "image", [images], encoder=image_encoder)
         import_features(root, f"{name}-texts", "text", [texts], encoder=text_encoder)
     return {"model.features.images": (name,), "model.features.texts": (f"{name}-texts",)}
+
+
+def test_a_run_starts_by_standardizing_its_features(base, computed):
+    """Checked on a fresh session: training changes the parameters."""
+    config = RunConfig.of(config_of(base))
+    builder = datasets.open_dataset(config.data)
+    devices = jax.devices()[:2]
+    opened = session.open_session(config, base / "unused", builder, devices, None, None)
+    params = setup.init_params(opened.model, config.model, config.data)
+    started = opened.features.standardize(params)["backbone"]
+    split = splits.open_split(config.data, builder, "train")
+    rows = [split.gallery[row] for row in range(len(split.gallery))]
+    tokens = encoders.images(np.stack(rows))["tokens"].reshape(-1, 3)
+    np.testing.assert_allclose(started["image_norms_0"]["shift"], tokens.mean(0), rtol=1e-4)
+    standard = (tokens - started["image_norms_0"]["shift"]) * started["image_norms_0"]["scale"]
+    np.testing.assert_allclose(standard.std(0), 1, rtol=0.01)
+    texts = np.unique(encoders.texts(split.queries.texts), axis=0)
+    assert np.abs(started["text_norms_0"]["shift"] - texts.mean(0)).max() < 0.2
+    assert params["backbone"]["image_norms_0"]["shift"].sum() == 0
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet"])
