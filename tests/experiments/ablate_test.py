@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -220,15 +221,24 @@ def test_variants_have_styles_of_their_own():
 
 
 class Watched:
-    """Records what is trained, and ends one run half way as a kill would."""
+    """Records what is trained, and ends one run half way as a kill would.
+
+    Compiled programs are dropped before each run; here that is recorded in place of doing it.
+    """
 
     def __init__(self, monkeypatch):
-        self.calls, self.saved, self.killed = [], [], None
+        self.calls, self.saved, self.killed, self.dropped = [], [], None, 0
         self._train, self._save = loop.train_and_evaluate, store.save
         monkeypatch.setattr(loop, "train_and_evaluate", self.train)
         monkeypatch.setattr(store, "save", self.save)
+        monkeypatch.setattr(jax, "clear_caches", self.drop)
+
+    def drop(self):
+        self.dropped += 1
 
     def train(self, config, workdir):
+        assert self.dropped == 1
+        self.dropped = 0
         self.calls.append(workdir.name)
         if workdir.name == self.killed:
             self._train(config, workdir, stop_at=2)
