@@ -15,6 +15,7 @@ import pytest
 from configs import fiq_clip, shapes
 from dqe_jax.config import RunConfig
 from dqe_jax.performance.planning import chips, compiler, hlo, programs, table, traced
+from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -437,10 +438,10 @@ def test_what_does_not_fit_ends_with_status_1_and_advice():
     ],
 )
 def test_errors_are_one_sentence(arguments, words):
-    status, said = plan(*SMOKE, *arguments)
-    assert status == 2
-    assert said.startswith(words)
-    assert said.count("\n") == 1
+    done = run_module("dqe_jax.plan", *SMOKE, *arguments, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(words)
+    assert done.stderr.count("\n") == 1
 
 
 @needs_libtpu
