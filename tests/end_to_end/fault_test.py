@@ -165,9 +165,10 @@ def test_a_kill(tmp_path, prepared):
     prepared(tmp_path)
     # Programs are read and never written.
     cache = {**compiles_quickly(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
-    runs = Runs(tmp_path, 80, cache)
+    runs = Runs(tmp_path, 60, cache)
     runs.alone("whole")
-    assert runs.kill_at("killed", 23, 0.03, signal.SIGKILL)
+    # The bank has been filled again since the checkpoint of step 10, which has that of step 4.
+    assert runs.kill_at("killed", 19, 0.03, signal.SIGKILL)
     newest = max(runs.checkpoints("killed"))
     assert newest >= 10
     assert len(jax.tree.leaves(runs.arrays("killed", newest))) > 50  # it is whole
