@@ -1,27 +1,31 @@
 """Runs the tests on eight CPU devices unless XLA_FLAGS already says how many; compiles quickly."""
 
+import gc
 import os
+import shutil
+from pathlib import Path
 
-_FLAG = "--xla_force_host_platform_device_count"
+import jax
+import pytest
 
-# XLA reads the flag once, when jax first asks for a device: set it before any test imports jax.
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
-import gc  # noqa: E402
-import shutil  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import jax  # noqa: E402
-import pytest  # noqa: E402
-
-from dqe_jax.testing.shapes import check_shapes  # noqa: E402
+from dqe_jax.testing.shapes import check_shapes
 
 # Shapes and dtypes of these rooms' functions are checked at every call.
 check_shapes("dqe_jax.method", "dqe_jax.models", "dqe_jax.embedding")
 
 from dqe_jax.data import datasets  # noqa: E402
-from dqe_jax.testing.small_runs import compiled_once, quick_settings, run_config  # noqa: E402
+from dqe_jax.testing.small_runs import (  # noqa: E402
+    compiled_once,
+    quick_settings,
+    quick_xla_flags,
+    run_config,
+)
 
+# XLA reads the flags once, when jax first asks for a device. The last value of a flag counts:
+# that of the environment. A worker of pytest-xdist finds them set.
+_flags = os.environ.get("XLA_FLAGS", "")
+if quick_xla_flags(8) not in _flags:
+    os.environ["XLA_FLAGS"] = f"{quick_xla_flags(8)} {_flags}".strip()
 for name, value in quick_settings().items():
     jax.config.update(name, value)
 

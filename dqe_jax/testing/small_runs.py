@@ -119,6 +119,18 @@ def quick_settings(
     }
 
 
+def quick_xla_flags(devices: int = 1) -> str:
+    """XLA_FLAGS of a process that compiles quickly, on so many CPU devices."""
+    flags = [f"--xla_force_host_platform_device_count={devices}"]
+    # The emitters of fusions take most of the time of compiling, and compute the same. Only these
+    # releases let them be left out, and XLA ends a process that names a flag it does not know.
+    if jax.__version_info__[:2] == (0, 10):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    # One part for each program: the cores have other tests to run.
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
+    return " ".join(flags)
+
+
 @contextlib.contextmanager
 def compiled_once(*, alike: bool = False) -> Iterator[None]:
     """Runs of this process share their steps, so that a step is traced and compiled once.

@@ -22,7 +22,7 @@ from configs import fiq_clip
 from dqe_jax.data import preparation
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.testing import standins
-from dqe_jax.testing.small_runs import compiles_quickly
+from dqe_jax.testing.small_runs import compiles_quickly, quick_xla_flags
 from dqe_jax.training.loop import train_and_evaluate
 from dqe_jax.utils.files import write_json
 
@@ -152,7 +152,7 @@ def execute(name, directory, **settings):
         "IPYTHONDIR": str(directory / "ipython"),
         "HF_HUB_OFFLINE": "1",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",  # one device
+        "XLA_FLAGS": quick_xla_flags(devices=1),
         **compiles_quickly(),
     }
     directory.mkdir(parents=True, exist_ok=True)

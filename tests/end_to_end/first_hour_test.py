@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dqe_jax.testing import standins
-from dqe_jax.testing.small_runs import compiles_quickly
+from dqe_jax.testing.small_runs import compiles_quickly, quick_xla_flags
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,8 @@ class Person:
         words = shlex.split(command)
         assert words[0] == "python"
         env = os.environ | compiles_quickly() | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        env |= {"HOME": str(self.place / "home"), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": ""}
+        env |= {"HOME": str(self.place / "home"), "HF_HUB_OFFLINE": "1"}
+        env["XLA_FLAGS"] = quick_xla_flags()
         done = subprocess.run(
             [sys.executable, *words[1:]],
             cwd=self.place,

@@ -20,7 +20,7 @@ from etils import epath
 from dqe_jax.checkpoints import store
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.distributed import processes
-from dqe_jax.testing.small_runs import assert_params_agree
+from dqe_jax.testing.small_runs import assert_params_agree, quick_xla_flags
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
@@ -62,7 +62,7 @@ def environment(devices, **variables):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": quick_xla_flags(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         **variables,
     }
