@@ -29,6 +29,14 @@ if quick_xla_flags(8) not in _flags:
 for name, value in quick_settings().items():
     jax.config.update(name, value)
 
+# Tracing makes many objects, and Python would look through all of them again and again.
+gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_finish():
+    """What is imported by now lives until the end: Python looks for no garbage in it."""
+    gc.freeze()
+
 
 # Files that take longest, which start first: then no process is left alone with one of them.
 LONG = (

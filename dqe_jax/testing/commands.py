@@ -7,6 +7,7 @@ imported them, and has not asked JAX for a device: each is as fresh as a new int
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -90,6 +91,7 @@ def _run(
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    gc.freeze()  # what is imported stays; Python need not look through it for garbage
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     logging.getLogger().handlers.clear()  # an import may have made one
     os.environ.update(env)
