@@ -1,6 +1,6 @@
 """Times the training step of a config on random data, beside simpler baselines in the same process.
 
-python -m dqe_jax.benchmark --config=configs/shapes.py [--rounds=10] [--steps=3]
+python -m dqe_jax.benchmark --config=configs/shapes.py [--rounds=10] [--steps=3] [--variants=...]
 
 `dqe_jax/performance/step_benchmark.py` says what is timed and what the table means.
 """
@@ -15,6 +15,12 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds over the variants.", 1)
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps of a variant in a round.", 1)
+_VARIANTS = flags.DEFINE_list(
+    "variants",
+    [],
+    "Of: config, no mined negatives, no attribute weights, InfoNCE, towers in each "
+    "step; all by default. Each takes the memory of a run.",
+)
 REQUIRED = ("config",)
 
 
@@ -23,4 +29,4 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dqe_jax.performance.step_benchmark import benchmark_step  # importing JAX takes seconds
 
-    benchmark_step(_CONFIG.value, rounds=_ROUNDS.value, steps=_STEPS.value)
+    benchmark_step(_CONFIG.value, rounds=_ROUNDS.value, steps=_STEPS.value, names=_VARIANTS.value)

@@ -56,8 +56,10 @@ class StepTime:
     flop: float
 
 
-def benchmark_step(config: AnyConfig, *, rounds: int = 10, steps: int = 3) -> dict[str, StepTime]:
-    """Times each of `VARIANTS` on the devices of the config, and logs a table.
+def benchmark_step(
+    config: AnyConfig, *, rounds: int = 10, steps: int = 3, names: Sequence[str] = ()
+) -> dict[str, StepTime]:
+    """Times variants of a step on the devices of the config, and logs a table.
 
     Where a frozen tower is stored, a step that computes it is timed too (`WITHOUT_STORE`).
 
@@ -65,9 +67,10 @@ def benchmark_step(config: AnyConfig, *, rounds: int = 10, steps: int = 3) -> di
       config: of a run; it needs no data.
       rounds: over the variants, at least 1.
       steps: of a variant in a round, at least 1.
+      names: of `VARIANTS`, or `WITHOUT_STORE`; none for all. Each holds a state of its own.
 
     Raises:
-      UserError: the config is not sound, or its layers are scanned.
+      UserError: the config is not sound, its layers are scanned, or it has no such variant.
     """
     config = RunConfig.of(config)
     devices = mesh.devices_of(config.num_devices)
@@ -78,9 +81,13 @@ def benchmark_step(config: AnyConfig, *, rounds: int = 10, steps: int = 3) -> di
     variants = dict(VARIANTS)
     if stored_kinds(config, _model_of(config)):
         variants[WITHOUT_STORE] = {"features.place": "off"}
+    unknown = [name for name in names if name not in variants]
+    if unknown:
+        raise UserError(f"--variants={unknown[0]}: give some of {', '.join(variants)}.")
     runners = {
         name: make_runner(config.with_changes(changes), devices)
         for name, changes in variants.items()
+        if name in (names or variants)
     }
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
@@ -206,7 +213,7 @@ def table(
     Args:
       config: of the run.
       devices: that it was timed on.
-      times: of `VARIANTS`.
+      times: of variants.
       ceiling: FLOP a second of one device in a large matrix product.
     """
     queries = config.batch.references * config.batch.queries_per_reference
@@ -216,13 +223,13 @@ def table(
         f"reaches {ceiling / 1e12:.3g} TFLOP/s on one device.",
         f"{'step':<22}{'ms':>9}{'queries/s':>11}{'TFLOP/s':>10}{'ratio':>8}",
     ]
-    base = times[BASELINE].seconds
     for name, found in times.items():
+        ratio = f"{found.seconds / times[BASELINE].seconds:.2f}" if BASELINE in times else ""
         lines.append(
             f"{name:<22}{1e3 * found.seconds:>9.1f}{queries / found.seconds:>11.0f}"
-            f"{found.flop / found.seconds / 1e12:>10.3g}{found.seconds / base:>8.2f}"
+            f"{found.flop / found.seconds / 1e12:>10.3g}{ratio:>8}".rstrip()
         )
-    if WITHOUT_STORE in times:
+    if {"config", WITHOUT_STORE} <= times.keys():
         stored, computed = times["config"], times[WITHOUT_STORE]
         lines.append(
             f"Stored features make a step {computed.seconds / stored.seconds:.2f} times faster; by "
