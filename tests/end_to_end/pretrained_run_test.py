@@ -20,13 +20,13 @@ from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
 from dqe_jax.testing.commands import run_module
+from dqe_jax.testing.pretrained import copy_weights
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "make", "the", "red", "blue", "circle", "a")
 FIELDS = {
     "clip": {"model.clip.composer_width": 16, "model.clip.composer_heads": 2},
     "blip2": {"model.blip2.dropout": 0.0},
@@ -35,37 +35,13 @@ FROZEN = {"clip": ("vision", "text", "logit_scale"), "blip2": ("vision", "itm_he
 BACKBONES = (pytest.param("clip", marks=pytest.mark.core), "blip2")
 
 
-def write_clip_tokenizer(directory):
-    """CLIP's byte-pair encoding with an alphabet and a few merges, 49 as the end of a text."""
-    letters = "abcdefghiklmnoprstuvwy"
-    vocabulary = {c: i for i, c in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
-    merges = [("r", "e"), ("re", "d</w>"), ("m", "a"), ("t", "h")]
-    vocabulary |= {a + b: len(vocabulary) + i for i, (a, b) in enumerate(merges)}
-    vocabulary |= {"<|startoftext|>": 48, "<|endoftext|>": 49}
-    (directory / "vocab.json").write_text(json.dumps(vocabulary))
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
-    write_tokenizer_config(directory, "CLIPTokenizer", pad_token="<|endoftext|>")
-
-
-def write_bert_tokenizer(directory):
-    (directory / "vocab.txt").write_text("\n".join(BERT))
-    write_tokenizer_config(directory, "BertTokenizer")
-
-
-def write_tokenizer_config(directory, name, **fields):
-    """The small file beside a published vocabulary, the same for every release of transformers."""
-    config = {"tokenizer_class": name, **fields}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, prepared):
     """Prepared data, and a Hugging Face directory of each backbone with a tokenizer."""
     directory = tmp_path_factory.mktemp("pretrained")
     prepared(directory)
-    for name, write in (("clip", write_clip_tokenizer), ("blip2", write_bert_tokenizer)):
-        shutil.copytree(GOLDEN / name, directory / name)
-        write(directory / name)
+    for name in ("clip", "blip2"):
+        copy_weights(GOLDEN / name, name, directory / name)
     return directory
 
 
