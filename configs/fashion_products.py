@@ -53,4 +53,4 @@ def use_features(config):
     config.model.attributes.form = "gate"
     config.model.attributes.parts = 16
     config.batch.references = 64
-    config.total_steps = 3000
+    config.total_steps = 1500
