@@ -60,6 +60,8 @@ setup(
         "orbax-checkpoint>=0.11.20,<1",
         "pillow>=10.1",
         "psutil>=5.9.5",
+        # Features from Parquet files; older ones do not know NumPy 2.
+        "pyarrow>=16.1",
         "safetensors>=0.4.1",
         "tensorboardX>=2.6.1",
         "tensorflow-datasets>=4.9.10",

@@ -195,10 +195,7 @@ def _read_safetensors(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
 
 
 def _read_parquet(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: install pyarrow to read Parquet files.") from error
+    import pyarrow.parquet  # takes a while
 
     table = pyarrow.parquet.read_table(path)
     columns = {name: table.column(name).to_pylist() for name in table.column_names}

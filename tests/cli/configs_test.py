@@ -18,6 +18,7 @@ from configs import common
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.config import RunConfig, check_batch, fields
 from dqe_jax.data import datasets
+from dqe_jax.feature_store.features import sizes_of
 from dqe_jax.models import build, setup
 from dqe_jax.training import loop, session, step
 from dqe_jax.utils.errors import UserError
@@ -51,6 +52,8 @@ OF_BANK = {
 }
 # Fields that are read where a tower is frozen: `feature_store/run_test.py` sees that they are.
 OF_FEATURES = {"features.dtype", "features.directory"}
+# Fields of the backbone on features from outside.
+OF_GIVEN = {name for name in FIELDS if name.startswith("model.features.")}
 
 
 def variants_of(name: str) -> tuple[str, ...]:
@@ -254,7 +257,7 @@ def test_every_field_is_read_by_a_run(tmp_path, quick_compilation, monkeypatch):
         metrics = loop.train_and_evaluate(config, tmp_path / "run")
     assert metrics["queries"] > 0
     unread = set(FIELDS) - reads
-    assert unread == set(NOT_READ) | OF_PRETRAINED | OF_BANK | OF_FEATURES, (
+    assert unread == set(NOT_READ) | OF_PRETRAINED | OF_BANK | OF_FEATURES | OF_GIVEN, (
         "a field that nothing reads, or one that is read after all"
     )
 
@@ -276,6 +279,19 @@ def test_fields_of_the_pretrained_backbones_are_read_by_them():
                 setup.tokenizer_of(config.model, config.data, pretrained)
         read |= reads
     assert read >= OF_PRETRAINED
+
+
+def test_fields_of_the_backbone_on_features_are_read_by_it(tmp_path):
+    encoders = "dqe_jax.testing.encoders"
+    changes = {"images": (f"{encoders}:images",), "texts": (f"{encoders}:texts",)}
+    config = RunConfig().with_changes(
+        {"model.backbone": "features", "features.directory": str(tmp_path)}
+        | {f"model.features.{name}": value for name, value in changes.items()}
+    )
+    with recorded_reads() as reads:
+        sizes = sizes_of(config, None)
+        build.build_model(config.model, vocab_size=1, max_length=16, image_size=64, sizes=sizes)
+    assert reads >= OF_GIVEN
 
 
 def test_fields_of_the_other_data_set_are_read_by_it(tmp_path, monkeypatch):
