@@ -23,6 +23,7 @@ from dqe_jax.data.digest import digests_of_rows
 from dqe_jax.data.splits import Gallery
 from dqe_jax.data.text import Wordings
 from dqe_jax.embedding.sources import Images, PlainImages, PlainTexts, Texts
+from dqe_jax.feature_store.fallback import ImagesOrPlain, TextsOrPlain
 from dqe_jax.feature_store.given import GivenStore, given_sizes
 from dqe_jax.feature_store.needs import Need, text_digests
 from dqe_jax.feature_store.sources import StoredImages, StoredTexts, Use
@@ -174,8 +175,12 @@ class Features:
             return PlainImages(gallery, augment)
         views = (0, 1) if augment == "flip" else (0,)
         needs = [Need(gallery.contents, gallery.__getitem__, gallery.ids, view) for view in views]
-        self._stores["image"].add(needs)
-        return StoredImages(Use(self._stores["image"], needs), len(views) > 1)
+        store = self._stores["image"]
+        store.add(needs)
+        stored = StoredImages(Use(store, needs), len(views) > 1)
+        if isinstance(store, GivenStore):
+            return stored
+        return ImagesOrPlain(store, stored, PlainImages(gallery, augment))
 
     def texts(self, wordings: Wordings) -> Texts:
         """Texts, each in some wordings."""
@@ -190,7 +195,10 @@ class Features:
 
         needs = [need(own, texts) for own, texts in zip(ids.swapaxes(0, 1), wordings.texts)]
         store.add(needs)
-        return StoredTexts(Use(store, needs), ids)
+        stored = StoredTexts(Use(store, needs), ids)
+        if isinstance(store, GivenStore):
+            return stored
+        return TextsOrPlain(store, stored, PlainTexts(ids))
 
     def fill(self, params: Params) -> None:
         """Computes what the sources need and no store has, and puts it in its place.
@@ -199,7 +207,8 @@ class Features:
           params: all parameters, replicated over the devices.
 
         Raises:
-          UserError: a number is not finite, or the disk cannot be written or is too small.
+          UserError: a number is not finite; or the disk cannot be written or is too small, and
+            `config.features.place` is not "auto", which then computes the tower in each step.
         """
         for store in self._stores.values():
             store.fill(params)
@@ -225,13 +234,18 @@ class Features:
 
     def resolve(self, batch: Batch) -> Batch:
         """A training batch `[devices, ...]` with what the model takes in place of row numbers."""
-        if "image" in self._stores:
+        if self._holds("image"):
             wanted = batch.reference_image, batch.target_image
             reference, target = self._stores["image"].table.resolve(wanted)
             batch = dataclasses.replace(batch, reference_image=reference, target_image=target)
-        if "text" in self._stores:
+        if self._holds("text"):
             text = batch.text
             assert isinstance(text, StoredText)
             states = self._stores["text"].table.resolve(text.states)
             batch = dataclasses.replace(batch, text=StoredText(text.ids, states))
         return batch
+
+    def _holds(self, kind: str) -> bool:
+        """Whether the features of a kind are looked up."""
+        store = self._stores.get(kind)
+        return store is not None and not (isinstance(store, Store) and store.given_up)

@@ -41,8 +41,18 @@ FIELDS = {
 SHARD_BYTES = 64 * 2**20
 
 
+class NoRoomError(UserError):
+    """A disk is too small for a store or cannot be written; all processes raise it together."""
+
+
 class Store:
-    """The store of one tower."""
+    """The store of one tower.
+
+    Attributes:
+      kind: "image" or "text".
+      specs: of its arrays, once it is filled.
+      given_up: whether there is no room for it and the tower is computed in each step.
+    """
 
     def __init__(
         self,
@@ -56,6 +66,7 @@ class Store:
         self._needs: list[Need] = []
         self._filled = ""
         self._table: Table | None = None
+        self.given_up = False
         self._dtype = dtype_of(config)
         self._states = states_of(model, kind, self._dtype)
         self._parts = parts_of(config.model.backbone)
@@ -103,7 +114,17 @@ class Store:
         name = self._name_of(params)
         if name == self._filled:
             return
-        directory, keys, computed = self._ensure(name, params)
+        try:
+            directory, keys, computed = self._ensure(name, params)
+        except NoRoomError as error:
+            if self._config.features.place != "auto":
+                raise
+            self.given_up = True
+            if processes.leads():
+                text = "The frozen %s tower is computed in each step, which takes longer: %s"
+                logging.warning(text, self.kind, error)
+            return
+        self.given_up = False
         shards, _ = files.open_shards(directory, self.specs)
         at = files.find_rows(shards, keys)
         if (at < 0).any():
@@ -143,6 +164,7 @@ class Store:
         shards, _ = files.open_shards(directory, self.specs)
         if not processes.any_of(files.find_rows(shards, keys) < 0).any():
             return 0  # a store that cannot be written will do
+        self._check_writable(directory)
         with writing.open_for_writing(directory) as writes:
             shards, damaged = files.open_shards(directory, self.specs)
             if writes:
@@ -150,8 +172,8 @@ class Store:
             rows = np.flatnonzero(processes.any_of(files.find_rows(shards, keys) < 0))
             if not len(rows):  # another run has computed them meanwhile
                 return 0
+            self._check_space(directory, len(rows), writes)
             if writes:
-                self._check_space(directory, len(rows))
                 writing.write_facts(directory, self._facts, self.specs)
             self._compute_rows(
                 directory if writes else None,
@@ -162,11 +184,23 @@ class Store:
             )
             return len(rows)
 
-    def _check_space(self, directory: Path, count: int) -> None:
+    def _check_writable(self, directory: Path) -> None:
+        """Raises `NoRoomError` if any process cannot write there; all call this together."""
+        refused = "another process cannot write features to its disk: look at its log."
+        try:
+            writing.make(directory)
+            able = True
+        except UserError as error:
+            refused, able = str(error), False
+        if not processes.all_agree(able):
+            raise NoRoomError(refused)
+
+    def _check_space(self, directory: Path, count: int, writes: bool) -> None:
+        """Raises `NoRoomError` if a disk that is written is too small; all call this together."""
         needed = count * sum(spec.nbytes for spec in self.specs.values())
         free = shutil.disk_usage(directory).free
-        if needed > free:
-            raise UserError(
+        if not processes.all_agree(not writes or needed <= free):
+            raise NoRoomError(
                 f"{directory} has {free / 1e9:.2f} GB free: the features of {count:,} rows take "
                 f"{needed / 1e9:.2f} GB; free space, name another config.features.directory, or "
                 "take config.features.dtype='bfloat16' or config.features.place='off'."

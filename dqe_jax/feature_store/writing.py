@@ -33,12 +33,13 @@ def open_for_writing(directory: Path) -> Iterator[bool]:
             stack.enter_context(_locked(directory))
         sees = processes.sees_leader(directory)
         if not sees:  # on a disk of its own
-            _make(directory)
+            make(directory)
         yield leads or not sees
         processes.wait_for_all(f"features {directory.name}")
 
 
-def _make(directory: Path) -> None:
+def make(directory: Path) -> None:
+    """Makes the directory of a store; raises a `UserError` if nothing can be written there."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "lock").touch()
@@ -49,7 +50,7 @@ def _make(directory: Path) -> None:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Waits until no other run writes to a store."""
-    _make(directory)
+    make(directory)
     with (directory / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

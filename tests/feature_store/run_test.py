@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -81,8 +82,9 @@ def assert_alike(one, other):
 @pytest.fixture(scope="module")
 def plain(base):
     """A run whose towers are computed in each step."""
-    loop.train_and_evaluate(config_of(base, "off"), base / "off")
-    assert not (base / "prepared" / "features").exists()
+    config = config_of(base, "off", **{"features.directory": str(base / "none")})
+    loop.train_and_evaluate(config, base / "off")
+    assert not (base / "none").exists()
     return base / "off"
 
 
@@ -249,7 +251,7 @@ def test_a_whole_store_need_not_be_writable(base, own, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(writing, "_make", refuse)
+    monkeypatch.setattr(writing, "make", refuse)
     with caplog.at_level(logging.INFO):
         one_step(base, "own")
     assert {new for _, _, new in said_of(caplog).values()} == {0}
@@ -294,6 +296,37 @@ def test_a_full_disk_is_told_and_nothing_is_lost(base, own, monkeypatch):
     )
     with pytest.raises(UserError, match=r"has 0\.00 GB free: the features of [\d,]+ rows take 0"):
         one_step(base, "full")
+
+
+@pytest.mark.parametrize("why", ["small", "refused"])
+def test_auto_computes_towers_in_each_step_where_a_disk_has_no_room(
+    base, plain, why, monkeypatch, caplog
+):
+    """With a warning; then a run is as if it had been told so. A place that is named must do."""
+    free, refuse = type("U", (), {"free": 1000}), OSError(30, "Read-only file system")
+    if why == "small":
+        monkeypatch.setattr("dqe_jax.feature_store.store.shutil.disk_usage", lambda _: free)
+        words = r"has 0\.00 GB free: the features of [\d,]+ rows take"
+    else:
+        mkdir = Path.mkdir
+
+        def make(path, *arguments, **others):
+            if "features" in path.parts:
+                raise refuse
+            mkdir(path, *arguments, **others)
+
+        monkeypatch.setattr(Path, "mkdir", make)
+        words = r"features cannot be written to .* \(Read-only file system\)"
+    changes = {"features.directory": str(base / why / "features")}
+    with caplog.at_level(logging.WARNING):
+        loop.train_and_evaluate(config_of(base, "auto", **changes), base / f"auto-{why}")
+    for kind in ("image", "text"):
+        told = rf"The frozen {kind} tower is computed in each step, which takes longer: .*{words}"
+        assert re.search(told, caplog.text)
+    one, other = lines_of(plain), lines_of(base / f"auto-{why}")
+    assert one == other
+    with pytest.raises(UserError, match=words):
+        loop.train_and_evaluate(config_of(base, "disk", **changes), base / f"disk-{why}")
 
 
 def test_numbers_that_are_not_finite_name_the_image(base, own, monkeypatch):
