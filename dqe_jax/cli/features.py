@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from dqe_jax.config import RunConfig
 from dqe_jax.utils.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
@@ -77,8 +78,11 @@ def main(argv: Sequence[str]) -> None:
     if _DATA_DIR.value is not None:
         _CONFIG.value.data.data_dir = _DATA_DIR.value
     if importing:
-        manage.import_files(
-            _CONFIG.value,
+        from dqe_jax.feature_store.features import directory_of
+        from dqe_jax.feature_store.imports import import_features
+
+        import_features(
+            directory_of(RunConfig.of(_CONFIG.value)),
             _NAME.value or "",
             "image" if _IMAGES.value else "text",
             _IMAGES.value or _TEXTS.value,

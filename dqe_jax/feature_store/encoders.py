@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dqe_jax.feature_store.shards import ARRAY_NAME
 from dqe_jax.models.weights.sizes import GIVEN_DTYPES
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject
@@ -40,11 +41,6 @@ class Encoder:
     function: Callable[[Any], Any]
     version: str
     code: str
-
-    @property
-    def origin(self) -> str:
-        """Its name and its version."""
-        return f"{self.name} {self.version}".strip()
 
     @property
     def facts(self) -> JsonObject:
@@ -75,6 +71,11 @@ class Encoder:
         if not found:
             raise UserError(f"the encoder {self.name} gives no features: return arrays [B, D].")
         for name, array in found.items():
+            if not ARRAY_NAME.fullmatch(name):
+                raise UserError(
+                    f"the encoder {self.name} calls an array {name!r}: take letters, digits and "
+                    "'_', and not 'keys'."
+                )
             if array.ndim not in (2, 3) or len(array) != len(inputs) or 0 in array.shape:
                 raise UserError(
                     f"the encoder {self.name} gives {name!r} of shape {list(array.shape)} for "
@@ -112,7 +113,16 @@ def open_encoder(name: str) -> Encoder:
     if not callable(function):
         raise UserError(f"the encoder {name!r}: {module_name} has no function {function_name!r}.")
     version = getattr(module, "version", None)
-    return Encoder(name, function, str(version()) if callable(version) else "", _code_of(module))
+    try:
+        said = str(version()) if callable(version) else ""
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the encoder {name!r}: version() of {module_name} fails ({reason_of(error)}): it must "
+            "give a text."
+        ) from error
+    return Encoder(name, function, said, _code_of(module))
 
 
 def _code_of(module: Any) -> str:

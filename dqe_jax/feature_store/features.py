@@ -32,9 +32,9 @@ from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
-from dqe_jax.models.given import with_moments
+from dqe_jax.models.given import Given, with_moments
 from dqe_jax.models.weights.initial import Pretrained
-from dqe_jax.models.weights.sizes import GivenSizes, Sizes
+from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import is_remote, whole_path
 
@@ -157,9 +157,8 @@ class Features:
         given, self._stores = given_kinds(model), dict[str, Store | GivenStore]()
         for kind in kinds:
             if kind in given:
-                sizes = model.backbone.sizes  # type: ignore[attr-defined]
-                assert isinstance(sizes, GivenSizes)
-                self._sizes = sizes
+                assert isinstance(model.backbone, Given), "no other takes what it does not make"
+                self._sizes = sizes = model.backbone.sizes
                 self._stores[kind] = GivenStore(kind, config, sizes, devices, root)
             else:
                 self._stores[kind] = Store(kind, config, model, devices, root)

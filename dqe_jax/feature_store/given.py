@@ -118,11 +118,14 @@ def open_source(config: RunConfig, kind: str, name: str, root: Path) -> Opened:
             f"{', '.join(known) or 'none'}: import them with dqe-jax features, or name an encoder "
             "as package.module:function."
         )
-    if facts["kind"] != kind:
+    held, made_by = facts.get("kind"), facts.get("encoder")
+    if not isinstance(held, str) or not isinstance(made_by, str):
+        raise _damaged(root / name / writing.FACTS)
+    if held != kind:
         raise UserError(
-            f"config.model.features: {name!r} holds features of {facts['kind']}s, not of {kind}s."
+            f"config.model.features: {name!r} holds features of {held}s, not of {kind}s."
         )
-    return Opened(name, facts["encoder"], "", root / name, _specs_in(facts))
+    return Opened(name, made_by, "", root / name, _specs_in(facts))
 
 
 class GivenStore:
@@ -439,10 +442,10 @@ def _fitted(
         )
     found = {name: made[name].astype(spec.dtype) for name, spec in source.specs.items()}
     for name, array in found.items():
-        bad = ~np.isfinite(array.astype(np.float32).reshape(len(array), -1)).all(1)
-        if bad.any():
+        row = files.first_not_finite(array)
+        if row is not None:
             raise UserError(
-                f"the encoder {encoder.name} gives {name!r} of {names[int(bad.argmax())]!r} that "
+                f"the encoder {encoder.name} gives {name!r} of {names[row]!r} that "
                 f"is not finite in {array.dtype}: mend the encoder, or take "
                 "config.features.dtype='float32'."
             )
@@ -458,8 +461,12 @@ def _facts_in(directory: Path) -> JsonObject | None:
     try:
         _specs_in(facts)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: delete its directory, and make it again.") from error
+        raise _damaged(path) from error
     return facts
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: delete its directory, and make it again.")
 
 
 def _specs_in(facts: JsonObject) -> dict[str, RowSpec]:

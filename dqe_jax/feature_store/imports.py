@@ -28,7 +28,7 @@ from absl import logging
 from dqe_jax.feature_store import writing
 from dqe_jax.feature_store.encoders import ONE, names_encoder, open_encoder
 from dqe_jax.feature_store.given import IMPORTED, check_space, id_keys
-from dqe_jax.feature_store.shards import RowSpec
+from dqe_jax.feature_store.shards import ARRAY_NAME, RowSpec, first_not_finite
 from dqe_jax.feature_store.store import SHARD_BYTES
 from dqe_jax.models.weights.sizes import GIVEN_DTYPES
 from dqe_jax.utils.errors import UserError, reason_of
@@ -243,8 +243,11 @@ def _checked(one: Features) -> Features:
     if "" in one.ids:
         raise UserError(f"{one.path}: the id of row {one.ids.index('')} is empty.")
     for name, array in one.arrays.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise UserError(f"{one.path}: {name!r} names features: take letters, digits and '_'.")
+        if not ARRAY_NAME.fullmatch(name):
+            raise UserError(
+                f"{one.path}: {name!r} names features: take letters, digits and '_', and not "
+                "'keys'."
+            )
         if str(array.dtype) not in READ:
             raise UserError(
                 f"{one.path}: {name!r} of {one.ids[0]!r} has dtype {array.dtype}: features are "
@@ -260,10 +263,10 @@ def _checked(one: Features) -> Features:
 
 
 def _check_finite(path: Path, ids: Sequence[str], name: str, array: np.ndarray) -> None:
-    bad = ~np.isfinite(array.astype(np.float32).reshape(len(array), -1)).all(1)
-    if bad.any():
+    row = first_not_finite(array)
+    if row is not None:
         raise UserError(
-            f"{path}: {name!r} of {ids[int(bad.argmax())]!r} is not finite in {array.dtype}: mend "
+            f"{path}: {name!r} of {ids[row]!r} is not finite in {array.dtype}: mend "
             "the file, or import with --dtype=float32."
         )
 

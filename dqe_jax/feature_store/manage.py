@@ -20,7 +20,6 @@ from dqe_jax.data.text import encode_wordings
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.feature_store.features import Features, directory_of, sizes_of
-from dqe_jax.feature_store.imports import import_features
 from dqe_jax.feature_store.shards import RowSpec, open_shards
 from dqe_jax.feature_store.writing import FACTS
 from dqe_jax.models import setup
@@ -88,20 +87,6 @@ def compute(config: AnyConfig, names: Sequence[str] = ()) -> None:
         features.texts(encode_wordings(tokenizer, split, captions))
     params = setup.init_params(model, config.model, config.data, config.seed, pretrained)
     features.compute(mesh.replicate(params, devices))
-
-
-def import_files(
-    config: AnyConfig,
-    name: str,
-    kind: str,
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    encoder: str = "",
-    dtype: str = "auto",
-) -> None:
-    """As `imports.import_features`, into the directory of a config's features."""
-    root = directory_of(RunConfig.of(config))
-    import_features(root, name, kind, paths, encoder=encoder, dtype=dtype)
 
 
 def write_inputs(config: AnyConfig, names: Sequence[str], output: str | os.PathLike[str]) -> None:

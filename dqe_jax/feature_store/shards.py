@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from dqe_jax.utils.errors import UserError
 
 # Bytes of a key: a digest of the content, and one byte that says which view of it.
 KEY_BYTES = CONTENT_BYTES + 1
+# Arrays are files beside that of the keys.
+ARRAY_NAME = re.compile(r"(?!keys$)[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _KEYS, _FACTS, _PARTIAL = "keys", "shard.json", ".partial"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -179,12 +182,18 @@ def read_rows(
         first += len(shard.keys)
 
 
+def first_not_finite(array: np.ndarray) -> int | None:
+    """The first row of an array `[n, ...]` whose numbers are not all finite, if there is one."""
+    bad = ~np.isfinite(array.astype(np.float32).reshape(len(array), -1)).all(1)
+    return int(bad.argmax()) if bad.any() else None
+
+
 def check_finite(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
     """Raises a `UserError` that names the first row whose numbers are not all finite."""
     for array in arrays.values():
-        bad = ~np.isfinite(array.astype(np.float32).reshape(len(array), -1)).all(1)
-        if bad.any():
+        row = first_not_finite(array)
+        if row is not None:
             raise UserError(
-                f"the frozen tower makes numbers of {names[int(bad.argmax())]} that are not "
+                f"the frozen tower makes numbers of {names[row]} that are not "
                 "finite: check config.model.weights, or take config.model.dtype='float32'."
             )

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.distributed import mesh
-from dqe_jax.feature_store.features import sizes_of, states_spec, stored_kinds
+from dqe_jax.feature_store.features import given_kinds, sizes_of, states_spec, stored_kinds
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models import setup
@@ -79,7 +79,8 @@ def benchmark_step(
         # A loop over layers would be counted as one layer.
         raise UserError("config.model.scan_layers is True: time with --config.model.scan_layers=0.")
     variants = dict(VARIANTS)
-    if stored_kinds(config, _model_of(config)):
+    model = _model_of(config)
+    if set(stored_kinds(config, model)) - set(given_kinds(model)):
         variants[WITHOUT_STORE] = {"features.place": "off"}
     unknown = [name for name in names if name not in variants]
     if unknown:

@@ -75,10 +75,8 @@ def texts_of(texts, directory):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory, prepared):
-    pytest.importorskip("timm", reason="timm is not installed", exc_type=Exception)
-    pytest.importorskip(
-        "sentence_transformers", reason="sentence-transformers is not installed", exc_type=Exception
-    )
+    pytest.importorskip("timm", reason="timm is not installed")
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     base = tmp_path_factory.mktemp("own")
     prepared(base)
     config = RunConfig.of(small_config(base / "prepared", **FIELDS))

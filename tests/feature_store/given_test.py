@@ -24,6 +24,7 @@ from dqe_jax.feature_store.imports import import_features
 from dqe_jax.feature_store.needs import Need, text_digests
 from dqe_jax.models import setup
 from dqe_jax.performance.describe import describe_model
+from dqe_jax.performance.step_benchmark import benchmark_step
 from dqe_jax.testing import encoders
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop, session
@@ -322,6 +323,8 @@ def test_other_features_than_those_of_the_model_are_refused(base, computed, monk
         (lambda x: x.astype(np.float32), "of shape"),
         (lambda x: np.zeros((len(x), 4), np.int32), "as int32: return floats"),
         (lambda x: {}, "gives no features"),
+        (lambda x: {"keys": np.zeros((len(x), 4), np.float32)}, "calls an array 'keys'"),
+        (lambda x: {"../a": np.zeros((len(x), 4), np.float32)}, "calls an array '../a'"),
         (lambda x: 1 / 0, "fails on .*division"),
         (lambda x: np.full((len(x), 4), np.nan, np.float32), "not finite"),
         (lambda x: np.zeros((len(x), 1 + int(x.min())), np.float32), "gives other shapes"),
@@ -331,6 +334,30 @@ def test_an_encoder_that_fails_is_named(base, tmp_path, monkeypatch, made, words
     monkeypatch.setattr(encoders, "images", made)
     monkeypatch.setattr(encoders, "version", lambda: words)
     refused(config_of(base), tmp_path, words)
+
+
+def test_a_version_that_fails_and_a_damaged_store_are_sentences(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoders, "version", lambda: 1 / 0)
+    refused(config_of(base), tmp_path / "a", r"version\(\) of .* fails .*division")
+    damaged = tmp_path / "features" / "mine"
+    damaged.mkdir(parents=True)
+    facts = '{"backbone": "imported", "arrays": {"x": {"shape": [4], "dtype": "float32"}}}'
+    (damaged / "store.json").write_text(facts)
+    # Stores of towers lie beside it, and are none of its business.
+    tower = damaged.parent / "0123456789abcdef"
+    tower.mkdir()
+    (tower / "store.json").write_text('{"kind": "image", "backbone": "clip", "arrays": {}}')
+    other = {"features.directory": str(damaged.parent), "model.features.images": ("other",)}
+    refused(config_of(base, **other), tmp_path / "c", "no imported features 'other' .* are mine:")
+    changes = {"features.directory": str(damaged.parent), "model.features.images": ("mine",)}
+    refused(config_of(base, **changes), tmp_path / "b", "store.json is damaged: delete")
+
+
+def test_a_step_on_features_is_timed(base):
+    times = benchmark_step(config_of(base, num_devices=1), rounds=1, steps=1, names=["config"])
+    assert list(times) == ["config"]
+    with pytest.raises(UserError, match="--variants=towers in each step: give some of config"):
+        benchmark_step(config_of(base), rounds=1, steps=1, names=["towers in each step"])
 
 
 def test_what_is_to_be_encoded_is_written(base, known, tmp_path):

@@ -59,6 +59,11 @@ BAD = {
     "too few rows": (".npz", lambda p: npz(p, id=IDS, x=ROWS[:2]), r"shape \[2, 4\] for 3 ids"),
     "too many axes": (".npz", lambda p: npz(p, id=IDS, x=ROWS[:, None, None]), "must be .3, D"),
     "a strange name": (".npz", lambda p: npz(p, id=IDS, **{"a/b": ROWS}), "'a/b' names features"),
+    "a name that the keys have": (
+        ".npz",
+        lambda p: npz(p, id=IDS, keys=ROWS),
+        "'keys' names features: .* not 'keys'",
+    ),
     "cut off": (
         ".npz",
         lambda p: (npz(p, id=IDS, x=ROWS), p.write_bytes(p.read_bytes()[:90])),
