@@ -24,7 +24,7 @@ from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import freeze
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import zero
-from dqe_jax.training.optimizer import all_finite, take_back
+from dqe_jax.training.optimizer import largest
 from dqe_jax.training.state import Optimizer, Splitter, TrainState, splitter
 
 Loss = Callable[[Params, Batch, jax.Array, Bank | None], tuple[Array, Metrics]]
@@ -37,7 +37,7 @@ class Control:
     Attributes:
       stop: the largest number that any device was told by `stop`: that of a signal, 0 for none.
       bad_in_a_row: steps up to this one, one after the other, that were not finite.
-      whole: bool, whether all parameters that train are finite after the step.
+      whole: bool, whether all parameters that train were finite before the step.
     """
 
     stop: Array
@@ -117,7 +117,7 @@ def make_train_step(
     """Makes the per-device step `(state, batch, stop, bank=None) -> StepOutput`.
 
     All that it closes over is here. A step whose loss, gradients or new parameters are not finite
-    changes no parameter (`optimizer.skip_unsound`, `optimizer.take_back`); `bad_steps` counts them.
+    changes no parameter (`optimizer.make_optimizer`); `bad_steps` counts them.
 
     Args:
       loss_fn: as `method.objective.Objective`, over `mesh.AXIS`.
@@ -145,21 +145,19 @@ def make_train_step(
         sound = jnp.isfinite(metrics["loss"])
         norm = zero.global_norm(grads, training) if shard_state else optax.tree.norm(grads)
         held = zero.own(training) if shard_state else training
-        updates, opt_state = tx.update(grads, state.opt_state, held, sound=sound, norm=norm)
+        size = largest(training)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, held, sound=sound, norm=norm, size=size
+        )
         if shard_state:
             updates = zero.gather(updates, training)
-        moved = optax.apply_updates(training, updates)
-        if isinstance(opt_state, optax.ApplyIfFiniteState):
-            finite = all_finite(moved)
-            moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, training)
-            opt_state = take_back(opt_state, state.opt_state, ~finite)
-        params = freeze.merge(moved, frozen)
+        params = freeze.merge(optax.apply_updates(training, updates), frozen)
         metrics["grad_norm"] = norm
         bad = jnp.zeros((), jnp.int32)
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             metrics["bad_steps"] = opt_state.total_notfinite
             bad = opt_state.notfinite_count
-        control = Control(lax.pmax(stop.max(), mesh.AXIS), bad, all_finite(moved))
+        control = Control(lax.pmax(stop.max(), mesh.AXIS), bad, jnp.isfinite(size))
         return StepOutput(TrainState(state.step + 1, params, opt_state), metrics, control)
 
     return step

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from dqe_jax.config import OptimizerConfig
-from dqe_jax.training.optimizer import make_optimizer, make_schedule, skip_unsound
+from dqe_jax.training.optimizer import largest, make_optimizer, make_schedule, matrices
 
 pytestmark = pytest.mark.core
 
@@ -149,11 +149,19 @@ def assert_close(one, other):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the square of the last is infinite
 def test_unsound_gradients_change_nothing_and_are_counted(bad):
-    ours = skip_unsound(optax.adam(0.1))
-    theirs = optax.apply_if_finite(optax.adam(0.1), 100)
-    params = {"a": jnp.ones(3), "b": jnp.zeros(())}
-    good = {"a": jnp.array([1.0, -2.0, 3.0]), "b": jnp.float32(0.5)}
-    unsound = good | {"b": jnp.float32(bad)}
+    config = settings(learning_rate=0.1, warmup_steps=0, clip_norm=100.0)
+    ours = make_optimizer(config, 10)
+    adamw = optax.adamw(
+        make_schedule(config, 10),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=matrices,
+    )
+    theirs = optax.apply_if_finite(optax.chain(optax.identity(), adamw), 100)
+    params = {"a": jnp.ones((3, 1)), "b": jnp.zeros((1, 1))}
+    good = {"a": jnp.array([[1.0], [-2.0], [3.0]]), "b": jnp.array([[0.5]])}
+    unsound = good | {"b": jnp.array([[bad]], jnp.float32)}
     never = jax.tree.map(lambda x: x * np.nan, good)
     states = [ours.init(params), theirs.init(params)]
     steps = [
@@ -164,10 +172,40 @@ def test_unsound_gradients_change_nothing_and_are_counted(bad):
         (good, False, never),
     ]
     for grads, sound, as_optax_needs in steps:
-        found, states[0] = ours.update(grads, states[0], params, sound=sound)
+        found, state = ours.update(grads, states[0], params, sound=sound)
+        if as_optax_needs is never:  # bit by bit
+            jax.tree.map(np.testing.assert_array_equal, state.inner_state, states[0].inner_state)
+        states[0] = state
         expected, states[1] = theirs.update(as_optax_needs, states[1], params)
         assert_close(found, expected)
         assert_close(*states)
     assert states[0].total_notfinite == 3
     assert states[0].notfinite_count == 1
     assert not states[0].last_finite
+
+
+@pytest.mark.parametrize(
+    ("params", "changes"),
+    [
+        (1.0, {"learning_rate": 1e35}),
+        (1e30, {"learning_rate": 1000.0, "weight_decay": 1e7}),
+        (np.nan, {}),
+        (np.inf, {}),
+    ],
+)
+def test_parameters_that_would_not_be_finite_are_not_updated(params, changes):
+    """At rates that float32 cannot hold, or where they are not finite before."""
+    params = jax.tree.map(lambda x: jnp.full_like(x, params), PARAMS)
+    tx = make_optimizer(settings(warmup_steps=0, **changes), 10)
+    state = tx.init(params)
+    updates, after = tx.update(gradients(0), state, params)
+    assert all((x == 0).all() for x in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+    assert after.notfinite_count == 1
+
+
+def test_the_largest_of_a_tree():
+    assert largest({"a": jnp.array([1.0, -7.0]), "b": jnp.float32(3.0)}) == 7
+    for bad in (np.nan, np.inf, -np.inf):
+        for tree in ({"a": jnp.array([1.0, bad]), "b": jnp.ones(2)}, {"a": jnp.float32(bad)}):
+            assert not np.isfinite(largest(tree))
