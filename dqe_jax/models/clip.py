@@ -216,9 +216,10 @@ class Clip(nn.Module):
         """`h`, float32."""
         del train
         each = len(text.ids) // len(image.tokens)
-        x: Array = jnp.repeat(self.composer_in(image.tokens), each, axis=0)
+        x: Array = self.composer_in(image.tokens)
         for block in self.composer_blocks:
             x = block(x, context=text.tokens, context_mask=text.mask)
+        x = jnp.repeat(x, len(text.ids) // len(x), axis=0)  # without blocks nothing did
         residual = self.residual(self.composer_norm(x).mean(1))
         reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
         return reference + normalize(text.pooled) + residual

@@ -18,7 +18,9 @@ class Attention(nn.Module):
     """Multi-head attention of `x [B, L, D]` over `context [B, S, C]` (itself when None).
 
     A context of fewer rows, `[R, S, C]` with `B = R * Q`, is that of `Q` consecutive rows of `x`
-    each: its keys and values are computed once. It takes no mask then.
+    each: its keys and values are computed once. It takes no mask then. Where `x` has fewer rows,
+    `[R, L, D]`, each is asked by `Q` consecutive rows of the context: its queries are computed
+    once, and the result is `[B, L, D]`.
     """
 
     heads: int
@@ -27,16 +29,18 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        context: Float[Array, "R S C"] | None = None,
+        x: Float[Array, "rows L D"],
+        context: Float[Array, "contexts S C"] | None = None,
         mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B L D"]:
         """`mask` is false for padding."""
-        shape, width = x.shape, x.shape[-1]
+        rows, width = max(len(x), 0 if context is None else len(context)), x.shape[-1]
         if context is None:
             q, k, v = jnp.split(nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
         else:
             q = nn.Dense(width, dtype=self.dtype, name="query")(x)
+            if len(x) < rows:
+                q = jnp.repeat(q, rows // len(x), axis=0)
             q = q.reshape(len(context), -1, width)
             k, v = jnp.split(
                 nn.Dense(2 * width, dtype=self.dtype, name="key_value")(context), 2, axis=-1
@@ -45,11 +49,15 @@ class Attention(nn.Module):
         out = jax.nn.dot_product_attention(
             q, k, v, mask=None if mask is None else mask[:, None, None, :]
         )  # [B, L, heads, D / heads]
-        return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(shape))
+        return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(rows, -1, width))
 
 
 class Block(nn.Module):
-    """Pre-norm block: self-attention, cross-attention if a context is given, then an MLP."""
+    """Pre-norm block: self-attention, cross-attention if a context is given, then an MLP.
+
+    A context may have more rows than `x`, Q for each: what comes before the cross-attention is
+    computed once for all Q, and the result has the rows of the context.
+    """
 
     heads: int
     mlp_ratio: int = 4
@@ -58,9 +66,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"] | None = None,
-        context: Float[Array, "R S C"] | None = None,
+        x: Float[Array, "R L D"],
+        mask: Bool[Array, "R L"] | None = None,
+        context: Float[Array, "B S C"] | None = None,
         context_mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Masks are false for padding."""
@@ -69,7 +77,8 @@ class Block(nn.Module):
         x = x + attend(nn.LayerNorm(name="norm_self")(x), mask=mask)
         if context is not None:
             cross = Attention(self.heads, self.dtype, name="cross_attention")
-            x = x + cross(nn.LayerNorm(name="norm_cross")(x), context, context_mask)
+            asked = cross(nn.LayerNorm(name="norm_cross")(x), context, context_mask)
+            x = jnp.repeat(x, len(asked) // len(x), axis=0) + asked
         y = nn.LayerNorm(name="norm_mlp")(x)
         y = nn.Dense(self.mlp_ratio * width, dtype=self.dtype, name="mlp_in")(y)
         # ReLU: on CPUs the tanh of GELU costs a fifth of a training step.

@@ -143,6 +143,19 @@ def test_one_pass_equals_the_entry_points(model):
     np.testing.assert_allclose(out.target_attribute_features, of_target, **close)
 
 
+def test_a_composer_without_blocks():
+    """Its tokens are those of the reference, one for all its texts."""
+    config = small_model_config("clip", **{"model.clip.composer_depth": 0})
+    module = build_small_model(config)
+    params = trained(setup.init_params(module, config.model, config.data))
+    query, _ = entry_points(module)
+    reference, text, _ = inputs()
+    together = query(params, reference, text.reshape(R * Q, LENGTH)).embedding
+    for r in range(R):
+        alone = query(params, reference[r : r + 1], text[r, 1:2]).embedding
+        np.testing.assert_allclose(together[r * Q + 1 : r * Q + 2], alone, atol=1e-5)
+
+
 def test_jit_changes_nothing(model):
     module, params, query, gallery = model
     reference, text, _ = flat_inputs()
