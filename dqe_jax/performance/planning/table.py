@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dqe_jax.config import RunConfig
 from dqe_jax.performance.planning.chips import Topology
 from dqe_jax.performance.planning.compiler import Facts
-from dqe_jax.performance.planning.programs import Stored
+from dqe_jax.performance.planning.store_lines import store_json, stored_lines
+from dqe_jax.performance.planning.stores import Stored
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
 
@@ -23,13 +24,13 @@ class Plan:
       topology: the slice.
       references: of the global batch.
       facts: of each program.
-      stored: what a frozen tower makes of the training gallery; None if nothing is stored.
+      stored: what frozen towers make of the data set.
     """
 
     topology: Topology
     references: int
     facts: tuple[Facts, ...]
-    stored: Stored | None = None
+    stored: tuple[Stored, ...] = ()
 
 
 def _gib(size: float) -> str:
@@ -58,27 +59,11 @@ def tables(plans: Sequence[Plan]) -> str:
     for plan in plans:
         chips, references = plan.topology.chips, plan.references
         parts.append(f"{plan.topology.name}: {chips} chips, {references} references")
-        if plan.stored is not None:
-            parts.append(stored_line(plan.stored, plan.topology))
+        parts += map(stored_lines, plan.stored)
+        if not plan.facts:
+            continue
         parts += filter(None, [memory_table(plan), cost_table(plan, first), traffic_table(plan)])
     return "\n\n".join(parts)
-
-
-def stored_line(stored: Stored, topology: Topology) -> str:
-    """Where the features of the training gallery lie, and what a step reads."""
-    size = f"{stored.nbytes / 1e9:.3g} GB"
-    each = f"{stored.nbytes / topology.devices / 1e9:.3g} GB"
-    where = {
-        "device": f"on the devices, {each} each",
-        "host": "in the memory of each host, or on its disk",
-        "disk": "on the disk of each host",
-    }[stored.place]
-    if stored.place == "host" and topology.chip is None:
-        where = f"\non the devices if they have room for {each} each, else in the hosts' memory"
-    return (
-        f"features of images: {stored.rows:,} rows of {stored.row_bytes / 1e6:.3g} MB, {size}, "
-        f"{where};\na step reads {stored.read / 1e6:.3g} MB on each device."
-    )
 
 
 def memory_table(plan: Plan) -> str:
@@ -94,6 +79,7 @@ def memory_table(plan: Plan) -> str:
         cells.append(_gib(max(rest, 0)) if compiled else "")
         cells += [_gib(facts.resident), _gib(facts.needed)]
         used = f"{facts.needed / facts.memory:.0%}" if facts.memory else ""
+        used = f"over {used}" if used and facts.fits is None else used
         cells.append("too much" if facts.fits is False else used)
         lines.append((facts.name, *cells))
     return text_table(lines)
@@ -227,11 +213,8 @@ def to_json(plans: Sequence[Plan]) -> list[JsonObject]:
                 }
                 for facts in plan.facts
             ],
-            "features": plan.stored
-            and {
-                **dataclasses.asdict(plan.stored),
-                "nbytes": plan.stored.nbytes,
-            },
+            "features": next((store_json(s) for s in plan.stored if s.kind.name == "images"), None),
+            "stores": [store_json(one) for one in plan.stored],
         }
         for plan in plans
     ]
