@@ -32,7 +32,7 @@ def _size(stored: Stored) -> str:
     kind = stored.kind
     what = f"features of {kind.name}: "
     if not stored.rows:
-        return f"{what}rows of {_gb(kind.row_bytes)}; how many is not known"
+        return f"{what}rows of {_gb(kind.row_bytes)}; how many is not known (give --queries)"
     parts = [(kind.training, "to train on"), (kind.evaluation, "to evaluate on")]
     of = ", ".join(f"{rows:,} {use}" for rows, use in parts if rows)
     size = f"{stored.rows:,} rows of {_gb(kind.row_bytes)}, {_gb(stored.nbytes)}"
