@@ -401,7 +401,18 @@ def test_fashioniq_is_planned_without_a_compiler(topology, augment, place, gigab
     assert (images.place, round(images.nbytes / GB, 1)) == (place, gigabytes)
     assert plan.facts == ()
     assert misfits == []
+    assert store_lines.store_json(images)["rows"] == images.rows
     assert images.read_by_host == 192 * 257 * 1408 * 2  # 64 references and 128 targets
+
+
+@pytest.mark.parametrize("names", [("step",), ("none",)])
+def test_features_that_do_not_fit_are_said(names):
+    config = RunConfig.of(fiq.get_config()).with_changes({"features.place": "device"})
+    _, (said,) = run.plan_config(config, [chips.parse_topology("h100")], names=names)
+    assert said.startswith("h100: the ")
+    assert "not fit" in said
+    assert "config.features.place=host" in said
+    assert "computes" not in said
 
 
 def test_advice_is_of_what_takes_most():

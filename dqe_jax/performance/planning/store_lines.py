@@ -46,6 +46,8 @@ def _place(stored: Stored) -> str:
     on_device = _of(stored.of_device, stored.free_device)
     in_host = _of(stored.nbytes, stored.free_host)
     said = f"they lie {_NAMES[stored.place]}"
+    if stored.too_large:
+        return f"they do not fit on the devices: each would take {on_device}"
     if stored.place == "device":
         return f"{said}, {on_device} on each"
     if stored.place == "host":

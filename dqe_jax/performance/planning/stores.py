@@ -106,6 +106,12 @@ class Stored:
         return tables.rows_of_device(self.rows, self.devices) * self.kind.row_bytes
 
     @property
+    def too_large(self) -> bool:
+        """Whether it is to lie on the devices, and is larger than what they have free."""
+        free = self.free_device
+        return self.place == "device" and free is not None and self.of_device > free
+
+    @property
     def read_by_host(self) -> int:
         """Bytes of the rows that the devices of a host take in a step."""
         return self.kind.read * self.devices // self.hosts

@@ -61,6 +61,7 @@ def tables(plans: Sequence[Plan]) -> str:
         parts.append(f"{plan.topology.name}: {chips} chips, {references} references")
         parts += map(stored_lines, plan.stored)
         if not plan.facts:
+            parts += [] if plan.stored else ["no features are stored"]
             continue
         parts += filter(None, [memory_table(plan), cost_table(plan, first), traffic_table(plan)])
     return "\n\n".join(parts)
@@ -133,17 +134,19 @@ def traffic_table(plan: Plan) -> str:
     return text_table(lines)
 
 
-def advise(config: RunConfig, facts: Facts, devices: int) -> list[str]:
+def advise(config: RunConfig, facts: Facts, devices: int, stored: int = 0) -> list[str]:
     """What to change so that a program takes less memory, the most useful first.
 
     Args:
       config: of the run.
       facts: of a program that does not fit.
       devices: of the slice.
+      stored: bytes of stored features on a device.
     """
     model, kinds = config.model, dict(facts.inputs)
-    kinds["temporaries"] = facts.temporaries
+    kinds |= {"temporaries": facts.temporaries, "stored": stored}
     advice = {
+        "stored": ["config.features.place=host"],
         "temporaries": [
             f"a smaller config.batch.references (now {config.batch.references}) or more chips",
         ],
@@ -175,22 +178,34 @@ def advise(config: RunConfig, facts: Facts, devices: int) -> list[str]:
 
 
 def sentences_of_misfits(config: RunConfig, plan: Plan) -> list[str]:
-    """One sentence for each program that does not fit, with its largest arrays and what helps."""
+    """One sentence for each program that does not fit, with its largest arrays and what helps.
+
+    If there are no programs, one for all stored features that do not.
+    """
     found = []
+    stored = sum(one.of_device for one in plan.stored if one.place == "device")
     for facts in plan.facts:
         if facts.fits is not False:
             continue
         kinds = dict(facts.inputs) | {"temporaries": facts.temporaries}
-        kinds["what lies beside it"] = facts.resident
+        kinds |= {"stored features": stored, "what lies beside it": facts.resident - stored}
         most = sorted(((k, n) for k, n in kinds.items() if n), key=lambda x: -x[1])[:3]
-        advice = advise(config, facts, plan.topology.devices)[:4]
+        advice = advise(config, facts, plan.topology.devices, stored)[:4]
         arrays = [f"{x.shape} ({x.count} of {_gib(x.bytes)}, {x.module})" for x in facts.largest]
+        computed = f"the largest arrays it computes are {', '.join(arrays)}; " if arrays else ""
         found.append(
             f"{plan.topology.name}: the {facts.name} does not fit: it needs {_gib(facts.needed)} "
             f"of {_gib(facts.memory)} GiB a device, of these "
-            f"{', '.join(f'{_gib(n)} {kind}' for kind, n in most)}; the largest arrays it "
-            f"computes are {', '.join(arrays)}; try {', or '.join(advice)}."
+            f"{', '.join(f'{_gib(n)} {kind}' for kind, n in most)}; {computed}try "
+            f"{', or '.join(advice)}."
         )
+    if not plan.facts:
+        found += [
+            f"{plan.topology.name}: the features of {one.kind.name} do not fit on the devices; "
+            "take config.features.place=host."
+            for one in plan.stored
+            if one.too_large
+        ]
     return found
 
 
