@@ -22,7 +22,7 @@ COMMANDS = {
     "features": ("features", "Computes what frozen towers make of a data set; lists, deletes it."),
     "audit": ("audit", "Measures which share of the mined negatives is truly relevant."),
     "ablate": ("ablate", "Trains the variants of a config over seeds and compares them."),
-    "plan": ("plan", "Says whether a config fits on a TPU slice, without a TPU."),
+    "plan": ("plan", "Says what a config needs on TPUs or GPUs, without having them."),
     "benchmark step": ("benchmark_step", "Times the training step of a config."),
     "benchmark mine": ("benchmark_mine", "Times the mining of negatives from a bank."),
     "convert": ("convert", "Converts pretrained weights to a directory that a config can name."),

@@ -93,6 +93,19 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
 
 
 @dataclasses.dataclass(frozen=True)
+class SplitSize:
+    """How large a split is, as published or generated at the most.
+
+    Attributes:
+      images: of its gallery.
+      queries: None where that is not known.
+    """
+
+    images: int
+    queries: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetInfo:
     """What is known of a data set.
 
@@ -103,8 +116,8 @@ class DatasetInfo:
       protocols: names of the protocols of `evaluation/protocols.py` by which it is measured, by
         `config.eval.protocol`; "original" is what is usual.
       has_truth: whether all images that are truly relevant for a training query are known.
-      train_gallery: images of its training gallery, published or generated at the most; None where
-        it has none, or each user another.
+      sizes: of its splits, by our names; without those that are not known, or that each user has
+        another of.
       server: where ranked lists are scored if labels are not public; None if they all are.
       raw: how `dqe_jax.prepare` reads its raw files; None for what is prepared on first use.
     """
@@ -114,7 +127,7 @@ class DatasetInfo:
     splits: Mapping[str, str]
     protocols: Mapping[str, str]
     has_truth: bool = False
-    train_gallery: int | None = None
+    sizes: Mapping[str, SplitSize] = dataclasses.field(default_factory=dict)
     server: str | None = None
     raw: RawFormat | None = None
 
@@ -133,7 +146,7 @@ DATASETS = {
             splits={split: split for split in SPLITS},
             protocols={"original": "plain"},
             has_truth=True,
-            train_gallery=45_000,
+            sizes={"train": SplitSize(45_000)},
         ),
         DatasetInfo(
             name="fashion_products",
@@ -141,14 +154,18 @@ DATASETS = {
             splits={split: split for split in SPLITS},
             protocols={"original": "plain"},
             has_truth=True,
-            train_gallery=44_000,
+            sizes={"train": SplitSize(44_000)},
         ),
         DatasetInfo(
             name="fashioniq",
             open=_benchmark,
             splits=fashioniq.SPLITS,
             protocols={"original": "fashioniq-original", "val": "fashioniq-val"},
-            train_gallery=45_429,
+            sizes={
+                "train": SplitSize(45_429, 18_000),
+                "validation": SplitSize(15_415, 6_016),
+                "test": SplitSize(15_417, 6_118),
+            },
             raw=fashioniq.RAW,
         ),
         DatasetInfo(
@@ -156,7 +173,11 @@ DATASETS = {
             open=_benchmark,
             splits=cirr.SPLITS,
             protocols={"original": "cirr"},
-            train_gallery=16_939,
+            sizes={
+                "train": SplitSize(16_939, 28_225),
+                "validation": SplitSize(2_297, 4_181),
+                "test": SplitSize(2_315, 4_148),
+            },
             server="http://cirr.cecs.anu.edu.au",
             raw=cirr.RAW,
         ),

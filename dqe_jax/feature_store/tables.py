@@ -246,11 +246,16 @@ def choose_place(asked: str, nbytes: int, devices: Sequence[jax.Device]) -> str:
     if asked != "auto":
         return asked
     own = devices[mesh.own_devices(devices)]
-    if processes.all_agree(nbytes / len(devices) <= SHARE * min(map(_free_of, own))):
+    if processes.all_agree(has_room(nbytes / len(devices), min(map(_free_of, own)))):
         return "device"
-    if processes.all_agree(nbytes <= SHARE * psutil.virtual_memory().available):
+    if processes.all_agree(has_room(nbytes, psutil.virtual_memory().available)):
         return "host"
     return "disk"
+
+
+def has_room(nbytes: float, free: float) -> bool:
+    """Whether "auto" puts so many bytes where so many are free."""
+    return nbytes <= SHARE * free
 
 
 def _free_of(device: jax.Device) -> float:

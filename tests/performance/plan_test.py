@@ -1,5 +1,6 @@
 """Plans: facts from the text of compiled programs, and the binary with the real TPU compiler."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,9 +13,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import fiq_clip, shapes
+from configs import fiq, fiq_clip, shapes
 from dqe_jax.config import RunConfig
-from dqe_jax.performance.planning import chips, compiler, hlo, programs, table, traced
+from dqe_jax.performance.planning import (
+    chips,
+    compiler,
+    hlo,
+    programs,
+    run,
+    store_lines,
+    stores,
+    table,
+    traced,
+)
 from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
@@ -224,34 +235,184 @@ def test_tables_are_narrow_and_say_what_is_what():
     assert said.split("scaling")[2].split("\n")[1].endswith("3%")  # 8 of 256 devices' rate
 
 
+def test_gpus_and_machines_by_name():
+    h100 = chips.parse_topology("h100")
+    assert (h100.devices, h100.hosts, h100.host_memory) == (1, 1, None)
+    assert h100.memory == round(0.75 * (81_559 << 20))
+    assert chips.parse_topology("A100-80GB:16", host_memory=512).hosts == 2
+    assert chips.parse_topology("a100").memory == chips.parse_topology("a100-40gb").memory
+    other = chips.parse_topology("gpu:4", gpu_memory=24, host_memory=64)
+    assert (other.memory, other.host_memory) == (18 * 10**9, 64 * 10**9)
+    assert chips.parse_topology("gpu").memory is None
+    for name, hosts, memory in [
+        ("v5e:2x4", 1, 384),
+        ("v5e:16x16", 64, 192),
+        ("v4:2x2x1", 1, 407),
+        ("v4:2x2x2", 2, 407),
+    ]:
+        one = chips.parse_topology(name)
+        assert (one.hosts, one.host_memory) == (hosts, memory * 10**9)
+    assert chips.parse_topology("v2:2x2").host_memory is None
+    assert chips.parse_topology("v2:2x2", host_memory=300).host_memory == 300 * 10**9
+
+
+@pytest.mark.parametrize("memory", [{"gpu_memory": 0}, {"host_memory": -1.0}])
+def test_no_memory_is_refused(memory):
+    with pytest.raises(UserError, match=r"--\w+_memory=(0|-1): give GB of memory, more than 0\."):
+        chips.parse_topology("gpu", **memory)
+
+
+GB = 10**9
+
+
 @pytest.mark.parametrize(
-    ("memory", "changes", "place"),
+    ("device", "host", "places"),
     [
-        (80 << 30, {}, "device"),
-        (80 << 30, {"features.place": "disk"}, "disk"),
-        (2 << 30, {}, "host"),
-        (None, {}, "host"),
+        (10, 0, ["device", "device"]),
+        (9, 20, ["host", "device"]),
+        (9, 19, ["disk", "device"]),
+        (1, 20, ["host", "host"]),
+        (1, 3, ["disk", "disk"]),
+        (1, 4, ["disk", "host"]),
     ],
 )
-def test_what_a_frozen_tower_makes_is_planned(memory, changes, place):
+def test_auto_takes_at_most_half_of_what_is_free(device, host, places):
+    # 10 GB of images and 2 GB of texts, on 2 devices of which 1 GB is held.
+    machines = stores.Machines(1, round((device + 1) * GB), round(host * GB))
+    kinds = [stores.Kind("images", 16, 4, GB // 2, 0), stores.Kind("texts", 4, 0, GB // 2, 0)]
+    found = stores.place_all(kinds, "auto", 2, machines, GB)
+    assert [one.place for one in found] == places
+    assert [one.nbytes for one in found] == [10 * GB, 2 * GB]
+
+
+def test_unknown_memory_leaves_places_open():
+    kind = stores.Kind("images", 10, 0, GB, 2 * 10**6)
+
+    def places(device, host, asked="auto"):
+        machines = stores.Machines(1, device, host)
+        return stores.place_all([kind], asked, 4, machines, 0)[0].places
+
+    assert places(None, None) == ("device", "host", "disk")
+    assert places(None, 20 * GB) == ("device", "host")
+    assert places(None, 19 * GB) == ("device", "disk")
+    assert places(4 * GB, None) == ("host", "disk")
+    assert places(5 * GB, None) == ("device",)
+    assert places(None, None, "host") == ("host",)
+
+
+def test_a_step_reads_from_where_rows_lie():
+    kind = stores.Kind("images", 10, 6, GB, 2 * 10**6)
+
+    def said(device, host, asked="auto", devices=8, hosts=2):
+        machines = stores.Machines(hosts, device, host)
+        (one,) = stores.place_all([kind], asked, devices, machines, 0)
+        lines = store_lines.stored_lines(one)
+        assert max(map(len, lines.splitlines())) <= 100
+        return lines.replace("\n ", "")
+
+    size = "features of images: 16 rows of 1 GB, 16 GB (10 to train on, 6 to evaluate on) "
+    assert said(4 * GB, None) == (
+        f"{size}they lie on the devices, 2 of 4 GB free on each a step takes 2 MB on each "
+        "device, which reads 16 MB of its memory and sends 14 MB"
+    )
+    assert said(40 * GB, None, devices=1, hosts=1).endswith(
+        "16 of 40 GB free on each a step reads 2 MB from the memory of the device"
+    )
+    assert said(GB, 32 * GB) == (
+        f"{size}they lie in each host's memory, 16 of 32 GB free; a device would need 2 of "
+        "1 GB free a step reads 8 MB from each host's memory, and each device gets 2 MB"
+    )
+    assert "they lie on disk a step reads 8 MB from each host's disk" in said(0, 0, "disk")
+    assert "on disk; a device would need 2 of 1 GB free, and a host 16 of 31 GB free" in (
+        said(GB, 31 * GB)
+    )
+    assert (
+        "on the devices if 4 GB are free on each, else in each host's memory if 32 GB are free, "
+        "else on disk a step takes 2 MB on each device"
+    ) in said(None, None)
+    unknown = dataclasses.replace(kind, training=0, evaluation=0)
+    (one,) = stores.place_all([unknown], "auto", 8, stores.Machines(), 0)
+    assert "how many is not known" in store_lines.stored_lines(one)
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes", "places"),
+    [
+        (80 << 30, {}, ["device", "device"]),
+        (80 << 30, {"features.place": "disk"}, ["disk", "disk"]),
+        (2 << 30, {}, ["auto", "device"]),
+        (None, {}, ["auto", "auto"]),
+    ],
+)
+def test_what_frozen_towers_make_is_planned(memory, changes, places):
     config = RunConfig.of(fiq_clip.get_config()).with_changes({"batch.references": 8, **changes})
-    sizes = {"gallery": 1000, "vocabulary": 100, "names": ("step",), "memory": memory}
-    (step,), stored = programs.make_programs(config, jax.devices()[:2], **sizes)
-    assert stored.rows == 2000  # mirrored too
-    assert stored.row_bytes == (256 * 1024 + 1024) * 2  # patch tokens and the class token
-    assert stored.read == (4 + 4 * 2) * stored.row_bytes
-    assert stored.place == place
-    assert step.resident == (stored.nbytes // 2 if place == "device" else 0)
-    assert step.inputs["batch"] > stored.read  # in place of images; and texts
-    line = table.stored_line(stored, chips.parse_topology("gpu:2"))
-    assert line.startswith("features of images: 2,000 rows of 0.526 MB, 1.05 GB, ")
-    assert max(map(len, line.splitlines())) <= 100
+    sizes = {"vocabulary": 100, "names": ("step",), "machines": stores.Machines(1, memory)}
+    sizes |= {"counts": stores.Counts(images=1000, texts=300, eval_images=200, eval_texts=50)}
+    (step,), (images, texts) = programs.make_programs(config, jax.devices()[:2], **sizes)
+    assert images.rows == 2200  # mirrored too, but for those to evaluate on
+    assert images.kind.row_bytes == (256 * 1024 + 1024) * 2  # patch tokens and the class token
+    assert images.kind.read == (4 + 4 * 2) * images.kind.row_bytes
+    assert texts.rows == 650  # in two orders of their captions
+    assert texts.kind.row_bytes == 77 * 768 * 2
+    assert texts.kind.read == 4 * 2 * texts.kind.row_bytes
+    assert [images.place, texts.place] == places
+    on_devices = [one.nbytes for one in (images, texts) if one.place == "device"]
+    assert step.resident == sum(on_devices) // 2
+    assert step.inputs["batch"] > images.kind.read + texts.kind.read  # in place of images and texts
     off = config.with_changes({"features.place": "off"})
     (plain,), nothing = programs.make_programs(off, jax.devices()[:2], **sizes)
-    assert nothing is None
+    assert nothing == ()
     assert plain.resident == 0
-    images = (4 + 4 * 2) * 224 * 224 * 3
-    assert images < plain.inputs["batch"] < 1.1 * images
+    pixels = (4 + 4 * 2) * 224 * 224 * 3
+    assert pixels < plain.inputs["batch"] < 1.1 * pixels
+
+
+def test_what_gpus_need_is_at_least_what_is_counted():
+    config = RunConfig.of(shapes.get_config("smoke"))
+    sizes = {"counts": stores.Counts(100), "vocabulary": 100, "names": ("step",)}
+    (step,), _ = programs.make_programs(config, jax.devices()[:1], **sizes)
+    needed = sum(step.inputs.values())
+    fitting, small = (compiler.lower_for_gpu(step, m) for m in (2 * needed, needed // 2))
+    assert (fitting.fits, fitting.needed, fitting.memory) == (None, needed, 2 * needed)
+    assert small.fits is False
+    gpu = chips.parse_topology("gpu")
+    assert "over 50%" in table.memory_table(table.Plan(gpu, 8, (fitting,)))
+    (sentence,) = table.sentences_of_misfits(config, table.Plan(gpu, 8, (small,)))
+    assert sentence.startswith("gpu: the step does not fit: it needs")
+
+
+# FashionIQ with the features of ViT-g/14: 45,429 images to train on, 15,415 to evaluate on.
+@pytest.mark.parametrize(
+    ("topology", "augment", "place", "gigabytes"),
+    [
+        ("v5e:2x4", "none", "device", 44.0),
+        ("v5e:2x4", "flip", "host", 76.9),
+        ("v4:2x2x1", "none", "device", 44.0),
+        ("v4:2x2x1", "flip", "host", 76.9),
+        ("h100", "none", "host", 44.0),
+        ("h100", "flip", "host", 76.9),
+    ],
+)
+def test_fashioniq_is_planned_without_a_compiler(topology, augment, place, gigabytes):
+    config = RunConfig.of(fiq.get_config()).with_changes({"data.augment": augment})
+    machine = chips.parse_topology(topology, host_memory=256 if topology == "h100" else None)
+    (plan,), misfits = run.plan_config(config, [machine], names=["none"])
+    (images,) = plan.stored
+    assert (images.place, round(images.nbytes / GB, 1)) == (place, gigabytes)
+    assert plan.facts == ()
+    assert misfits == []
+    assert store_lines.store_json(images)["rows"] == images.rows
+    assert images.read_by_host == 192 * 257 * 1408 * 2  # 64 references and 128 targets
+
+
+@pytest.mark.parametrize("names", [("step",), ("none",)])
+def test_features_that_do_not_fit_are_said(names):
+    config = RunConfig.of(fiq.get_config()).with_changes({"features.place": "device"})
+    _, (said,) = run.plan_config(config, [chips.parse_topology("h100")], names=names)
+    assert said.startswith("h100: the ")
+    assert "not fit" in said
+    assert "config.features.place=host" in said
+    assert "computes" not in said
 
 
 def test_advice_is_of_what_takes_most():
@@ -434,6 +595,9 @@ def test_what_does_not_fit_ends_with_status_1_and_advice():
         (["--topology=v7:2x2"], "error: --topology=v7:2x2: give a chip and the shape of a slice"),
         (["--topology=gpu:3"], "error: config.batch.references is 8: it must be a multiple of"),
         (["--topology=gpu", "--programs=all"], "error: --programs=all: give some of step, bank"),
+        (["--topology=h999"], "error: --topology=h999: give a chip and the shape of a slice"),
+        (["--topology=h100", "--host_memory=0"], "error: --host_memory=0: give GB of memory"),
+        (["--topology=gpu", "--gpu_memory=-1"], "error: --gpu_memory=-1: give GB of memory"),
         (["--topology=gpu", "--output=none/x.json"], "error: --output=none/x.json: there is no"),
     ],
 )

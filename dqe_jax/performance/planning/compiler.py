@@ -31,14 +31,14 @@ class Facts:
     Attributes:
       name: of the program.
       queries: training queries, or images, that a call takes on all devices.
-      fits: whether it fits the memory of a device; None where nothing was compiled.
+      fits: whether it fits the memory of a device; None where that is not known.
       inputs: bytes of each kind of argument, without padding.
       arguments: bytes of all arguments as laid out.
       temporaries: bytes; of a step mostly activations.
       code: bytes of the program itself.
       outputs: bytes of results that take no argument's place.
       resident: bytes of what lies there meanwhile and is no argument.
-      needed: bytes in all.
+      needed: bytes in all; without temporaries where nothing was compiled.
       memory: of a device, as the compiler says or else by the table of chips.
       flops: FLOP of the matrix products, loops included.
       compute_seconds: the compiler's cycles over the clock.
@@ -106,18 +106,27 @@ def _trace(program: Program) -> Jaxpr:
     return jax.make_jaxpr(program.mapped)(*program.arguments).jaxpr
 
 
-def lower_for_gpu(program: Program) -> Facts:
-    """Facts that need no compiler for GPUs: arguments and FLOP of the lowered program."""
+def lower_for_gpu(program: Program, memory: int | None) -> Facts:
+    """Facts that need no compiler for GPUs: arguments and FLOP of the lowered program.
+
+    What it needs beside the arguments is not known: it may fail to fit, but is never said to fit.
+
+    Args:
+      program: over as many devices as there are GPUs.
+      memory: bytes of a GPU; None if not known.
+    """
     start = time.monotonic()
+    needed = sum(program.inputs.values()) + program.resident
     jax.jit(program.mapped).trace(*program.arguments).lower(lowering_platforms=("cuda",))
     return Facts(
         name=program.name,
         queries=program.queries,
-        fits=None,
+        fits=False if memory is not None and needed > memory else None,
         inputs=program.inputs,
         arguments=sum(program.inputs.values()),
         resident=program.resident,
-        needed=sum(program.inputs.values()) + program.resident,
+        needed=needed,
+        memory=memory or 0,
         flops=matrix_flops(_trace(program)),
         compile_seconds=time.monotonic() - start,
     )

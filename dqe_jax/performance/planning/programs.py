@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
-from dqe_jax.feature_store import tables
 from dqe_jax.feature_store.features import sizes_of, states_spec, stored_kinds
 from dqe_jax.method.arrays import Array, Tree
 from dqe_jax.method.batch import Batch, MinedNegatives
 from dqe_jax.method.mining import Bank, MiningRule
 from dqe_jax.models import setup
 from dqe_jax.models.build import DTYPES, build_model
+from dqe_jax.models.features import StoredText
+from dqe_jax.performance.planning.stores import Counts, Kind, Machines, Stored, kind_of, place_all
 from dqe_jax.training import bank_programs
 from dqe_jax.training.state import TrainState, make_optimizer
 from dqe_jax.training.step import batch_spec, make_step, uses_bank
@@ -29,6 +30,7 @@ from dqe_jax.training.step import batch_spec, make_step, uses_bank
 OTHER_GALLERY = 20_000
 # Queries mined by one call at a refresh.
 MINED_AT_ONCE = 1024
+UNKNOWN = Machines()
 NAMES = ("step", "bank step", "bank refresh", "mining", "gallery embedding")
 
 
@@ -58,55 +60,33 @@ def size_of(tree: Tree) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """What a frozen image tower makes of the training gallery.
-
-    Attributes:
-      rows: images, twice as many where training mirrors them.
-      row_bytes: of one.
-      place: of `config.features.place`; where a run decides, by the memory of a chip.
-      read: bytes that a step reads on a device.
-    """
-
-    rows: int
-    row_bytes: int
-    place: str
-    read: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self.rows * self.row_bytes
-
-
 def make_programs(
     config: RunConfig,
     devices: Sequence[jax.Device],
     *,
-    gallery: int,
+    counts: Counts,
     vocabulary: int,
     names: Sequence[str] = NAMES,
-    memory: int | None = None,
-) -> tuple[list[Program], Stored | None]:
+    machines: Machines = UNKNOWN,
+) -> tuple[list[Program], tuple[Stored, ...]]:
     """The programs that a run of a config compiles, in the order of `NAMES`, and what it stores.
 
     Args:
       config: of a run, whose batch divides by the devices.
       devices: of a slice.
-      gallery: images of the training split, the rows of the bank.
+      counts: of the data set.
       vocabulary: words of the tiny backbone.
       names: those that are wanted; what the config does not run is left out.
-      memory: bytes of a device; None if that is not known.
+      machines: that the devices are of.
 
     Returns:
-      The programs; and what is stored of the training gallery, None if nothing is.
+      The programs, and what is stored of frozen towers.
 
     Raises:
       UserError: the model cannot be built.
     """
     maker = _Maker(config, devices, vocabulary)
-    bank = maker.bank(gallery) if uses_bank(config.negatives) else None
+    bank = maker.bank(counts.images) if uses_bank(config.negatives) else None
     made = {"step": maker.step, "gallery embedding": lambda: maker.gallery_embedding(bank)}
     if bank is not None:
         made["bank step"] = lambda: maker.bank_step(bank)
@@ -114,11 +94,9 @@ def make_programs(
         if config.negatives.mining == "refresh":
             made["mining"] = lambda: maker.mining(bank)
     programs = [made[name]() for name in NAMES if name in names and name in made]
-    stored = maker.stored(gallery, bank, memory)
-    if stored is not None and stored.place == "device":
-        each = -(-stored.nbytes // len(devices))
-        programs = [dataclasses.replace(p, resident=p.resident + each) for p in programs]
-    return programs, stored
+    stored = maker.stored(counts, bank, machines)
+    each = sum(one.of_device for one in stored if one.place == "device")
+    return [dataclasses.replace(p, resident=p.resident + each) for p in programs], stored
 
 
 def _spec(dtype: DTypeLike, *shape: int) -> Array:
@@ -165,19 +143,24 @@ class _Maker:
         """What stands for images or texts of these shapes in a batch."""
         return states_spec(self.config, self.model, self.state.params, kind, inputs)
 
-    def stored(self, gallery: int, bank: Bank | None, memory: int | None) -> Stored | None:
-        """What is stored of a gallery of so many images; None if its tower trains."""
-        if "image" not in stored_kinds(self.config, self.model):
-            return None
-        rows = gallery * (2 if self.config.data.augment == "flip" else 1)
-        row_bytes = size_of(self._images(1)) // self.num_devices
-        images = (self.batch.reference_image, self.batch.target_image)
-        place = self.config.features.place
-        if place == "auto":
-            held = sum((self.weights | self.moments | self._of_bank(bank)).values())
-            free = 0 if memory is None else tables.SHARE * (memory - held)
-            place = "device" if rows * row_bytes / self.num_devices <= free else "host"
-        return Stored(rows, row_bytes, place, size_of(images) // self.num_devices)
+    def stored(self, counts: Counts, bank: Bank | None, machines: Machines) -> tuple[Stored, ...]:
+        """What is stored of a data set; nothing of towers that train."""
+        text, kinds = self.batch.text, []
+        stored = stored_kinds(self.config, self.model)
+        if "image" in stored:
+            images = (self.batch.reference_image, self.batch.target_image)
+            kinds.append(self._kind("images", counts, self._images(1), images))
+        if "text" in stored:
+            assert isinstance(text, StoredText)
+            one = jax.tree.map(lambda x: self._sharded(x.dtype, *x.shape[3:]), text.states)
+            kinds.append(self._kind("texts", counts, one, text.states))
+        held = sum((self.weights | self.moments | self._of_bank(bank)).values())
+        return place_all(kinds, self.config.features.place, self.num_devices, machines, held)
+
+    def _kind(self, name: str, counts: Counts, one: Tree, taken: Tree) -> Kind:
+        """Rows of a tower: one on each device, and what a step takes on all devices."""
+        row_bytes, read = (size_of(tree) // self.num_devices for tree in (one, taken))
+        return kind_of(self.config, name, counts, row_bytes=row_bytes, read=read)
 
     def _images(self, count: int) -> Tree:
         side = self.config.data.image_size

@@ -15,12 +15,16 @@ import jax
 from absl import logging
 
 from dqe_jax.config import AnyConfig, RunConfig, check_batch
-from dqe_jax.data.datasets import DATASETS
+from dqe_jax.data.datasets import DATASETS, SplitSize
 from dqe_jax.performance.planning import chips, compiler, programs, table
 from dqe_jax.performance.planning.chips import Topology
+from dqe_jax.performance.planning.stores import Counts, Machines
 from dqe_jax.performance.planning.table import Plan
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
+
+# In place of the names of programs.
+NOTHING = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,8 @@ def plan_config(
     *,
     references_per_chip: int = 0,
     gallery: int = 0,
+    queries: int = 0,
+    eval_gallery: int = 0,
     vocabulary: int = 100,
     names: Sequence[str] = (),
     compiler_options: Mapping[str, compiler.Option] | None = None,
@@ -57,8 +63,10 @@ def plan_config(
       topologies: the slices.
       references_per_chip: what `config.batch.references` becomes, times the chips; 0 for as it is.
       gallery: images of the training split, the rows of the bank; 0 for the published number.
+      queries: of the training split; 0 for the published number.
+      eval_gallery: images of the splits that are evaluated on; 0 for the published number.
       vocabulary: words of the tiny backbone.
-      names: of `programs.NAMES`; none for all.
+      names: of `programs.NAMES`, or "none" alone to compile nothing; empty for all.
       compiler_options: the program is then another one.
       quick: whether the compiler tries less hard; there is no estimate of time then.
       output: JSON file for all facts, in a directory that is there; None for none.
@@ -71,12 +79,11 @@ def plan_config(
     """
     config = RunConfig.of(config)
     wanted = _known_programs(names)
-    known = DATASETS[config.data.dataset].train_gallery
-    gallery = gallery or known or programs.OTHER_GALLERY
+    counts = _counts(config, Counts(gallery, queries, eval_gallery))
     path = pathlib.Path(output).expanduser() if output else None
     if path is not None and not path.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {path.parent}.")
-    slices = [_open(topology, config, references_per_chip) for topology in topologies]
+    slices = [_open(one, config, references_per_chip, compiles=bool(wanted)) for one in topologies]
     options = (compiler.QUICK if quick else {}) | dict(compiler_options or {})
     plans: list[Plan] = []
     misfits: list[str] = []
@@ -84,42 +91,64 @@ def plan_config(
         made, stored = programs.make_programs(
             one.config,
             one.devices,
-            gallery=gallery,
+            counts=counts,
             vocabulary=vocabulary,
             names=wanted,
-            memory=None if one.topology.chip is None else one.topology.chip.memory,
+            machines=Machines(one.topology.hosts, one.topology.memory, one.topology.host_memory),
         )
         found = [_compile(program, one.topology, options, timed=not quick) for program in made]
         plans.append(Plan(one.topology, one.config.batch.references, tuple(found), stored))
         misfits += table.sentences_of_misfits(one.config, plans[-1])
     if path is not None:
-        facts: JsonObject = {"jax": jax.__version__, "gallery": gallery}
+        facts: JsonObject = {"jax": jax.__version__, "gallery": counts.images}
         facts |= {"plans": table.to_json(plans), "config": config.to_dict()}
         facts |= {"compiler_options": options, "quick": quick}
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    logging.info("%s", _report(config, plans, gallery, quick=quick))
+    logging.info("%s", _report(config, plans, counts.images, quick=quick))
     return plans, misfits
 
 
+def _counts(config: RunConfig, given: Counts) -> Counts:
+    """The numbers that are given, and the published ones of the data set in place of 0."""
+    dataset = DATASETS[config.data.dataset]
+    ours = {official: name for name, official in dataset.splits.items()}
+    evaluated = {"validation", ours.get(config.eval.split, config.eval.split)}
+    train = dataset.sizes.get("train", SplitSize(programs.OTHER_GALLERY))
+    sizes = [dataset.sizes[name] for name in sorted(evaluated) if name in dataset.sizes]
+    return Counts(
+        images=given.images or train.images,
+        texts=given.texts or train.queries or 0,
+        eval_images=given.eval_images or sum(size.images for size in sizes),
+        eval_texts=sum(size.queries or 0 for size in sizes),
+    )
+
+
 def _known_programs(names: Sequence[str]) -> Sequence[str]:
-    """The programs of these names; none for all.
+    """The programs of these names; all where there is no name.
 
     Raises:
       UserError: one is unknown.
     """
+    if list(names) == [NOTHING]:
+        return ()
     unknown = [name for name in names if name not in programs.NAMES]
     if unknown:
-        raise UserError(f"--programs={unknown[0]}: give some of {', '.join(programs.NAMES)}.")
+        raise UserError(
+            f"--programs={unknown[0]}: give some of {', '.join(programs.NAMES)}; or none."
+        )
     return names or programs.NAMES
 
 
-def _open(topology: Topology, config: RunConfig, references_per_chip: int) -> Slice:
-    """A slice with its devices, before anything is compiled.
+def _open(
+    topology: Topology, config: RunConfig, references_per_chip: int, *, compiles: bool
+) -> Slice:
+    """A slice with its devices, before anything is compiled; stand-ins if nothing will be.
 
     Raises:
       UserError: there is no such slice, or the batch does not divide by its devices.
     """
-    devices, own = chips.open_devices(topology), config
+    stand_ins = jax.devices("cpu")[:1] * topology.devices
+    devices, own = chips.open_devices(topology) if compiles else stand_ins, config
     if references_per_chip:
         own = config.with_changes({"batch.references": references_per_chip * topology.chips})
     check_batch(own, topology.devices)
@@ -135,7 +164,7 @@ def _compile(
 ) -> compiler.Facts:
     """The facts of a program on a slice; how long that took is logged."""
     if topology.chip is None:
-        facts = compiler.lower_for_gpu(program)
+        facts = compiler.lower_for_gpu(program, topology.memory)
     else:
         facts = compiler.compile_for(program, topology.chip, options, timed=timed)
     logging.info("%s, %s: %.0f s", topology.name, program.name, facts.compile_seconds)
@@ -151,8 +180,17 @@ def _report(config: RunConfig, plans: Sequence[Plan], gallery: int, *, quick: bo
         "relative to the first slice with the same chip.",
         table.tables(plans),
     ]
+    if any(one.asked == "auto" for plan in plans for one in plan.stored):
+        lines.append(
+            "Features lie in the first place where they take at most half of what is free: "
+            "devices, hosts, disk. Free is what parameters, optimiser and bank leave on a device, "
+            "and all memory of a host."
+        )
     if quick:
         lines.append("--quick: the compiler did not try hard; a run may need less or more memory.")
-    if any(plan.topology.chip is None for plan in plans):
-        lines.append("GPU: lowered only; memory beside the arguments and time are not known.")
+    if any(plan.topology.chip is None and plan.facts for plan in plans):
+        lines.append(
+            "GPU: lowered only; memory beside the arguments (mostly activations) and time are not "
+            f"known. Memory is {chips.GPU_SHARE:.0%} of the card's, which JAX takes by default."
+        )
     return "\n\n".join(lines)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dqe_jax.config import RunConfig
 from dqe_jax.performance.planning.chips import Topology
 from dqe_jax.performance.planning.compiler import Facts
-from dqe_jax.performance.planning.programs import Stored
+from dqe_jax.performance.planning.store_lines import store_json, stored_lines
+from dqe_jax.performance.planning.stores import Stored
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
 
@@ -23,13 +24,13 @@ class Plan:
       topology: the slice.
       references: of the global batch.
       facts: of each program.
-      stored: what a frozen tower makes of the training gallery; None if nothing is stored.
+      stored: what frozen towers make of the data set.
     """
 
     topology: Topology
     references: int
     facts: tuple[Facts, ...]
-    stored: Stored | None = None
+    stored: tuple[Stored, ...] = ()
 
 
 def _gib(size: float) -> str:
@@ -58,27 +59,12 @@ def tables(plans: Sequence[Plan]) -> str:
     for plan in plans:
         chips, references = plan.topology.chips, plan.references
         parts.append(f"{plan.topology.name}: {chips} chips, {references} references")
-        if plan.stored is not None:
-            parts.append(stored_line(plan.stored, plan.topology))
+        parts += map(stored_lines, plan.stored)
+        if not plan.facts:
+            parts += [] if plan.stored else ["no features are stored"]
+            continue
         parts += filter(None, [memory_table(plan), cost_table(plan, first), traffic_table(plan)])
     return "\n\n".join(parts)
-
-
-def stored_line(stored: Stored, topology: Topology) -> str:
-    """Where the features of the training gallery lie, and what a step reads."""
-    size = f"{stored.nbytes / 1e9:.3g} GB"
-    each = f"{stored.nbytes / topology.devices / 1e9:.3g} GB"
-    where = {
-        "device": f"on the devices, {each} each",
-        "host": "in the memory of each host, or on its disk",
-        "disk": "on the disk of each host",
-    }[stored.place]
-    if stored.place == "host" and topology.chip is None:
-        where = f"\non the devices if they have room for {each} each, else in the hosts' memory"
-    return (
-        f"features of images: {stored.rows:,} rows of {stored.row_bytes / 1e6:.3g} MB, {size}, "
-        f"{where};\na step reads {stored.read / 1e6:.3g} MB on each device."
-    )
 
 
 def memory_table(plan: Plan) -> str:
@@ -94,6 +80,7 @@ def memory_table(plan: Plan) -> str:
         cells.append(_gib(max(rest, 0)) if compiled else "")
         cells += [_gib(facts.resident), _gib(facts.needed)]
         used = f"{facts.needed / facts.memory:.0%}" if facts.memory else ""
+        used = f"over {used}" if used and facts.fits is None else used
         cells.append("too much" if facts.fits is False else used)
         lines.append((facts.name, *cells))
     return text_table(lines)
@@ -147,17 +134,19 @@ def traffic_table(plan: Plan) -> str:
     return text_table(lines)
 
 
-def advise(config: RunConfig, facts: Facts, devices: int) -> list[str]:
+def advise(config: RunConfig, facts: Facts, devices: int, stored: int = 0) -> list[str]:
     """What to change so that a program takes less memory, the most useful first.
 
     Args:
       config: of the run.
       facts: of a program that does not fit.
       devices: of the slice.
+      stored: bytes of stored features on a device.
     """
     model, kinds = config.model, dict(facts.inputs)
-    kinds["temporaries"] = facts.temporaries
+    kinds |= {"temporaries": facts.temporaries, "stored": stored}
     advice = {
+        "stored": ["config.features.place=host"],
         "temporaries": [
             f"a smaller config.batch.references (now {config.batch.references}) or more chips",
         ],
@@ -189,22 +178,34 @@ def advise(config: RunConfig, facts: Facts, devices: int) -> list[str]:
 
 
 def sentences_of_misfits(config: RunConfig, plan: Plan) -> list[str]:
-    """One sentence for each program that does not fit, with its largest arrays and what helps."""
+    """One sentence for each program that does not fit, with its largest arrays and what helps.
+
+    If there are no programs, one for all stored features that do not.
+    """
     found = []
+    stored = sum(one.of_device for one in plan.stored if one.place == "device")
     for facts in plan.facts:
         if facts.fits is not False:
             continue
         kinds = dict(facts.inputs) | {"temporaries": facts.temporaries}
-        kinds["what lies beside it"] = facts.resident
+        kinds |= {"stored features": stored, "what lies beside it": facts.resident - stored}
         most = sorted(((k, n) for k, n in kinds.items() if n), key=lambda x: -x[1])[:3]
-        advice = advise(config, facts, plan.topology.devices)[:4]
+        advice = advise(config, facts, plan.topology.devices, stored)[:4]
         arrays = [f"{x.shape} ({x.count} of {_gib(x.bytes)}, {x.module})" for x in facts.largest]
+        computed = f"the largest arrays it computes are {', '.join(arrays)}; " if arrays else ""
         found.append(
             f"{plan.topology.name}: the {facts.name} does not fit: it needs {_gib(facts.needed)} "
             f"of {_gib(facts.memory)} GiB a device, of these "
-            f"{', '.join(f'{_gib(n)} {kind}' for kind, n in most)}; the largest arrays it "
-            f"computes are {', '.join(arrays)}; try {', or '.join(advice)}."
+            f"{', '.join(f'{_gib(n)} {kind}' for kind, n in most)}; {computed}try "
+            f"{', or '.join(advice)}."
         )
+    if not plan.facts:
+        found += [
+            f"{plan.topology.name}: the features of {one.kind.name} do not fit on the devices; "
+            "take config.features.place=host."
+            for one in plan.stored
+            if one.too_large
+        ]
     return found
 
 
@@ -227,11 +228,8 @@ def to_json(plans: Sequence[Plan]) -> list[JsonObject]:
                 }
                 for facts in plan.facts
             ],
-            "features": plan.stored
-            and {
-                **dataclasses.asdict(plan.stored),
-                "nbytes": plan.stored.nbytes,
-            },
+            "features": next((store_json(s) for s in plan.stored if s.kind.name == "images"), None),
+            "stores": [store_json(one) for one in plan.stored],
         }
         for plan in plans
     ]
