@@ -45,7 +45,13 @@ AnyConfig: TypeAlias = "RunConfig | ConfigDict | Mapping[str, Any]"
 
 MOST_STEPS = 1_000_000_000
 # Newer sections, which copied configs may lack. Their fields then have the defaults.
-YOUNGER = ("features.", "model.features.", "model.attributes.form", "model.attributes.parts")
+YOUNGER = (
+    "batch.chunks",
+    "features.",
+    "model.features.",
+    "model.attributes.form",
+    "model.attributes.parts",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,12 +349,18 @@ def _check_sizes(config: RunConfig) -> None:
 
 
 def check_batch(config: RunConfig, num_devices: int, num_processes: int = 1) -> None:
-    """Raises a `UserError` if the batch does not divide by the devices."""
+    """Raises a `UserError` if the batch does not divide by the devices and chunks."""
     if config.batch.references % num_devices:
         of = f" of {num_processes} processes" if num_processes > 1 else ""
         raise UserError(
             f"config.batch.references is {config.batch.references}: it must be a multiple of the "
             f"{num_devices} devices{of}."
+        )
+    if config.batch.references // num_devices % config.batch.chunks:
+        raise UserError(
+            f"config.batch.chunks is {config.batch.chunks}: it must divide the "
+            f"{config.batch.references // num_devices} references of a device (config.batch."
+            f"references is {config.batch.references}, on {num_devices} devices)."
         )
 
 

@@ -106,3 +106,10 @@ class BatchConfig:
     queries_per_reference: int = field(
         4, "Queries of each reference of a batch.", integer(1, 10_000)
     )
+    chunks: int = field(
+        1,
+        "Parts in which a device computes its share of a batch, one after the other (GradCache): "
+        "the gradients of the whole batch in the memory of a part, for a forward pass more.",
+        integer(1, 1_000_000),
+        "free",
+    )

@@ -24,6 +24,7 @@ from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import freeze
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import zero
+from dqe_jax.training.chunks import in_chunks
 from dqe_jax.training.optimizer import largest
 from dqe_jax.training.state import Optimizer, Splitter, TrainState, splitter
 
@@ -185,8 +186,11 @@ def make_step(
       and control are replicated; arrays of the batch, of the bank, of `stop` and of an optimiser's
       state that is sharded have a leading axis of devices.
     """
+    apply_fn = cast(TrainForward, model.apply)  # Flax' hints name no result
+    if config.batch.chunks > 1:
+        apply_fn = in_chunks(apply_fn, config.batch.chunks)
     objective = Objective(
-        apply_fn=cast(TrainForward, model.apply),  # Flax' hints name no result
+        apply_fn=apply_fn,
         rule=MiningRule.of(config.negatives) if bank else warmup_rule(config.negatives),
         oracle=config.negatives.oracle,
         weights=config.loss,

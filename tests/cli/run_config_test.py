@@ -126,6 +126,7 @@ OLD = {
 }
 # What has been added since: an older config lacks it, and it has its default.
 YOUNGER = {
+    "batch.chunks": 1,
     "features.place": "auto",
     "features.dtype": "auto",
     "features.directory": "",
