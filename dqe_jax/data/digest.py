@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
 from etils import epath
 
 from dqe_jax.data.examples import gallery_split
+from dqe_jax.data.records import read_records
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-_CHUNK = 256
 CONTENT_BYTES = 16
 SHOWN = 8  # digits of a digest that name a directory
 
@@ -68,7 +68,7 @@ def contents_of(builder: tfds.core.DatasetBuilder, stored: str) -> np.ndarray:
     except OSError:
         pass
     found = np.zeros((count, CONTENT_BYTES), np.uint8)
-    for row, record in enumerate(_records(builder, stored)):
+    for row, record in enumerate(read_records(builder, stored)):
         for image in record["image"][:1]:
             digest = hashlib.sha256(image).digest()[:CONTENT_BYTES]
             found[row] = np.frombuffer(digest, np.uint8)
@@ -116,25 +116,10 @@ def _of_records(builder: tfds.core.DatasetBuilder, stored: str) -> str:
     names = ["image", *(name for name in builder.info.features if name != "image")]
     count = builder.info.splits[stored].num_examples
     digest = hashlib.sha256(f"{builder.name} {stored} {count}".encode())
-    for record in _records(builder, stored):
+    for record in read_records(builder, stored):
         for name in sorted(names):
             _add(digest, record[name])
     return digest.hexdigest()
-
-
-def _records(builder: tfds.core.DatasetBuilder, stored: str) -> Iterator[Mapping[str, Any]]:
-    """The records of a stored split, with images as they are encoded."""
-    import tensorflow_datasets as tfds  # slow to import
-
-    features = {name: builder.info.features[name] for name in sorted(builder.info.features)}
-    features["image"] = tfds.features.Sequence(tfds.features.Text())
-    fields = tfds.features.FeaturesDict(features)
-    source = builder.as_data_source(
-        split=stored, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    for start in range(0, len(source), _CHUNK):
-        rows = list(range(start, min(start + _CHUNK, len(source))))
-        yield from map(fields.deserialize_example_np, source.__getitems__(rows))
 
 
 def _add(digest: hashlib._Hash, value: object) -> None:

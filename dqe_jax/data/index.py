@@ -15,13 +15,13 @@ import numpy as np
 from etils import epath
 
 from dqe_jax.data.examples import Record
+from dqe_jax.data.records import read_records
 from dqe_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 _FIELDS = ("id", "photo", "texts", "pools")
-_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +98,8 @@ def path_of(builder: tfds.core.DatasetBuilder, split: str) -> epath.Path:
 
 def write_index(builder: tfds.core.DatasetBuilder, split: str) -> GalleryIndex:
     """Reads the records of a prepared gallery and writes its index; images are not decoded."""
-    import tensorflow_datasets as tfds  # slow to import
-
-    fields = tfds.features.FeaturesDict({k: builder.info.features[k] for k in _FIELDS})
-    source = builder.as_data_source(
-        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    records: list[Record] = []
-    for start in range(0, len(source), _CHUNK):
-        rows = list(range(start, min(start + _CHUNK, len(source))))
-        records.extend(map(fields.deserialize_example_np, source.__getitems__(rows)))
+    # Without their images, which may not fit the memory together.
+    records = [{k: record[k] for k in _FIELDS} for record in read_records(builder, split)]
     index = make_index(records)
     path = path_of(builder, split)
     path.parent.mkdir(parents=True, exist_ok=True)

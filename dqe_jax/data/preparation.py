@@ -30,6 +30,7 @@ from dqe_jax.data.annotations.schema import (
     UNKNOWN_IMAGE,
 )
 from dqe_jax.data.examples import GALLERY, Record, gallery_split
+from dqe_jax.data.records import read_records
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, read_json
 from dqe_jax.utils.text_table import text_table
@@ -162,8 +163,8 @@ def report(builder: tfds.core.DatasetBuilder) -> Report:
     for split, facts in builder.info.metadata["official"].items():
         gallery = gallery_split(split, builder.info.splits)
         known = index.read_index(builder, gallery)
-        source = builder.as_data_source(split=split)
-        splits[split], dropped[split] = _split_report(facts, list(source), known)
+        records = list(read_records(builder, split))
+        splits[split], dropped[split] = _split_report(facts, records, known)
         missing[gallery] = {known.ids[row]: reason for row, reason in known.missing.items()}
     return Report(splits, dropped, missing)
 

@@ -12,6 +12,7 @@ import numpy as np
 from dqe_jax.data.digest import contents_of, digest_of, digests_of_rows
 from dqe_jax.data.examples import SPLITS, Queries, Record, Source, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
+from dqe_jax.data.records import read_records
 from dqe_jax.data.settings import DataConfig
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.utils.ahead import read_ahead
@@ -19,8 +20,6 @@ from dqe_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder as Builder
-
-READ_CHUNK = 256
 
 
 def open_split(data: DataConfig, builder: Builder, name: str) -> Split:
@@ -159,11 +158,7 @@ def load_split(
     if name not in splits or gallery not in splits:
         known = [s for s in SPLITS if s in splits]
         raise UserError(f"{builder.name} has no split {name!r}; it has {', '.join(known)}.")
-    source = builder.as_data_source(split=name)
-    records: list[Record] = []
-    for start in range(0, len(source), READ_CHUNK):
-        rows = list(range(start, min(start + READ_CHUNK, len(source))))
-        records.extend(source.__getitems__(rows))
+    records = list(read_records(builder, name))
     index = read_index(builder, gallery)
     official = (builder.info.metadata or {}).get("official", {}).get(name, {})
     split = make_split(

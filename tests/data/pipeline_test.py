@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dqe_jax.data import examples, pipeline, preparation, splits
+from dqe_jax.data import examples, pipeline, preparation, records, splits
 from dqe_jax.data.builders import shapes
 from dqe_jax.data.index import from_json, make_index, read_index
 from dqe_jax.data.transforms import AUGMENTATIONS, join_captions
@@ -169,7 +169,7 @@ def test_a_single_caption_keeps_its_end():
 
 def test_queries_are_read_beyond_a_chunk(smoke, monkeypatch):
     expected = splits.load_split(smoke, "test", 72).queries.ids
-    monkeypatch.setattr(splits, "READ_CHUNK", 7)
+    monkeypatch.setattr(records, "CHUNK", 7)
     assert splits.load_split(smoke, "test", 72).queries.ids == expected
 
 

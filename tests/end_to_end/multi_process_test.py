@@ -134,7 +134,7 @@ def one(base):
 
 @pytest.fixture(scope="module")
 def two(base):
-    """Two processes with four devices each, joined by Slurm's variables; and what they printed.
+    """Two processes with two devices each, joined by Slurm's variables; and what they printed.
 
     One of them gets a signal half-way, which must end both.
     """
@@ -146,7 +146,7 @@ def two(base):
     }
     tasks = [{**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     # The state of the optimizer is in slices, so that saving gathers it from both.
-    started = start(base, "two", 8, environments=tasks, **{"optimizer.shard_state": True})
+    started = start(base, "two", 4, environments=tasks, **{"optimizer.shard_state": True})
     log = base / "two" / "metrics.jsonl"
     until = time.time() + 600
     while not (log.exists() and len(log.read_text().splitlines()) > SIGNAL):
@@ -203,7 +203,7 @@ def test_a_signal_to_one_process_ends_all_of_them_after_one_save(two):
 
 
 def test_two_processes_and_then_one_train_as_one_device_does(base, one, two):
-    """The first part by two processes with 8 devices, the second by one with one device."""
+    """The first part by two processes with 4 devices, the second by one with one device."""
     shutil.copytree(two[0], base / "moved")
     alone(base, "moved")
     assert_same_run(one, base / "moved")
@@ -242,7 +242,7 @@ def test_two_processes_with_features_on_their_devices_train_as_one_device_does(b
 
 def test_slurms_variables_start_two_processes(two):
     (devices,) = [line for line in two[1][0].splitlines() if line.startswith("Devices: ")]
-    assert len(devices.split(", ")) == 8
+    assert len(devices.split(", ")) == 4
 
 
 def test_an_error_of_all_processes_ends_all(base):
