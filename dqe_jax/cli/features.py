@@ -3,10 +3,10 @@
 python -m dqe_jax.features --config=configs/fiq.py --data_dir=DIR
 
 A run computes what it lacks by itself: this command does it ahead, on a machine of its own if you
-like, and may be interrupted at any time. `--import_images=FILE --name=NAME` and `--import_texts`
-make features that any encoder has made known under a name; `--write_inputs=DIR` writes which images
-and texts a config needs. `--list` shows what is stored, `--delete=NAME` or `--delete=all` removes
-it.
+like, and may be interrupted at any time. Several processes can compute together: see --distributed.
+`--import_images=FILE --name=NAME` and `--import_texts` make features that any encoder has made
+known under a name; `--write_inputs=DIR` writes which images and texts a config needs. `--list`
+shows what is stored, `--delete=NAME` or `--delete=all` removes it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ _INPUTS = flags.DEFINE_string(
 )
 _LIST = flags.DEFINE_bool("list", False, "Show the stored features, and compute nothing.")
 _DELETE = flags.DEFINE_list("delete", [], "Stored features to delete, by name; all for all.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Join other processes to compute: on lets JAX find them; auto does so under Slurm.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes that compute.", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0)
 REQUIRED = ("config",)
 
 
@@ -63,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     chosen = [name for name, is_asked in asked.items() if is_asked]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} contradict each other: take one at a time.")
+    if chosen and (_DISTRIBUTED.value == "on" or _COORDINATOR.value is not None):
+        raise UserError(f"{chosen[0]} is for one process: start it once, without the others.")
     importing = bool(_IMAGES.value or _TEXTS.value)
     if importing and _NAME.value is None:
         raise UserError(f"{chosen[0]} needs --name=NAME: configs call the features by it.")
@@ -96,4 +107,18 @@ def main(argv: Sequence[str]) -> None:
     elif _LIST.value:
         manage.show_stores(_CONFIG.value)
     else:
+        _compute()
+
+
+def _compute() -> None:
+    from dqe_jax.distributed import processes
+    from dqe_jax.feature_store import manage
+
+    processes.join(
+        _DISTRIBUTED.value,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+    )
+    with processes.ending_together():
         manage.compute(_CONFIG.value, _SPLITS.value)

@@ -15,7 +15,6 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dqe_jax.cli import command_line
-from dqe_jax.utils.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -60,15 +59,10 @@ def main(argv: Sequence[str]) -> None:
     if _DATA_DIR.value is not None:
         config.data.data_dir = _DATA_DIR.value
     workdir = _WORKDIR.value or command_line.default_workdir()
-    try:
-        train_and_evaluate(config, workdir, stop_at=_STOP_AT.value)
-    except Interrupted as interrupted:
-        logging.info("Ended by %s; run the same command again to continue.", interrupted)
-        processes.leave_at_once(interrupted.status)
-        sys.exit(interrupted.status)
-    except UserError:
-        processes.leave_at_once(2)
-        raise
-    except Exception:
-        processes.leave_at_once(1)
-        raise
+    with processes.ending_together():
+        try:
+            train_and_evaluate(config, workdir, stop_at=_STOP_AT.value)
+        except Interrupted as interrupted:
+            logging.info("Ended by %s; run the same command again to continue.", interrupted)
+            processes.leave_at_once(interrupted.status)
+            sys.exit(interrupted.status)

@@ -6,9 +6,10 @@ Process 0 leads: it alone writes files and logs. Everything else is the same in 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -158,6 +159,19 @@ def leave_at_once(status: int) -> None:
     """
     if jax.process_count() > 1:
         atexit.register(_exit, status)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """An error of what is inside ends this process at once, and so the others."""
+    try:
+        yield
+    except UserError:
+        leave_at_once(2)
+        raise
+    except Exception:
+        leave_at_once(1)
+        raise
 
 
 def _exit(status: int) -> None:

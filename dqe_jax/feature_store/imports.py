@@ -9,6 +9,10 @@
 
 The id of an image is that of the data set, the id of a text is the text itself. All files are read
 and checked before anything is written.
+
+Features are written to `NAME.PID.partial` beside the stores, which is renamed when it is whole.
+Imports to one place write in turns. So whatever `.partial` directory an import finds there belongs
+to one that was killed, and it removes it.
 """
 
 from __future__ import annotations
@@ -32,10 +36,13 @@ from dqe_jax.feature_store.shards import ARRAY_NAME, RowSpec, first_not_finite
 from dqe_jax.feature_store.store import SHARD_BYTES
 from dqe_jax.models.weights.sizes import GIVEN_DTYPES
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import JsonObject
 
 ID = "id"
 # float64 is kept as float32.
 READ = (*GIVEN_DTYPES, "float64")
+PARTIAL = ".partial"
+_LEFTOVER = re.compile(r".+\.\d+\.partial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +85,12 @@ def import_features(
     Raises:
       UserError: a file is not what it should be, the store exists, or it cannot be written.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or re.fullmatch(r"[0-9a-f]{16}", name):
+    taken = re.fullmatch(r"[0-9a-f]{16}", name) or name.endswith(PARTIAL)
+    if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(
             f"--name={name}: take letters, digits, '.', '-' and '_', such as --name=dinov3."
         )
-    if (root / name).exists():
-        raise UserError(
-            f"--name={name}: {root / name} exists; take another name, or remove it with "
-            f"--delete={name}."
-        )
+    _check_free(root, name)
     if encoder:
         if not names_encoder(encoder):
             raise UserError(f"--encoder={encoder}: name it as package.module:function.")
@@ -96,28 +100,63 @@ def import_features(
         raise UserError("no file is named: import at least one.")
     specs = _specs(read, dtype)
     _check_ids(read)
-    count = sum(len(one.ids) for one in read)
-    partial = root / f"{name}.{os.getpid()}.partial"
+    with writing.locked(root, writing.LOCK_OF_IMPORTS) as has_locks:
+        if has_locks:  # otherwise another import may be writing
+            remove_leftovers(root)
+        _check_free(root, name)
+        _write(root, name, {"kind": kind, "backbone": IMPORTED, "encoder": encoder}, read, specs)
+    logging.info(
+        "%s holds features of %s %ss: %s.",
+        *(root / name, f"{sum(len(one.ids) for one in read):,}", kind),
+        ", ".join(f"{n} {list(s.shape)} {s.dtype}" for n, s in specs.items()),
+    )
+    return root / name
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what killed imports have left; the caller holds the lock of `root`.
+
+    Args:
+      root: directory of all stores.
+    """
+    for place in sorted(root.glob(f"*{PARTIAL}")):
+        if _LEFTOVER.fullmatch(place.name):
+            logging.info("%s is what a killed import has left: it is removed.", place)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _check_free(root: Path, name: str) -> None:
+    """Raises a `UserError` if there is a store of this name."""
+    if (root / name).exists():
+        raise UserError(
+            f"--name={name}: {root / name} exists; take another name, or remove it with "
+            f"--delete={name}."
+        )
+
+
+def _write(
+    root: Path,
+    name: str,
+    facts: JsonObject,
+    read: Sequence[Features],
+    specs: dict[str, RowSpec],
+) -> None:
+    """Writes a store, all of it or nothing."""
+    partial = root / f"{name}.{os.getpid()}{PARTIAL}"
     try:
         try:
-            partial.mkdir(parents=True)
+            partial.mkdir()
         except OSError as error:
             raise writing.cannot_write(root, error) from error
+        count = sum(len(one.ids) for one in read)
         check_space(partial, count, sum(spec.nbytes for spec in specs.values()))
-        facts = {"kind": kind, "backbone": IMPORTED, "encoder": encoder}
-        writing.write_facts(partial, facts, specs)
         for number, (ids, arrays) in enumerate(_pieces(read, specs)):
             writing.write(partial, number, id_keys(ids), arrays)
+        writing.write_facts(partial, facts, specs)  # last: without them it is no store
         partial.rename(root / name)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    logging.info(
-        "%s holds features of %s %ss: %s.",
-        *(root / name, f"{count:,}", kind),
-        ", ".join(f"{n} {list(s.shape)} {s.dtype}" for n, s in specs.items()),
-    )
-    return root / name
 
 
 def _pieces(

@@ -19,9 +19,10 @@ from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.text import encode_wordings
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.distributed import mesh, processes
+from dqe_jax.feature_store import writing
 from dqe_jax.feature_store.features import Features, directory_of, sizes_of
+from dqe_jax.feature_store.imports import remove_leftovers
 from dqe_jax.feature_store.shards import RowSpec, open_shards
-from dqe_jax.feature_store.writing import FACTS
 from dqe_jax.models import setup
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import make_directory
@@ -125,7 +126,7 @@ def list_stores(root: Path) -> list[Stored]:
     found = []
     for directory in sorted(root.iterdir()) if root.is_dir() else ():
         try:
-            facts = json.loads((directory / FACTS).read_text())
+            facts = json.loads((directory / writing.FACTS).read_text())
             shapes = {n: (tuple(a["shape"]), a["dtype"]) for n, a in facts["arrays"].items()}
             kind, backbone = facts["kind"], facts["backbone"]
             dtype = ", ".join(sorted({d for _, d in shapes.values()}))
@@ -156,11 +157,12 @@ def show_stores(config: AnyConfig) -> None:
 
 
 def delete_stores(config: AnyConfig, names: Sequence[str]) -> None:
-    """Deletes stores; they can always be computed again.
+    """Deletes stores: they can always be computed, or imported, again.
 
     Args:
       config: whose directory it is.
-      names: of the stores, as `show_stores` gives them, or "all".
+      names: of the stores, as `show_stores` gives them, or "all", which is also what killed imports
+        have left.
 
     Raises:
       UserError: there is no such store, or it cannot be deleted.
@@ -174,6 +176,10 @@ def delete_stores(config: AnyConfig, names: Sequence[str]) -> None:
                 f"{', '.join(known) or 'none'}."
             )
     chosen = known if "all" in names else list(dict.fromkeys(names))
+    if "all" in names and root.is_dir():
+        with writing.locked(root, writing.LOCK_OF_IMPORTS) as has_locks:
+            if has_locks:
+                remove_leftovers(root)
     for name in chosen:
         try:
             shutil.rmtree(root / name)

@@ -1,4 +1,4 @@
-"""Who writes to a store, and that only one run does; what the disk says ends in a sentence."""
+"""Who writes to a store, and that only one process does; what the disk says ends in a sentence."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject, is_of_disk
 
 FACTS = "store.json"
+LOCK = "lock"  # of a store
+LOCK_OF_IMPORTS = ".lock"  # of the directory of all stores; no store can have this name
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def open_for_writing(directory: Path) -> Iterator[bool]:
     leads = processes.leads()
     with contextlib.ExitStack() as stack:
         if leads:
-            stack.enter_context(_locked(directory))
+            stack.enter_context(locked(directory))
         sees = processes.sees_leader(directory)
         if not sees:  # on a disk of its own
             make(directory)
@@ -38,28 +40,37 @@ def open_for_writing(directory: Path) -> Iterator[bool]:
         processes.wait_for_all(f"features {directory.name}")
 
 
-def make(directory: Path) -> None:
-    """Makes the directory of a store; raises a `UserError` if nothing can be written there."""
+def make(directory: Path, lock: str = LOCK) -> None:
+    """Makes a directory and its lock; raises a `UserError` if nothing can be written there."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "lock").touch()
+        (directory / lock).touch()
     except OSError as error:
         raise cannot_write(directory, error) from error
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Waits until no other run writes to a store."""
-    make(directory)
-    with (directory / "lock").open("a+") as file:
+def locked(directory: Path, lock: str = LOCK) -> Iterator[bool]:
+    """Waits until no other process writes there; gives whether the disk has locks at all.
+
+    A process that is killed loses its lock.
+
+    Args:
+      directory: a store, or that of all stores while features are imported; is made.
+      lock: name of the file that is locked.
+    """
+    make(directory, lock)
+    with (directory / lock).open("a+") as file:
+        has_locks = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logging.info("Another run computes features in %s: waiting for it.", directory)
+            logging.info("Another process writes features to %s: waiting for it.", directory)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a disk without locks: shards are whole or not there
+        except OSError:  # shards are whole or not there
             logging.warning("The disk of %s has no locks.", directory)
-        yield
+            has_locks = False
+        yield has_locks
 
 
 def write_facts(directory: Path, facts: JsonObject, specs: Mapping[str, RowSpec]) -> None:

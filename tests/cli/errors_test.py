@@ -272,6 +272,14 @@ def test_a_required_flag_that_is_not_given(name, words, capsys):
     assert in_process(name=name, capsys=capsys) == f"error: {words}"
 
 
+def test_several_processes_compute_features_and_do_nothing_else_with_them(capsys):
+    flags = ("--config=configs/shapes.py", "--coordinator=a:1", "--num_processes=2")
+    said = in_process(*flags, "--process_id=0", "--list", name="features", capsys=capsys)
+    assert said == "error: --list is for one process: start it once, without the others."
+    said = in_process(*flags, name="features", capsys=capsys)
+    assert said.startswith("error: --process_id missing: ")
+
+
 def in_process(*arguments, capsys, name="train"):
     """The sentence of a command that is called here, with its flags in place of other commands'."""
     for module, own in flags.FLAGS.flags_by_module_dict().items():

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ from etils import epath
 from dqe_jax.checkpoints import store
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.distributed import processes
+from dqe_jax.feature_store import manage
 from dqe_jax.testing.small_runs import assert_params_agree, quick_xla_flags
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -49,9 +51,10 @@ def fields_of(base, **fields):
 
 
 def command(base, workdir, *flags, **fields):
+    """The command that trains, or without a workdir that which computes features ahead."""
+    which = ["dqe_jax.main", f"--workdir={base / workdir}"] if workdir else ["dqe_jax.features"]
     return [
-        *(sys.executable, "-m", "dqe_jax.main", "--config=configs/shapes.py:smoke"),
-        f"--workdir={base / workdir}",
+        *(sys.executable, "-m", *which, "--config=configs/shapes.py:smoke"),
         *(f"--config.{name}={value}" for name, value in fields_of(base, **fields).items()),
         *flags,
     ]
@@ -238,6 +241,73 @@ def test_two_processes_with_features_on_their_devices_train_as_one_device_does(b
     assert "image tower is not computed in each step" in first
     assert "tower" not in second
     assert_same_run(base / "features-one", base / "features-two")
+
+
+# Computed by functions that need no weights.
+OUTSIDE = {
+    "model.backbone": "features",
+    "model.features.images": ("dqe_jax.testing.encoders:images",),
+    "model.features.texts": ("dqe_jax.testing.encoders:texts",),
+    **{"model.features.width": 16, "model.features.heads": 2, "model.features.embed_dim": 32},
+    **{"model.features.composer_width": 16, "model.features.token_dim": 8},
+    "model.features.dropout": 0.0,  # each device draws its own
+    "data.augment": "flip",
+}
+
+
+@pytest.fixture(scope="module")
+def outside(base):
+    """A run of one device on features from outside."""
+    own = {"features.directory": str(base / "outside"), "features.place": "host"}
+    alone(base, "outside-one", **OUTSIDE | own)
+    return base / "outside-one"
+
+
+@pytest.mark.slow  # `feature_store/given_test.py` has three steps of it
+def test_eight_devices_with_features_from_outside_train_as_one_does(base, outside):
+    own = {"features.directory": str(base / "outside"), "features.place": "device"}
+    alone(base, "outside-eight", 8, **OUTSIDE | own)
+    assert_same_run(outside, base / "outside-eight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_two_processes_with_features_from_outside_train_as_one_device_does(base, outside, place):
+    """The first computes them, since both see one disk; each holds a part, or a copy."""
+    own = {"features.directory": str(base / f"outside-{place}"), "features.place": place}
+    first, second = finish(start(base, f"outside-two-{place}", 8, **OUTSIDE | own))
+    for kind in ("image", "text"):
+        assert re.search(rf"encoders:{kind}s has computed features of [\d,]+ {kind}s", first)
+        where = {"device": "in the memory of the devices", "host": "in the host's memory"}[place]
+        assert re.search(rf"Features of [\d,]+ {kind}s .* lie {where}", first)
+    assert "eatures of" not in second
+    assert files_of(base / f"outside-{place}") == files_of(base / "outside")
+    assert_same_run(outside, base / f"outside-two-{place}")
+
+
+def files_of(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["towers", "encoders"])
+def test_two_processes_compute_features_ahead_as_one_does(base, of):
+    """Of towers each computes a part of each batch."""
+    fields = {"data.augment": "flip", "model.frozen": ("vision", "text")}
+    if of == "encoders":
+        fields = OUTSIDE
+    places = [str(base / f"ahead-{of}-{count}") for count in (1, 2)]
+    config = load_config("shapes:smoke")
+    config.update_from_flattened_dict(
+        fields_of(base, num_devices=2, **fields, **{"features.directory": places[0]})
+    )
+    manage.compute(config)
+    first, second = finish(start(base, None, 2, **fields, **{"features.directory": places[1]}))
+    assert len(re.findall("computed now, in|has computed features of", first)) == 2
+    assert "omputed" not in second
+    one, two = (files_of(Path(place)) for place in places)
+    assert len(one) > 6
+    assert one == two
 
 
 def test_slurms_variables_start_two_processes(two):

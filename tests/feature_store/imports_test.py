@@ -1,6 +1,10 @@
 """Files with features: what is refused, each in one sentence that names the file and the id."""
 
+import concurrent.futures
 import json
+import logging
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -9,8 +13,10 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import save_file
 
+from dqe_jax.feature_store import writing
 from dqe_jax.feature_store.imports import import_features
-from dqe_jax.feature_store.manage import list_stores
+from dqe_jax.feature_store.manage import delete_stores, list_stores
+from dqe_jax.testing.small_runs import small_config
 from dqe_jax.utils.errors import UserError
 
 IDS = np.array(["a", "b", "c"])
@@ -156,7 +162,7 @@ def test_numbers_too_large_for_the_dtype_are_named(tmp_path):
     npz(tmp_path / "1.npz", id=IDS, x=ROWS * 1e4)
     with pytest.raises(UserError, match="'x' of 'b' is not finite in float16"):
         import_features(tmp_path / "f", "mine", "image", [tmp_path / "1.npz"], dtype="float16")
-    assert not [*(tmp_path / "f").iterdir()]
+    assert [path.name for path in (tmp_path / "f").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,7 @@ def test_numbers_too_large_for_the_dtype_are_named(tmp_path):
     [
         ("a/b", {}, "take letters"),
         ("0123456789abcdef", {}, "take letters"),
+        ("a.1.partial", {}, "take letters"),
         ("mine", {}, "exists; take another name"),
         ("x", {"encoder": "encode"}, "package.module:function"),
         ("x", {"encoder": "dqe_jax.testing.encoders:nothing"}, "has no function"),
@@ -180,3 +187,83 @@ def test_names_and_options(tmp_path, name, options, words):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         import_features(tmp_path / "f", "mine", "image", [tmp_path / "1.npz"])
+
+
+# ------------------------------------------------------------------- imports that do not end alone
+
+
+def sources(path):
+    npz(path / "1.npz", id=IDS, x=ROWS)
+    return path / "f", [path / "1.npz"]
+
+
+def leave(root, name="dead.4711.partial"):
+    """What an import leaves that is killed between two shards."""
+    (root / name / "shard-000000").mkdir(parents=True)
+    (root / name / "shard-000000" / "x.npy").write_bytes(b"half")
+    return root / name
+
+
+def test_an_import_removes_what_killed_ones_have_left(tmp_path, caplog):
+    root, files = sources(tmp_path)
+    left = [leave(root), leave(root, "mine.17.partial")]
+    other = leave(root, "theirs.partial")  # not ours
+    with caplog.at_level(logging.INFO):
+        import_features(root, "mine", "image", files)
+    for place in left:
+        assert f"{place} is what a killed import has left: it is removed." in caplog.text
+    assert {path.name for path in root.iterdir()} == {".lock", "mine", other.name}
+    assert [store.name for store in list_stores(root)] == ["mine"]
+
+
+def test_deleting_all_removes_it_too(tmp_path):
+    root, files = sources(tmp_path)
+    import_features(root, "mine", "image", files)
+    leave(root)
+    fields = {"model.backbone": "features", "features.directory": str(root)}
+    delete_stores(small_config(tmp_path, **fields), ["all"])
+    assert {path.name for path in root.iterdir()} == {".lock"}
+
+
+def test_a_disk_without_locks_keeps_what_may_be_of_an_import_that_runs(
+    tmp_path, monkeypatch, caplog
+):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    root, files = sources(tmp_path)
+    left = leave(root)
+    monkeypatch.setattr(writing.fcntl, "flock", none)
+    import_features(root, "mine", "image", files)
+    assert f"The disk of {root} has no locks." in caplog.text
+    assert left.exists()
+
+
+def test_two_imports_at_the_same_time_take_turns(tmp_path, monkeypatch, caplog):
+    """The second waits, and leaves alone what the first writes; one of a name is kept."""
+    root, files = sources(tmp_path)
+    writes, go_on, write = threading.Event(), threading.Event(), writing.write
+
+    def slow(*arguments):
+        writes.set()
+        assert go_on.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(writing, "write", slow)
+    caplog.set_level(logging.INFO)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = pool.submit(import_features, root, "mine", "image", files)
+        assert writes.wait(60)
+        rest = [pool.submit(import_features, root, n, "image", files) for n in ("mine", "other")]
+        until = time.time() + 60
+        while caplog.text.count("Another process writes features to") < 2:
+            assert time.time() < until
+            time.sleep(0.01)
+        assert len(list(root.glob("*.partial"))) == 1
+        go_on.set()
+        assert first.result() == root / "mine"
+        assert rest[1].result() == root / "other"
+        with pytest.raises(UserError, match=r"--name=mine: .* exists; take another name"):
+            rest[0].result()
+    assert {path.name for path in root.iterdir()} == {".lock", "mine", "other"}
+    assert "killed" not in caplog.text
