@@ -241,21 +241,22 @@ def test_rows_of_a_device():
 
 def test_numbers_to_log():
     mined = mining.Mined(
-        rows=jnp.array([[1, 2, 3], [4, 0, 0]]),
-        drawn=jnp.array([[True, True, True], [True, False, False]]),
-        lower=jnp.array([0.1, 0.0]),
-        upper=jnp.array([0.5, 0.2]),
-        zone=jnp.array([7, 0]),
+        rows=jnp.array([[1, 2, 3], [4, 0, 0], [0, 0, 0]]),
+        drawn=jnp.array([[True, True, True], [True, False, False], [False, False, False]]),
+        lower=jnp.array([0.1, 0.0, 0.0]),
+        upper=jnp.array([0.5, 0.2, 0.2]),
+        zone=jnp.array([7, 0, 0]),
     )
-    delta = jnp.array([[0.2, 0.6, 0.05], [0.1, 9.0, 9.0]])
-    false = jnp.array([[True, False, False], [False, True, True]])
+    # The lower bound is not in the zone; of the last query nothing was drawn.
+    delta = jnp.array([[0.2, 0.6, 0.1], [0.1, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    false = jnp.array([[True, False, False], [False, True, True], [True, True, True]])
     described = mining.describe(mined, delta, false, MiningRule.of(negatives("trns")))
     logs = {name: np.asarray(values).tolist() for name, values in described.items()}
-    assert logs["negatives/easy"] == pytest.approx([1 / 3, 0])
-    assert logs["negatives/fallback"] == pytest.approx([2 / 3, 0])
-    assert logs["negatives/false"] == pytest.approx([1 / 3, 0])
-    assert logs["negatives/delta"] == pytest.approx([0.85 / 3, 0.1])
-    assert logs["negatives/drawn"] == [3, 1]
+    assert logs["negatives/easy"] == pytest.approx([1 / 3, 0, 0])
+    assert logs["negatives/fallback"] == pytest.approx([2 / 3, 0, 0])
+    assert logs["negatives/false"] == pytest.approx([1 / 3, 0, 0])
+    assert logs["negatives/delta"] == pytest.approx([0.9 / 3, 0.1, 0])
+    assert logs["negatives/drawn"] == [3, 1, 0]
     assert "negatives/false" not in mining.describe(
         mined, delta, None, MiningRule.of(negatives("random"))
     )
