@@ -35,6 +35,8 @@ from dqe_jax.utils.files import JsonObject, read_json
 from dqe_jax.utils.paths import whole_path
 
 ITEMS = ("params", "opt_state", "bank_params", "meta")
+# Bytes from which Orbax may take an array from several devices at once.
+SLICED = 2**20
 # What `meta` holds in every checkpoint, and of which types.
 _META: dict[str, tuple[type, ...]] = {
     "config": (dict,),
@@ -190,11 +192,24 @@ def save(
 
 def _global(tree: T) -> T:
     """Replicated arrays of one process's devices as arrays of all devices; NumPy's as they are."""
-    if jax.process_count() == 1 or all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
+    if jax.process_count() == 1:
+        return jax.tree.map(_of_one_device, tree)
+    if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
         return tree
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
     spec = jax.sharding.PartitionSpec()
     return multihost_utils.host_local_array_to_global_array(tree, mesh, spec)
+
+
+def _of_one_device(x: Array) -> Array:
+    """A small replicated array as its first copy; others as they are.
+
+    Of an array with copies on several devices Orbax takes a slice from each, and compiles a program
+    for each device and shape. That pays for large arrays alone.
+    """
+    if isinstance(x, jax.Array) and x.is_fully_replicated and x.nbytes < SLICED:
+        return x.addressable_data(0)
+    return x
 
 
 class DamagedError(UserError):
