@@ -172,7 +172,7 @@ def test_an_empty_or_unknown_split(tmp_path, monkeypatch):
             splits=("train", "train_gallery", "test", "test_gallery"), metadata={}
         )
 
-        def as_data_source(self, split):
+        def as_data_source(self, split, **_):
             return []
 
     monkeypatch.setattr(splits, "read_index", lambda *_: make_index([]))
