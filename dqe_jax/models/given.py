@@ -265,7 +265,7 @@ class Given(nn.Module):
         each = len(text.ids) // len(image.tokens)
         gallery = jnp.repeat(image.gallery[:, 0], each, axis=0)
         if self.composer == "attention":
-            x: Array = image.tokens
+            x: Array = jnp.repeat(image.tokens, each, axis=0)
             for block in self.composer_blocks:
                 x = block(x, context=text.tokens, context_mask=text.mask)
             return normalize(gallery) + self.residual_head(self._dropped(x, train))

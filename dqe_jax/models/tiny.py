@@ -165,7 +165,7 @@ class Tiny(nn.Module):
         """Composed embedding `h`, float32."""
         del train
         each = len(text.ids) // len(image.tokens)
-        x: Array = image.tokens
+        x: Array = jnp.repeat(image.tokens, each, axis=0)
         for block in self.composer_blocks:
             x = block(x, context=text.tokens, context_mask=text.mask)
         # At length 1 the reference does not outweigh the residual, and edits are learned much
