@@ -55,7 +55,13 @@ def gradients_of(config, devices):
     return jax.device_get((moments, output.metrics))
 
 
-@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=() if name == "clip" else pytest.mark.slow)
+        for name in sorted(BACKBONES)
+    ],
+)
 def test_gradients_are_those_of_the_whole_batch(backbone):
     """Of TRNS over the batch, with attribute weights; one device against chunks on eight."""
     changes = {
