@@ -235,7 +235,8 @@ def join(state: Tree, axes: Tree, like: Tree, num_devices: int) -> Tree:
         if axis is None:
             return np.asarray(x)
         if not is_sharded(whole, num_devices):
-            return np.asarray(x.addressable_data(0))[0].copy()  # indexing `x` compiles a program
+            # Indexing `x` itself would compile a program for each shape.
+            return np.array(np.asarray(x.addressable_data(0))[0])
         slices = np.asarray(x)
         if jax.process_count() > 1:  # one array after the other: a device never holds all
             slices = multihost_utils.process_allgather(slices, tiled=True)

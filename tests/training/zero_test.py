@@ -99,6 +99,7 @@ def test_updates_are_those_of_the_whole_optimizer(clip, bad):
     for name in whole:
         np.testing.assert_allclose(found[name], expected[name], atol=2e-6, err_msg=name)
     joined = zero.join(held, axes, state, 8)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(joined))  # no scalars of NumPy
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), joined, state)
     assert joined.total_notfinite == bad
     # Each device holds an eighth of the large moments, up to padding, and small ones whole.
