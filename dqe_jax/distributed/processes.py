@@ -118,20 +118,27 @@ def all_agree(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(flag)).all())
 
 
-def sees_leader(directory: Path) -> bool:
-    """Whether this process finds what process 0 writes to a directory; all call this together."""
+def leads_on_disk(directory: Path) -> bool:
+    """Whether this process is the first of those that see one another's files in a directory.
+
+    All call this together. On a disk that all share it is process 0.
+
+    Args:
+      directory: exists, unless it cannot be made.
+    """
     if jax.process_count() == 1:
         return True
-    token = np.frombuffer(os.urandom(4), np.uint32)
-    name = f"leader-{int(multihost_utils.broadcast_one_to_all(token)[0]):08x}"
-    if leads():
-        (directory / name).touch()
-    wait_for_all(f"{name} is written")
-    seen = (directory / name).exists()
-    wait_for_all(f"{name} was looked for")
-    if leads():
-        (directory / name).unlink()
-    return seen
+    token = int(multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(4), np.uint32))[0])
+    names = [directory / f"process-{i}-{token:08x}" for i in range(jax.process_count())]
+    own = names[jax.process_index()]
+    with contextlib.suppress(OSError):  # who may not write does not lead, if another one does
+        own.touch()
+    wait_for_all(f"{token:08x} is written")
+    first = next((name for name in names if name.exists()), own)
+    wait_for_all(f"{token:08x} was looked for")
+    with contextlib.suppress(OSError):
+        own.unlink()
+    return first == own
 
 
 def any_of(flags: np.ndarray) -> np.ndarray:

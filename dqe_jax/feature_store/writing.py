@@ -26,17 +26,16 @@ LOCK_OF_IMPORTS = ".lock"  # of the directory of all stores; no store can have t
 def open_for_writing(directory: Path) -> Iterator[bool]:
     """Keeps other runs from writing to a store; gives whether this process writes.
 
-    Of several processes those write that do not see what process 0 has written: each disk gets one
-    copy.
+    Of several processes one writes to each disk: each disk gets one copy.
     """
-    leads = processes.leads()
+    with contextlib.suppress(OSError):  # told by the process that writes
+        directory.mkdir(parents=True, exist_ok=True)
+    writes = processes.leads_on_disk(directory)
     with contextlib.ExitStack() as stack:
-        if leads:
+        if writes:
             stack.enter_context(locked(directory))
-        sees = processes.sees_leader(directory)
-        if not sees:  # on a disk of its own
-            make(directory)
-        yield leads or not sees
+        processes.wait_for_all(f"the lock of {directory.name}")
+        yield writes
         processes.wait_for_all(f"features {directory.name}")
 
 
