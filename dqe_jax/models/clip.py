@@ -219,7 +219,7 @@ class Clip(nn.Module):
         x: Array = self.composer_in(image.tokens)
         for block in self.composer_blocks:
             x = block(x, context=text.tokens, context_mask=text.mask)
-        x = jnp.repeat(x, len(text.ids) // len(x), axis=0)  # without blocks nothing did
+        x = jnp.repeat(x, len(text.ids) // len(x), axis=0)  # if no block has
         residual = self.residual(self.composer_norm(x).mean(1))
         reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
         return reference + normalize(text.pooled) + residual

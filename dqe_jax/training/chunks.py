@@ -4,7 +4,8 @@ learning batch size under memory limited setup").
 The loss compares all embeddings of a batch, so a batch cannot be cut and its gradients added up.
 But the embeddings of a chunk depend on the chunk alone: only they are kept for the loss, and the
 backward pass computes the inside of one chunk after the other once more. The gradients are those of
-the whole batch; what is kept is that of one chunk; and a forward pass more is paid.
+the whole batch, the activations in memory are those of one chunk, and the price is a second forward
+pass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from dqe_jax.method.arrays import Array, Params, Tree
@@ -50,7 +52,7 @@ def in_chunks(apply_fn: TrainForward, chunks: int) -> TrainForward:
             return x[0] if x.ndim == 1 else x.reshape(-1, *x.shape[2:])  # a scalar is that of all
 
         inputs = jax.tree.map(cut, (reference_image, text, target_image))
-        outputs = lax.map(lambda part: one(*part), (inputs, jax.numpy.arange(chunks)))
+        outputs = lax.map(lambda part: one(*part), (inputs, jnp.arange(chunks)))
         return jax.tree.map(join, outputs)
 
     return forward

@@ -38,7 +38,8 @@ def matrices(params: Params) -> Tree:
 
 def largest(tree: Tree) -> jax.Array:
     """The largest absolute value in a tree, float32; NaN where one is NaN."""
-    return functools.reduce(jnp.maximum, [jnp.abs(x).max(initial=0) for x in jax.tree.leaves(tree)])
+    sizes = [jnp.abs(x).max(initial=0) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.maximum, sizes, jnp.zeros(()))
 
 
 def make_optimizer(
@@ -54,9 +55,9 @@ def make_optimizer(
     which costs a small model more than its step on a TPU; here scalars decide before any array is
     written, so that moments and parameters are each updated in place.
 
-    `update` takes three more arguments, needed where the gradients are but a part (`zero.py`):
-    `sound`, a bool scalar, whether the gradients may be used at all; `norm`, that of all gradients;
-    `size`, `largest` of all parameters.
+    `update` takes `sound`, a bool scalar: whether the gradients may be used at all; default: yes.
+    And `norm` and `size`, the norm of all gradients and `largest` of all parameters: needed where
+    those that it is given are but a part of them (`zero.py`), else computed.
 
     Args:
       config: `config.optimizer`.

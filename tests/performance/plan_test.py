@@ -419,7 +419,9 @@ def test_advice_is_of_what_takes_most():
     config = RunConfig.of(fiq_clip.get_config())
     activations = table.advise(config, facts(temporaries=100), 8)
     assert activations[0].startswith("a smaller config.batch.references")
-    assert activations[1] == "config.model.remat=True"
+    assert activations[1:3] == ["config.model.remat=True", "config.batch.chunks=2"]
+    chunked = config.with_changes({"batch.chunks": 8})  # all 8 references of a device
+    assert not any("chunks" in one for one in table.advise(chunked, facts(temporaries=100), 8))
     assert not any("frozen" in one for one in activations)
     weights = table.advise(config, facts(inputs={"parameters": 100}), 8)
     assert weights[0] == "config.model.frozen_dtype=bfloat16"

@@ -158,6 +158,9 @@ def advise(config: RunConfig, facts: Facts, devices: int, stored: int = 0) -> li
     pretrained = model.backbone != "tiny"
     if pretrained and not model.remat:
         advice["temporaries"].append("config.model.remat=True")
+    chunks = 2 * config.batch.chunks
+    if config.batch.references // devices % chunks == 0:
+        advice["temporaries"].append(f"config.batch.chunks={chunks}")
     if pretrained and not model.scan_layers:
         advice["temporaries"].append("config.model.scan_layers=True")
     if model.dtype == "float32":
