@@ -127,6 +127,7 @@ OLD = {
 # What has been added since: an older config lacks it, and it has its default.
 YOUNGER = {
     "batch.chunks": 1,
+    "data.image_format": "png",
     "features.place": "auto",
     "features.dtype": "auto",
     "features.directory": "",
