@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,9 +16,9 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
-from dqe_jax.data.pipeline import Batches
+from dqe_jax.data.pipeline import Batches, Images, Texts
 from dqe_jax.data.splits import Split
-from dqe_jax.data.text import Wordings, encode_wordings
+from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import make_evaluator
@@ -30,6 +31,7 @@ from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.training import state as states
 from dqe_jax.training.bank import BankKeeper, make_bank_keeper
+from dqe_jax.training.prefetch import DeviceBatches
 from dqe_jax.training.state import Optimizer, TrainState
 from dqe_jax.training.step import Step, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
@@ -54,7 +56,7 @@ class Session:
       step: the mapped step, with negatives of the batch.
       bank_step: the mapped step, with negatives of the bank.
       keeper: of the bank; None without one.
-      batches: those of training.
+      batches: those of training, on the devices.
       validation: the evaluator of the validation split.
       last: the evaluator of the split of the last evaluation.
       features: what frozen towers make of images and texts; filled by `restore_or_init`.
@@ -74,7 +76,7 @@ class Session:
     step: Step
     bank_step: Step
     keeper: BankKeeper | None
-    batches: Batches
+    batches: DeviceBatches
     validation: RetrievalEvaluator
     last: RetrievalEvaluator
     features: Features
@@ -114,7 +116,12 @@ def open_session(
     model = setup.model_of(config.model, config.data, tokenizer, sizes)
     params = setup.param_shapes(model, config.model, config.data)
     features = Features(config, model, devices)
-    batches = _open_batches(config, split, text, features)
+    batches = DeviceBatches(
+        open_batches(
+            config, split, features.images(split.gallery, config.data.augment), features.texts(text)
+        ),
+        functools.partial(mesh.place, devices=devices),
+    )
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
     if uses_bank(config.negatives):
@@ -146,14 +153,21 @@ def open_session(
     )
 
 
-def _open_batches(config: RunConfig, split: Split, text: Wordings, features: Features) -> Batches:
-    """The iterator over this process's part of the training batches."""
+def open_batches(config: RunConfig, split: Split, images: Images, texts: Texts) -> Batches:
+    """The iterator over this process's part of the training batches, as NumPy arrays.
+
+    Args:
+      config: of the run.
+      split: the training split.
+      images: of its gallery.
+      texts: of its queries.
+    """
     words = lexicon.load_lexicon(config.data.lexicon)
     names = config.model.attributes.names
     return pipeline.train_batches(
         split,
-        images=features.images(split.gallery, config.data.augment),
-        texts=features.texts(text),
+        images=images,
+        texts=texts,
         mentions=lexicon.mentions(split.queries.texts, names, words),
         references=config.batch.references,
         queries_per_reference=config.batch.queries_per_reference,
