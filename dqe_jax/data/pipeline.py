@@ -37,7 +37,7 @@ class Images(Protocol):
     """The images of a split's gallery, for training."""
 
     def draw(self, row: int, rng: np.random.Generator) -> Tree:
-        """One image as the model takes it, augmented."""
+        """One image as the model takes it, or with how it is augmented (`augmentation.py`)."""
 
     def draw_several(self, rows: np.ndarray, rng: np.random.Generator) -> Tree:
         """Images as `draw` gives them, one after the other, with a leading axis."""

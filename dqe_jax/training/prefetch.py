@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeAlias
 
 import jax
 
+from dqe_jax.data.augmentation import augment_all
 from dqe_jax.data.pipeline import Batches
+from dqe_jax.distributed import mesh
 from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.utils.files import JsonObject
@@ -23,6 +25,19 @@ from dqe_jax.utils.files import JsonObject
 # Batches that wait on the devices, at most; each takes the memory of its images.
 AHEAD = 2
 _Read: TypeAlias = "tuple[Batch, JsonObject]"
+
+
+def send(batch: Batch, devices: Sequence[jax.Device]) -> Batch:
+    """Sends a batch to this process's devices, and augments its images there.
+
+    Args:
+      batch: of the loader, `[R, ...]`.
+      devices: of all processes.
+
+    Returns:
+      Arrays `[own devices, R / own devices, ...]`, perhaps still on their way.
+    """
+    return augment_all(mesh.place(batch, devices))
 
 
 class DeviceBatches:

@@ -31,7 +31,7 @@ from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.training import state as states
 from dqe_jax.training.bank import BankKeeper, make_bank_keeper
-from dqe_jax.training.prefetch import DeviceBatches
+from dqe_jax.training.prefetch import DeviceBatches, send
 from dqe_jax.training.state import Optimizer, TrainState
 from dqe_jax.training.step import Step, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
@@ -120,7 +120,7 @@ def open_session(
         open_batches(
             config, split, features.images(split.gallery, config.data.augment), features.texts(text)
         ),
-        functools.partial(mesh.place, devices=devices),
+        functools.partial(send, devices=devices),
     )
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
