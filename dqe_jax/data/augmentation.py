@@ -79,7 +79,7 @@ def augmented(drawn: DrawnImage) -> Array:
         def window(whole: jax.Array, corner: jax.Array) -> jax.Array:
             return lax.dynamic_slice(whole, (corner[0], corner[1], 0), one)
 
-        image = jax.vmap(window)(padded, drawn.corner.reshape(-1, 2))
+        image = jax.vmap(window)(padded, jnp.asarray(drawn.corner).reshape(-1, 2))
     return image.reshape(*axes, *one)
 
 

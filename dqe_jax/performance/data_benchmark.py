@@ -3,8 +3,9 @@
 Images are those of the config's prepared training split where there is one, else made ones, which
 the table says. Decoding is measured in processor time of one thread, so that other work on the
 machine hardly counts; formats take turns, and the median round is given. The loader is measured by
-the clock, with as many threads as the config says: first while images are read and decoded, then
-once they are in memory, then without any image, which is what the rest of it takes.
+the clock and in processor time, with as many threads as the config says: first while images are
+read and decoded, then once they are in memory, then without any image, which is what the rest of it
+takes.
 """
 
 from __future__ import annotations
@@ -85,11 +86,19 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """How fast the loader makes batches, by the clock."""
+    """How fast the loader makes batches.
+
+    Attributes:
+      batches_per_second: by the clock.
+      examples_per_second: queries, without padding, by the clock.
+      images_per_second: of references and targets, by the clock.
+      by_core: images a second of processor time.
+    """
 
     batches_per_second: float
     examples_per_second: float
     images_per_second: float
+    by_core: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,13 +310,13 @@ def _timed(batches: Batches, count: int) -> tuple[Loading, Batch]:
     """How fast batches come, and the last of them."""
     batch = [next(batches) for _ in range(WARM)][-1]
     examples = images = 0
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     for _ in range(count):
         batch = next(batches)
         examples += int(batch.query_mask.sum())
         images += batch.reference_id.size + batch.target_id.size
-    seconds = time.perf_counter() - start
-    return Loading(count / seconds, examples / seconds, images / seconds), batch
+    seconds, used = time.perf_counter() - start, max(time.process_time() - used, 1e-9)
+    return Loading(count / seconds, examples / seconds, images / seconds, images / used), batch
 
 
 def _transfer(batch: Batch, devices: Sequence[jax.Device]) -> float:
@@ -344,10 +353,10 @@ def table(report: DataReport, config: RunConfig) -> str:
             "own decoding).",
             "",
         ]
-    rows = [("loader", "batches/s", "examples/s", "images/s")]
+    rows = [("loader", "batches/s", "examples/s", "images/s", "images/s a core")]
     for name, load in report.loading.items():
-        numbers = (load.batches_per_second, load.examples_per_second, load.images_per_second)
-        rows.append((name, f"{numbers[0]:.1f}", *(f"{x:,.0f}" for x in numbers[1:])))
+        rates = (load.examples_per_second, load.images_per_second, load.by_core)
+        rows.append((name, f"{load.batches_per_second:.1f}", *(f"{x:,.0f}" for x in rates)))
     batch = config.batch
     padding = "" if report.padding is None else f" {report.padding:.1%} of their rows are padding."
     return "\n".join(
