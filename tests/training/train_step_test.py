@@ -35,7 +35,8 @@ def quick_compilation():
 
 def make_config(rule="trns", **changes):
     config = shapes.get_config("smoke")
-    config.model.tiny.image_depth = config.model.tiny.text_depth = 0
+    tiny = config.model.tiny
+    tiny.image_depth, tiny.text_depth, tiny.composer_depth = 0, 0, 1
     config.data.image_size, config.data.max_length = SIZE, L
     config.model.tiny.patch_size = 16
     config.negatives.rule, config.negatives.per_query = rule, 5
