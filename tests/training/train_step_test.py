@@ -19,8 +19,9 @@ from dqe_jax.training.optimizer import make_optimizer
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import make_train_step
 
-R, Q, L, P, SIZE, VOCAB, PHOTOS = 8, 2, 6, 3, 32, 20, 14
-B = R * Q
+# Eight units of two references, of which the first has two queries and the second has one.
+R, B, L, P, SIZE, VOCAB, PHOTOS = 16, 24, 6, 3, 32, 20, 14
+REFERENCE = (2 * np.arange(8)[:, None] + np.array([0, 0, 1])).ravel().astype(np.int32)
 RULES = ("trns", "random", "hardest", "in_batch")
 
 
@@ -57,7 +58,7 @@ def init_params(enabled=True):
 
     @jax.jit
     def init(key):
-        images = batch.reference_image, batch.text, batch.target_image
+        images = batch.reference_image, batch.text, batch.target_image, batch.reference
         return model.init({"params": key}, *images, train=False)["params"]
 
     params = init(jax.random.key(0))
@@ -73,19 +74,19 @@ def make_batch(seed, padding=True):
     """Image ids repeat across rows, positives are several, and some rows are padding."""
     rng = np.random.default_rng(seed)
     target = rng.integers(0, PHOTOS, B).astype(np.int32)
-    target[-2] = target[0]  # the first and the last device share a target's image
+    target[-3] = target[0]  # the first and the last device share a target's image
     known = rng.integers(-1, PHOTOS, (B, P)).astype(np.int32)
     known[:, 0] = target
     text = rng.integers(2, VOCAB, (B, L)).astype(np.int32)
     text[:, 4:] *= rng.integers(0, 2, (B, 1)).astype(np.int32)
     query_mask = np.ones(B, bool)
     if padding:
-        query_mask[[5, 10, 11, 15]] = False  # the sixth reference has no query at all
+        query_mask[[5, 10, 21, 22, 23]] = False  # some references have no query at all
     return Batch(
         reference_image=rng.integers(0, 256, (R, SIZE, SIZE, 3)).astype(np.uint8),
         reference_id=rng.integers(0, PHOTOS, R).astype(np.int32),
-        reference_mask=query_mask.reshape(R, Q).any(1),
-        reference=None,
+        reference_mask=np.bincount(REFERENCE, query_mask) > 0,
+        reference=REFERENCE,
         text=text,
         target_image=rng.integers(0, 256, (B, SIZE, SIZE, 3)).astype(np.uint8),
         query=np.arange(B, dtype=np.int32),
@@ -237,7 +238,7 @@ def plain_loss(config, out, batch, indices, drawn):
 def test_loss_equals_its_plain_statement(rule):
     config, batch, key = make_config(rule), make_batch(3), jax.random.key(5)
     params = init_params()[1]
-    images = batch.reference_image, batch.text, batch.target_image
+    images = batch.reference_image, batch.text, batch.target_image, batch.reference
     out = jax.jit(make_model(config).apply)({"params": params}, *images)
     loss, metrics = on_one_device(objective_of(config))(params, batch, key)
 
@@ -363,7 +364,7 @@ def test_weighting_starts_as_the_plain_composer_and_is_it_at_zero_weights():
     with_weights = make_model(make_config())
     without = make_model(make_config(**{"model.attributes.enabled": False}))
     batch = make_batch(0)
-    image, text = batch.target_image[::Q], batch.text[::Q]
+    image, text = batch.target_image[:R], batch.text[:R]
 
     @functools.partial(jax.jit, static_argnums=0)
     def query(model, params):
