@@ -47,6 +47,7 @@ MOST_STEPS = 1_000_000_000
 # Newer sections, which copied configs may lack. Their fields then have the defaults.
 YOUNGER = (
     "batch.chunks",
+    "data.image_format",
     "features.",
     "model.features.",
     "model.attributes.form",

@@ -24,6 +24,7 @@ COMMANDS = {
     "ablate": ("ablate", "Trains the variants of a config over seeds and compares them."),
     "plan": ("plan", "Says what a config needs on TPUs or GPUs, without having them."),
     "benchmark step": ("benchmark_step", "Times the training step of a config."),
+    "benchmark data": ("benchmark_data", "Times the way of images to the devices."),
     "benchmark mine": ("benchmark_mine", "Times the mining of negatives from a bank."),
     "convert": ("convert", "Converts pretrained weights to a directory that a config can name."),
     "export": ("export", "Exports a run to safetensors in Hugging Face layout."),

@@ -12,6 +12,7 @@ from absl import flags
 from dqe_jax.cli.command_line import given
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.preprocess import PREPROCESS
+from dqe_jax.data.settings import IMAGE_FORMATS
 
 _NAMES = sorted(name for name in DATASETS if DATASETS[name].must_be_prepared)
 _DATASET = flags.DEFINE_enum("dataset", None, _NAMES, "Data set.")
@@ -22,6 +23,12 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/dqe_jax", "Where the prepa
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Pixels a side of the stored images.", 8)
 _PREPROCESS = flags.DEFINE_enum(
     "preprocess", None, sorted(PREPROCESS), "How photos become square; default: as in the config."
+)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "png",
+    IMAGE_FORMATS,
+    "How images are stored; a run then needs the same config.data.image_format.",
 )
 _SPLITS = flags.DEFINE_list("splits", None, "Splits, such as train,val; default: all.")
 _MAX_MISSING = flags.DEFINE_float(
@@ -53,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
         _DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
         preprocess=_PREPROCESS.value,
+        image_format=_FORMAT.value,
         splits=_SPLITS.value or (),
         max_missing=_MAX_MISSING.value,
         num_workers=_NUM_WORKERS.value,

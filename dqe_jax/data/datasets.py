@@ -36,6 +36,11 @@ def _shapes(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
             f"config.data.image_size is {data.image_size}: shapes has images of {size} pixels "
             "a side."
         )
+    if data.image_format != "png":
+        raise UserError(
+            f"config.data.image_format is {data.image_format!r}: shapes are drawn, and stored "
+            "without loss; take 'png'."
+        )
     return builder
 
 
@@ -59,6 +64,7 @@ def _fashion_products(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetB
         preprocess=data.preprocess,
         max_bad_fraction=data.max_bad_fraction,
         relevance=relevance,
+        image_format=data.image_format,
     )
 
 
@@ -68,11 +74,16 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
 
     where = os.fspath(epath.Path(data.data_dir).expanduser()) if data.data_dir else prepared_dir
     builder = benchmarks.make_builder(
-        data.dataset, where, image_size=data.image_size, preprocess=data.preprocess
+        data.dataset,
+        where,
+        image_size=data.image_size,
+        preprocess=data.preprocess,
+        image_format=data.image_format,
     )
+    stored = "" if data.image_format == "png" else f" --format={data.image_format}"
     command = (
         f"python -m dqe_jax.prepare --dataset={data.dataset} --raw_dir=DIR --data_dir={where} "
-        f"--image_size={data.image_size} --preprocess={data.preprocess}"
+        f"--image_size={data.image_size} --preprocess={data.preprocess}{stored}"
     )
     complaints = preparation.read_complaints(builder)
     if not preparation.is_prepared(builder) or complaints is None:
@@ -82,8 +93,8 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
         others = sorted(p.name for p in folders if any(p.glob(pattern)))
         held = f" (it has {', '.join(others)})" if others else ""
         raise UserError(
-            f"{data.dataset} with {data.image_size} pixels and preprocessing {data.preprocess!r} "
-            f"is not prepared in {where}{held}: run `{command}`."
+            f"{data.dataset} with {data.image_size} pixels and preprocessing {data.preprocess!r}, "
+            f"stored as {data.image_format}, is not prepared in {where}{held}: run `{command}`."
         )
     if complaints:
         raise UserError(

@@ -32,9 +32,9 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from dqe_jax.data import settings
+from dqe_jax.data.image_formats import decode_image, encode_image
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -103,7 +103,9 @@ class GalleryItem:
     """One gallery image: see the module's table.
 
     Attributes:
-      image: uint8 `[H, W, 3]`, an encoded PNG, or None if there is none.
+      image: uint8 `[H, W, 3]`, or this as `image_formats.encode_image` gives it; None if there is
+        none.
+      image_format: how it is stored, of `settings.IMAGE_FORMATS`.
     """
 
     id: str
@@ -112,14 +114,13 @@ class GalleryItem:
     attributes: Sequence[str] = ()
     pools: Sequence[str] = ()
     reason: str = ""
+    image_format: str = "png"
 
     def record(self) -> Record:
         """The TFDS record of this image."""
-        image = self.image
-        encoded = encode_png(image) if isinstance(image, np.ndarray) else image
         return {
             "id": self.id,
-            "image": [] if encoded is None else [io.BytesIO(encoded)],
+            "image": [] if self.image is None else [_stored(self.image, self.image_format)],
             "photo": self.image_id,
             "attributes": list(self.attributes),
             "texts": [self.reason] if self.reason else [],
@@ -133,11 +134,11 @@ class GalleryItem:
         }
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """An image uint8 `[H, W, 3]`, losslessly encoded."""
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, "PNG", compress_level=1)
-    return encoded.getvalue()
+def _stored(image: np.ndarray | bytes, image_format: str) -> np.ndarray | io.BytesIO:
+    """What TFDS takes for an image: an array where it is stored raw, else a file."""
+    if image_format == "raw":
+        return decode_image(image, raw=True) if isinstance(image, bytes) else image
+    return io.BytesIO(image if isinstance(image, bytes) else encode_image(image, image_format))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,17 +185,25 @@ class Queries:
         return Queries(**columns)
 
 
-def features(image_size: int) -> tfds.features.FeaturesDict:
-    """TFDS features of the schema, with images of `image_size` x `image_size` pixels."""
+def features(image_size: int, image_format: str = "png") -> tfds.features.FeaturesDict:
+    """TFDS features of the schema.
+
+    Args:
+      image_size: pixels a side of the images.
+      image_format: how they are stored, of `settings.IMAGE_FORMATS`.
+    """
     import tensorflow_datasets as tfds  # only builders need it; reading the schema does not
 
+    shape = (image_size, image_size, 3)
+    if image_format == "raw":
+        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes")
+    else:
+        image = tfds.features.Image(shape=shape, encoding_format=image_format)
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
             # A sequence of none or one: TFDS has no optional feature.
-            "image": tfds.features.Sequence(
-                tfds.features.Image(shape=(image_size, image_size, 3), encoding_format="png")
-            ),
+            "image": tfds.features.Sequence(image),
             "photo": np.int64,
             "attributes": tfds.features.Sequence(tfds.features.Text()),
             "texts": tfds.features.Sequence(tfds.features.Text()),

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from dqe_jax.data.examples import encode_png
+from dqe_jax.data.image_formats import encode_image
 from dqe_jax.data.preprocess import PREPROCESS
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import is_regular
@@ -39,13 +39,13 @@ class Photo:
     """A photo as it is stored, or the reason why there is none.
 
     Attributes:
-      png: the encoded image, or None.
+      image: as `image_formats.encode_image` gives it, or None.
       number: 63 bits of a digest of the photo's pixels before they are reduced: photos with
         identical content share it. Of a photo that is not there, of its path: it shares with none.
       reason: why there is no image; "" if there is one.
     """
 
-    png: bytes | None
+    image: bytes | None
     number: int
     reason: str = ""
 
@@ -81,7 +81,9 @@ def decode_photo(
     return PREPROCESS[preprocess](photo, image_size), digest
 
 
-def load_photo(path: str | None, root: str, image_size: int, preprocess: str) -> Photo:
+def load_photo(
+    path: str | None, root: str, image_size: int, preprocess: str, image_format: str = "png"
+) -> Photo:
     """Reads the photo at a path below `root`; None is a photo that is not there."""
     try:
         if path is None:
@@ -99,7 +101,7 @@ def load_photo(path: str | None, root: str, image_size: int, preprocess: str) ->
     except Exception as error:  # decoders of damaged files raise nearly anything
         reason = f"does not decode ({' '.join(str(error).split())[:80]})"
         return Photo(None, _number(f"{root}/{path}"), reason)
-    return Photo(encode_png(image), int(digest[:16], 16) >> 1)
+    return Photo(encode_image(image, image_format), int(digest[:16], 16) >> 1)
 
 
 def _number(text: str) -> int:
@@ -107,9 +109,9 @@ def _number(text: str) -> int:
 
 
 def _load_some(
-    paths: Sequence[str | None], root: str, image_size: int, preprocess: str
+    paths: Sequence[str | None], root: str, image_size: int, preprocess: str, image_format: str
 ) -> list[Photo]:
-    return [load_photo(path, root, image_size, preprocess) for path in paths]
+    return [load_photo(path, root, image_size, preprocess, image_format) for path in paths]
 
 
 def load_photos(
@@ -117,6 +119,7 @@ def load_photos(
     root: str,
     image_size: int,
     preprocess: str,
+    image_format: str = "png",
     num_workers: int = 0,
 ) -> Iterator[Photo]:
     """`load_photo` of each path, in order, by processes.
@@ -126,12 +129,13 @@ def load_photos(
       root: directory of the raw data.
       image_size: pixels a side.
       preprocess: a name of `preprocess.PREPROCESS`.
+      image_format: how the image is stored, of `settings.IMAGE_FORMATS`.
       num_workers: processes; 0 for one a core, 1 works in this one.
 
     Raises:
       UserError: a process was killed.
     """
-    how = (root, image_size, preprocess)
+    how = (root, image_size, preprocess, image_format)
     workers = num_workers or os.cpu_count() or 1
     if workers == 1:
         for path in paths:

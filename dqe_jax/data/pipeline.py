@@ -44,7 +44,7 @@ class Images(Protocol):
     """The images of a split's gallery, for training."""
 
     def draw_several(self, rows: np.ndarray, rng: np.random.Generator) -> Tree:
-        """Images `[n, ...]` as the model takes them, each augmented, in order."""
+        """Images `[n, ...]` in order, each with how it is augmented (`augmentation.py`)."""
 
 
 class Texts(Protocol):

@@ -235,6 +235,7 @@ def write_report(
         "dataset": builder.name,
         "image_size": config.image_size,
         "preprocess": config.preprocess,
+        **_format_of(config),
         "max_missing": allowed,
         "complaints": complaints,
         **dataclasses.asdict(found),
@@ -251,6 +252,11 @@ def write_report(
             f"cannot write {path} ({error.strerror}): make its directory writable, or free space."
         ) from error
     return complaints
+
+
+def _format_of(config: tfds.core.BuilderConfig) -> JsonObject:
+    """How images are stored, where it is not PNG: reports of older versions stay as they are."""
+    return {} if config.image_format == "png" else {"image_format": config.image_format}
 
 
 def examples_of(found: Report) -> list[str]:

@@ -30,6 +30,7 @@ def prepare_benchmark(
     *,
     image_size: int = 224,
     preprocess: str | None = None,
+    image_format: str = "png",
     splits: Sequence[str] = (),
     max_missing: float | None = None,
     num_workers: int = 0,
@@ -46,6 +47,7 @@ def prepare_benchmark(
       image_size: pixels a side of the stored images.
       preprocess: how photos become square, a name of `preprocess.PREPROCESS`; None for the data
         set's own.
+      image_format: how images are stored, of `settings.IMAGE_FORMATS`.
       splits: any names of them, such as `val`; none for all.
       max_missing: share of a split that may be missing; None for `preparation.MAX_MISSING`.
       num_workers: processes that decode photos; 0 for one a core.
@@ -68,6 +70,7 @@ def prepare_benchmark(
         os.fspath(data_dir),
         image_size=image_size,
         preprocess=preprocess or BUILDERS[dataset].raw.preprocess,
+        image_format=image_format,
         raw_dir=os.fspath(raw_dir),
         splits=wanted,
         num_workers=num_workers,
@@ -77,7 +80,8 @@ def prepare_benchmark(
     builder = _open_builder(make, overwrite=overwrite, needed=wanted if splits else ())
     preparation.prepare(builder, **download)
     found = _report(builder, max_missing)
-    logging.info("Use it with --data_dir=%s.", data_dir)
+    stored = "" if image_format == "png" else f" --config.data.image_format={image_format}"
+    logging.info("Use it with --data_dir=%s%s.", data_dir, stored)
     return found
 
 

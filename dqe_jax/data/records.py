@@ -1,4 +1,4 @@
-"""Stored records of a split, read in order with their images still encoded.
+"""Stored records of a split: in order with their images still encoded, or by random access.
 
 TFDS decodes a record field by field, which takes several times longer than this: the schema of
 `examples.py` has texts, numbers and lists of them alone.
@@ -6,10 +6,12 @@ TFDS decodes a record field by field, which takes several times longer than this
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dqe_jax.data.examples import Record
+from dqe_jax.data.image_formats import decode_image
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -29,11 +31,7 @@ def read_records(builder: tfds.core.DatasetBuilder, stored: str) -> Iterator[Rec
     Yields:
       Records: texts as bytes, numbers as int, `image` a list of none or one encoded image.
     """
-    import tensorflow_datasets as tfds  # slow to import
-
-    source = builder.as_data_source(
-        split=stored, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
+    source = _bytes_of(builder, stored)
     for start in range(0, len(source), CHUNK):
         rows = list(range(start, min(start + CHUNK, len(source))))
         yield from map(parse_record, source.__getitems__(rows))
@@ -48,3 +46,41 @@ def parse_record(data: bytes) -> Record:
         values = feature.int64_list if feature.HasField("int64_list") else feature.bytes_list
         found[name] = values.value[0] if name in _SINGLE else list(values.value)
     return found
+
+
+class DecodedRecords:
+    """Records of a stored split by random access, each with its image decoded."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, stored: str):
+        """Takes what `read_records` takes."""
+        self._builder, self._source = builder, _bytes_of(builder, stored)
+
+    @functools.cached_property
+    def _raw(self) -> bool:
+        """Whether images are arrays, and not encoded."""
+        import tensorflow_datasets as tfds
+
+        return not isinstance(self._builder.info.features["image"].feature, tfds.features.Image)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, row: int) -> Record:
+        return self._decoded(self._source[row])
+
+    def __getitems__(self, rows: Sequence[int]) -> Sequence[Record]:
+        return [self._decoded(data) for data in self._source.__getitems__(rows)]
+
+    def _decoded(self, data: bytes) -> Record:
+        record = parse_record(data)
+        images = [decode_image(image, raw=self._raw) for image in record["image"]]
+        return {**record, "image": images}
+
+
+def _bytes_of(builder: tfds.core.DatasetBuilder, stored: str) -> Any:
+    """The data source of a stored split, of serialized records."""
+    import tensorflow_datasets as tfds  # slow to import
+
+    return builder.as_data_source(
+        split=stored, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )

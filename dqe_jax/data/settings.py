@@ -9,6 +9,7 @@ from dqe_jax.utils.fields import field, flag, integer, number, one_of, text
 DATASETS = ("shapes", "fashion_products", "fashioniq", "cirr", "circo", "triplets")
 VARIANTS = ("plain", "hard", "coarse", "smoke", "hard_smoke", "coarse_smoke")
 PREPROCESS = ("pad", "squash", "crop", "target_pad")
+IMAGE_FORMATS = ("png", "jpeg", "raw")
 AUGMENTATIONS = ("none", "flip", "flip_shift")
 # Orders in which captions are joined; "random" is one of the others, drawn anew in training.
 CAPTION_ORDERS = ("forward", "reverse", "random")
@@ -58,6 +59,13 @@ class DataConfig:
         "the centre).",
         one_of(*PREPROCESS),
         "model",
+    )
+    image_format: str = field(
+        "png",
+        'How the square photos are stored: "png" (exact), "jpeg" (nearly exact, small, and several '
+        'times faster to read) or "raw" (exact, large, and the fastest to read). Shapes are always '
+        "PNG.",
+        one_of(*IMAGE_FORMATS),
     )
     max_bad_fraction: float = field(
         0.01,

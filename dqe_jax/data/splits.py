@@ -12,7 +12,7 @@ import numpy as np
 from dqe_jax.data.digest import contents_of, digest_of, digests_of_rows
 from dqe_jax.data.examples import SPLITS, Queries, Record, Source, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
-from dqe_jax.data.records import read_records
+from dqe_jax.data.records import DecodedRecords, read_records
 from dqe_jax.data.settings import DataConfig
 from dqe_jax.data.transforms import join_captions
 from dqe_jax.utils.ahead import read_ahead
@@ -164,7 +164,7 @@ def load_split(
     split = make_split(
         name,
         records,
-        builder.as_data_source(split=gallery),
+        DecodedRecords(builder, gallery),
         index,
         image_size,
         cache=cache,

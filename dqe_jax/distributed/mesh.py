@@ -92,6 +92,18 @@ def shard(tree: _Tree, num_devices: int) -> _Tree:
     return jax.tree.map(lambda x: x.reshape(num_devices, len(x) // num_devices, *x.shape[1:]), tree)
 
 
+def place(tree: _Tree, devices: Sequence[jax.Device]) -> _Tree:
+    """Sends the rows `[b, ...]` of this process to its devices: arrays `[own devices, ...]`.
+
+    They lie as mapped arguments do, so that a program takes them as they are. Returns at once,
+    while they are on their way.
+    """
+    held = devices[own_devices(devices)]
+    mesh = jax.sharding.Mesh(np.asarray(held), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    return jax.device_put(shard(tree, len(held)), sharding)
+
+
 def unshard(tree: _Tree) -> _Tree:
     """Undoes `shard`: `[num_devices, B / num_devices, ...]` to `[B, ...]`, as NumPy arrays."""
     return jax.tree.map(

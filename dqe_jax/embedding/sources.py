@@ -5,14 +5,14 @@ A source may give what a frozen tower made of an image or a text in its place (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from dqe_jax.data.augmentation import AUGMENTATIONS, Draw
 from dqe_jax.data.splits import Gallery
-from dqe_jax.data.transforms import AUGMENTATIONS
 from dqe_jax.distributed import mesh
 from dqe_jax.method.arrays import Tree
 
@@ -39,10 +39,10 @@ class Images(Rows, Protocol):
         """Shape and dtype of one image, as `jax.ShapeDtypeStruct`."""
 
     def draw(self, row: int, rng: np.random.Generator) -> Tree:
-        """One image of a training batch, augmented."""
+        """One image of a training batch, with how it is augmented (`data/augmentation.py`)."""
 
     def draw_several(self, rows: np.ndarray, rng: np.random.Generator) -> Tree:
-        """Images `[n, ...]` of a training batch, each augmented, in order."""
+        """Images `[n, ...]` of a training batch, each as `draw` gives it, in order."""
 
 
 @runtime_checkable
@@ -74,10 +74,9 @@ class PlainImages:
     """Images as they are."""
 
     def __init__(self, gallery: Gallery, augment: str = "none"):
-        """Wraps a gallery; `augment` is a name of `transforms.AUGMENTATIONS`."""
+        """Wraps a gallery; `augment` is a name of `augmentation.AUGMENTATIONS`."""
         self._gallery = gallery
-        self._augment: Callable[[np.ndarray, np.random.Generator], np.ndarray]
-        self._augment = AUGMENTATIONS[augment]
+        self._draw: Draw = AUGMENTATIONS[augment]
 
     def spec(self) -> Tree:
         """uint8 `[H, W, 3]`."""
@@ -85,11 +84,12 @@ class PlainImages:
 
     def draw(self, row: int, rng: np.random.Generator) -> Tree:
         """As `Images` says."""
-        return self._augment(self._gallery[row], rng)
+        return self._draw(self._gallery[row], rng)
 
     def draw_several(self, rows: np.ndarray, rng: np.random.Generator) -> Tree:
         """As `Images` says."""
-        return np.stack([self.draw(row, rng) for row in rows.tolist()])
+        drawn = [self.draw(row, rng) for row in rows.tolist()]
+        return jax.tree.map(lambda *each: np.stack(each), *drawn)
 
     def batches(self, rows: np.ndarray, size: int, shards: int) -> Iterator[Tree]:
         """As `Rows` says; images are read by threads ahead."""

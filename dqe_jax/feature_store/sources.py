@@ -45,7 +45,7 @@ class StoredImages:
         }
 
     def draw(self, row: int, rng: np.random.Generator) -> Tree:
-        """As `sources.Images` says; draws as `transforms.flip` does."""
+        """As `sources.Images` says; draws as `augmentation.flip` does."""
         view = int(self._mirrors and rng.random() < 0.5)
         return self._use.store.table.draw(int(self._use.needs[view].rows[row]))
 

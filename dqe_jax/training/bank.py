@@ -173,7 +173,8 @@ class BankKeeper:
         """A training batch with what was mined for its queries at the refresh, if anything was."""
         if self.mined is None:
             return batch
-        rows, drawn = (x[batch.query] for x in self.mined)
+        query = np.asarray(batch.query)
+        rows, drawn = (x[query] for x in self.mined)
         return dataclasses.replace(batch, mined=MinedNegatives(rows, drawn))
 
     def embed_queries(self, params: Params, rows: np.ndarray) -> np.ndarray:

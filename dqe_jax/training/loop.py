@@ -22,6 +22,7 @@ from dqe_jax.evaluation.run import evaluate_and_report
 from dqe_jax.method.objective import Metrics
 from dqe_jax.models import freeze, setup, summary
 from dqe_jax.models.build import parts_of
+from dqe_jax.training.data_wait import DataWait
 from dqe_jax.training.faults import Guard, in_sentences
 from dqe_jax.training.optimizer import make_schedule
 from dqe_jax.training.session import Session, open_session, restore_or_init, save
@@ -111,6 +112,7 @@ class _Reporter:
         self._schedule = make_schedule(config.optimizer, config.total_steps)
         self._per_step = config.batch.references * config.batch.queries_per_reference
         self._seconds, self._counted = stopwatch.read(), start  # at the last line
+        self.data_wait = DataWait(config, stored="image" in session.features.kinds)
         self.bar = tqdm.tqdm(
             initial=start,
             total=config.total_steps,
@@ -125,11 +127,12 @@ class _Reporter:
         """Writes a line of metrics, and one of times."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = self._stopwatch.read()
-        examples = (step - self._counted) * self._per_step
-        rate = examples / max(seconds - self._seconds, 1e-9)
+        passed, examples = seconds - self._seconds, (step - self._counted) * self._per_step
+        rate, wait = examples / max(passed, 1e-9), self.data_wait.take(passed)
         self._seconds, self._counted = seconds, step
         self._log.write(step, {**values, "learning_rate": float(self._schedule(step - 1))})
-        self._log.write_timing(step, {"train_seconds": seconds, "examples_per_second": rate})
+        times = {"train_seconds": seconds, "examples_per_second": rate, **wait}
+        self._log.write_timing(step, times)
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", examples_s=f"{rate:.0f}")
         if processes.leads() and self.bar.disable and self._pace.due(step):
             text = "train: step %d of %d, loss %.3f, %.0f examples per second"
@@ -160,6 +163,7 @@ def _train(
             return measured
         return _final_evaluation(session, state, log)
     finally:
+        session.batches.close()
         log.close()
 
 
@@ -184,6 +188,7 @@ def run_steps(
     with reporter.bar:  # also closed by an error, whose sentence has a line of its own
         for step in range(start + 1, end + 1):
             refreshed = keeper is not None and keeper.refresh_if_due(state.params, step - 1)
+            reporter.data_wait.add(session.batches.wait(state))
             output = take_step(session, state, interrupts.seen)
             state = output.state
             reporter.bar.update()
@@ -216,12 +221,11 @@ def take_step(session: Session, state: TrainState, stop: int) -> StepOutput:
       state: which is donated.
       stop: number of the signal that this process saw; 0 for none.
     """
-    own, keeper = mesh.count_own(session.devices), session.keeper
-    batch, told = next(session.batches), np.full((own, 1), stop, np.int32)
+    keeper, batch = session.keeper, session.features.resolve(next(session.batches))
+    told = np.full((mesh.count_own(session.devices), 1), stop, np.int32)
     if keeper is None or keeper.bank is None:
-        return session.step(state, session.features.resolve(mesh.shard(batch, own)), told)
-    batch = session.features.resolve(mesh.shard(keeper.add_mined(batch), own))
-    return session.bank_step(state, batch, told, keeper.bank)
+        return session.step(state, batch, told)
+    return session.bank_step(state, keeper.add_mined(batch), told, keeper.bank)
 
 
 def _validate(

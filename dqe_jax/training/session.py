@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,7 +17,7 @@ from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.packing import check_parts
-from dqe_jax.data.pipeline import Batches
+from dqe_jax.data.pipeline import Images, Texts
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import Wordings, encode_wordings
 from dqe_jax.distributed import mesh
@@ -32,6 +33,7 @@ from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.training import state as states
 from dqe_jax.training.bank import BankKeeper, make_bank_keeper
+from dqe_jax.training.prefetch import DeviceBatches, send
 from dqe_jax.training.state import Optimizer, TrainState
 from dqe_jax.training.step import Step, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
@@ -56,7 +58,7 @@ class Session:
       step: the mapped step, with negatives of the batch.
       bank_step: the mapped step, with negatives of the bank.
       keeper: of the bank; None without one.
-      batches: those of training.
+      batches: those of training, on the devices.
       validation: the evaluator of the validation split.
       last: the evaluator of the split of the last evaluation.
       features: what frozen towers make of images and texts; filled by `restore_or_init`.
@@ -76,7 +78,7 @@ class Session:
     step: Step
     bank_step: Step
     keeper: BankKeeper | None
-    batches: Batches
+    batches: DeviceBatches
     validation: RetrievalEvaluator
     last: RetrievalEvaluator
     features: Features
@@ -116,7 +118,10 @@ def open_session(
     model = setup.model_of(config.model, config.data, tokenizer, sizes)
     params = setup.param_shapes(model, config.model, config.data)
     features = Features(config, model, devices)
-    batches = _open_batches(config, split, text, tokenizer, features, len(devices))
+    images = features.images(split.gallery, config.data.augment)
+    texts = features.texts(text)
+    own = open_batches(config, split, text, tokenizer, images, texts, len(devices))
+    batches = DeviceBatches(own, functools.partial(send, devices=devices))
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
     if uses_bank(config.negatives):
@@ -148,15 +153,25 @@ def open_session(
     )
 
 
-def _open_batches(
+def open_batches(
     config: RunConfig,
     split: Split,
     text: Wordings,
     tokenizer: Tokenizer,
-    features: Features,
+    images: Images,
+    texts: Texts,
     num_devices: int,
-) -> Batches:
+) -> pipeline.TrainBatches:
     """The iterator over this process's part of the training batches; says what they are like.
+
+    Args:
+      config: of the run.
+      split: the training split.
+      text: of its queries.
+      tokenizer: of the texts.
+      images: of its gallery.
+      texts: of its queries, as the model takes them.
+      num_devices: of all processes.
 
     Raises:
       UserError: they cannot be divided among the devices and chunks.
@@ -167,8 +182,8 @@ def _open_batches(
         needed = text_tokens.lengths_of(tokenizer, text.ids).max(axis=1)
     batches = pipeline.train_batches(
         split,
-        images=features.images(split.gallery, config.data.augment),
-        texts=features.texts(text),
+        images=images,
+        texts=texts,
         mentions=lexicon.mentions(split.queries.texts, names, words),
         references=config.batch.references,
         queries_per_reference=config.batch.queries_per_reference,

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import common, shapes
 from dqe_jax.config import RunConfig, differences, fields, flatten
-from dqe_jax.data import datasets, examples, preprocess, transforms
+from dqe_jax.data import augmentation, datasets, examples, preprocess
 from dqe_jax.data import settings as data_settings
 from dqe_jax.data.builders import shapes as shapes_builder
 from dqe_jax.models import attributes, build
@@ -127,6 +127,7 @@ OLD = {
 # What has been added since: an older config lacks it, and it has its default.
 YOUNGER = {
     "batch.chunks": 1,
+    "data.image_format": "png",
     "features.place": "auto",
     "features.dtype": "auto",
     "features.directory": "",
@@ -203,7 +204,7 @@ def test_choices_are_those_of_the_tables():
     assert tuple(datasets.DATASETS) == data_settings.DATASETS
     assert set(data_settings.VARIANTS) == {one.name for one in shapes_builder.CONFIGS}
     assert tuple(preprocess.PREPROCESS) == data_settings.PREPROCESS
-    assert tuple(transforms.AUGMENTATIONS) == data_settings.AUGMENTATIONS
+    assert tuple(augmentation.AUGMENTATIONS) == data_settings.AUGMENTATIONS
     assert data_settings.SPLITS == examples.SPLITS
     assert tuple(build.BACKBONES) == model_settings.BACKBONES
     assert tuple(build.VARIANTS["clip"]) == model_settings.CLIP_VARIANTS

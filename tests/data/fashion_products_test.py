@@ -227,6 +227,14 @@ def test_preparing_again_gives_the_same_records(made, tmp_path):
     assert again.info.metadata == builder.info.metadata
 
 
+def test_the_format_changes_the_images_alone(made, tmp_path):
+    raw, builder = made
+    jpeg = prepare(raw, tmp_path, image_format="jpeg")
+    assert everything(jpeg) == everything(builder)  # splits and copies are those of the photos
+    one, other = (each.as_data_source("test_gallery")[3]["image"][0] for each in (jpeg, builder))
+    assert 0 < np.abs(one.astype(int) - other).mean() < 8
+
+
 def test_folder_gives_the_same_as_tar(made, tmp_path):
     _, builder = made
     rows = made_rows()
@@ -243,18 +251,21 @@ def test_configuration_names_copy_and_size(made, tmp_path):
     rows = made_rows()
     photos = made_photos(rows)
 
-    def name_of(directory, size=SIZE, preprocess="pad"):
+    def name_of(directory, size=SIZE, preprocess="pad", image_format="png"):
         builder = fp.make_builder(
             raw_dir=str(directory),
             prepared_dir=str(tmp_path),
             image_size=size,
             preprocess=preprocess,
+            image_format=image_format,
         )
         return builder.builder_config.name
 
     assert name_of(write(tmp_path / "same", rows, photos)) == name
     assert name_of(write(tmp_path / "folder", rows, photos, tar=False)) == name
     assert name_of(tmp_path / "same", preprocess="crop") == name.replace("pad", "crop")
+    jpeg = name_of(tmp_path / "same", image_format="jpeg")
+    assert jpeg == name.replace("pad-", "pad-jpeg-")
     assert name_of(write(tmp_path / "fewer", rows[1:], photos)) != name
     assert name_of(write(tmp_path / "other", rows, photos | {"10000": b"other"})) != name
     assert name_of(raw, size=8) != name

@@ -129,7 +129,7 @@ def test_circo_complete(tmp_path):
     )
     stored = Image.fromarray(split.gallery[5])
     again = tmp_path / "photo.png"
-    again.write_bytes(photo.png)
+    again.write_bytes(photo.image)
     np.testing.assert_array_equal(np.asarray(Image.open(again)), np.asarray(stored))
 
 
@@ -363,7 +363,7 @@ def test_processes_give_what_one_process_gives(tmp_path):
     how = (str(tmp_path), SIZE, "crop")
     one = list(load_photos(paths, *how, num_workers=1))
     assert list(load_photos(paths, *how, num_workers=2)) == one
-    assert [i for i, photo in enumerate(one) if photo.png is None] == [40, 70, 71]
+    assert [i for i, photo in enumerate(one) if photo.image is None] == [40, 70, 71]
     assert len({photo.number for photo in one}) == 72
 
 

@@ -34,6 +34,7 @@ class BenchmarkConfig(tfds.core.BuilderConfig):
       raw_dir: directory of the raw files; needed to prepare, not to read.
       image_size: pixels a side of the images.
       preprocess: how a photo becomes square, a name of `preprocess.PREPROCESS`.
+      image_format: how images are stored, of `settings.IMAGE_FORMATS`.
       splits: of `examples.SPLITS`, those to prepare.
       num_workers: processes that decode photos, 0 for one a core.
       beam: decode photos in a Beam pipeline instead.
@@ -42,6 +43,7 @@ class BenchmarkConfig(tfds.core.BuilderConfig):
     raw_dir: str = ""
     image_size: int = 224
     preprocess: str = "target_pad"
+    image_format: str = "png"
     splits: tuple[str, ...] = ()
     num_workers: int = 0
     beam: bool = False
@@ -58,10 +60,11 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=examples.features(self.builder_config.image_size),
+            features=examples.features(config.image_size, config.image_format),
             disable_shuffling=True,  # queries name images by their position
             metadata=tfds.core.MetadataDict(),
         )
@@ -90,7 +93,7 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
                     for image in members:
                         pools.setdefault(image, []).append(pool)
         paths = [files.image(self.raw.stem(image)) for image in images]
-        how = (str(files.root), config.image_size, config.preprocess)
+        how = (str(files.root), config.image_size, config.preprocess, config.image_format)
         if config.beam:
             import apache_beam as beam
 
@@ -100,7 +103,8 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
         photos = load_photos(paths, *how, num_workers=config.num_workers)
         seen = progress(photos, len(images), f"Photos of {self.name}")
         return self._generate_examples(
-            _item(image, photo, pools.get(image, ())) for image, photo in zip(images, seen)
+            _item(image, photo, pools.get(image, ()), config.image_format)
+            for image, photo in zip(images, seen)
         )
 
     def _generate_examples(self, records: Iterable[examples.Record]) -> examples.Records:
@@ -180,17 +184,22 @@ def _query(query: AnnotatedQuery, row_of: Mapping[str, int]) -> examples.Query:
     )
 
 
-def _item(image: str, photo: Photo, pools: Sequence[str]) -> examples.Record:
+def _item(image: str, photo: Photo, pools: Sequence[str], image_format: str) -> examples.Record:
     return examples.GalleryItem(
-        image, photo.png, photo.number, pools=pools, reason=photo.reason
+        image,
+        photo.image,
+        photo.number,
+        pools=pools,
+        reason=photo.reason,
+        image_format=image_format,
     ).record()
 
 
 def _beam_record(
-    item: tuple[int, str, str | None, Sequence[str]], how: tuple[str, int, str]
+    item: tuple[int, str, str | None, Sequence[str]], how: tuple[str, int, str, str]
 ) -> tuple[int, examples.Record]:
     row, image, path, pools = item
-    return row, _item(image, load_photo(path, *how), pools)
+    return row, _item(image, load_photo(path, *how), pools, how[-1])
 
 
 class FashionIQ(Benchmark):
@@ -230,18 +239,21 @@ def make_builder(
     *,
     image_size: int,
     preprocess: str,
+    image_format: str = "png",
     raw_dir: str = "",
     splits: tuple[str, ...] = (),
     num_workers: int = 0,
     beam: bool = False,
 ) -> Benchmark:
     """The builder of a data set of `BUILDERS`, prepared or not; see `BenchmarkConfig`."""
+    stored = "" if image_format == "png" else f"-{image_format}"  # as it was before there were more
     config = BenchmarkConfig(
-        name=f"{image_size}px-{preprocess}",
-        description=f"{image_size} pixels a side, {preprocess}.",
+        name=f"{image_size}px-{preprocess}{stored}",
+        description=f"{image_size} pixels a side, {preprocess}, {image_format}.",
         raw_dir=raw_dir,
         image_size=image_size,
         preprocess=preprocess,
+        image_format=image_format,
         splits=splits,
         num_workers=num_workers,
         beam=beam,

@@ -86,6 +86,7 @@ class FashionProductsConfig(tfds.core.BuilderConfig):
         preprocess: How a photo becomes square, a name of `preprocess.PREPROCESS`.
         max_bad_fraction: Above this fraction of rows lost, preparing the data is an error.
         relevance: Which attributes count for validity, a name of `RELEVANCE`.
+        image_format: How images are stored, of `settings.IMAGE_FORMATS`.
     """
 
     raw_dir: str = ""
@@ -93,6 +94,7 @@ class FashionProductsConfig(tfds.core.BuilderConfig):
     preprocess: str = "pad"
     max_bad_fraction: float = 0.01
     relevance: str = "fine"
+    image_format: str = "png"
 
 
 class FashionProducts(tfds.core.GeneratorBasedBuilder):
@@ -102,10 +104,11 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"2.0.0": "Kinds, subsets and pools.", "1.0.0": "First version."}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=examples.features(self.builder_config.image_size),
+            features=examples.features(config.image_size, config.image_format),
             # Queries name images by their position.
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
@@ -140,7 +143,7 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
         generators = {}
         for split in examples.SPLITS:
             generators[examples.gallery_split(split)] = self._generate_examples(
-                _gallery_items(galleries[split], images)
+                _gallery_items(galleries[split], images, config.image_format)
             )
             generators[split] = self._generate_examples(queries[split])
         return generators
@@ -153,11 +156,15 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
 
 
 def _gallery_items(
-    products: Sequence[Product], images: ImageFile
+    products: Sequence[Product], images: ImageFile, image_format: str
 ) -> Iterator[examples.GalleryItem]:
     for product in products:
         yield examples.GalleryItem(
-            product.id, images[product.image], product.photo, product.attributes
+            product.id,
+            images[product.image],
+            product.photo,
+            product.attributes,
+            image_format=image_format,
         )
 
 
@@ -197,6 +204,7 @@ def _load_products(
         "duplicate_ids": repeated,
         "image_size": config.image_size,
         "preprocess": config.preprocess,
+        "image_format": config.image_format,
         "splits": {},
     }
     return galleries, report
@@ -259,6 +267,7 @@ def make_builder(
     preprocess: str = "pad",
     max_bad_fraction: float = 0.01,
     relevance: str = "fine",
+    image_format: str = "png",
 ) -> FashionProducts:
     """The builder of a copy of the data set at one size.
 
@@ -269,11 +278,12 @@ def make_builder(
         preprocess: How a photo becomes square, a name of `preprocess.PREPROCESS`.
         max_bad_fraction: Share of the rows that may be lost to missing or unreadable photos.
         relevance: "fine", or "coarse": see the module.
+        image_format: How images are stored, of `settings.IMAGE_FORMATS`.
 
     Returns:
         The builder; its configuration is named by size, preprocessing, relevance unless it is fine,
-        and a digest of `styles.csv` and of the names and sizes of the photos, which is the same for
-        an archive and for a folder.
+        format unless it is PNG, and a digest of `styles.csv` and of the names and sizes of the
+        photos, which is the same for an archive and for a folder.
 
     Raises:
         errors.UserError: The directory is not there or not complete, or the size is out of range.
@@ -299,13 +309,15 @@ def make_builder(
     for photo_id, size in sorted(Photos(directory).sizes.items()):
         digest.update(f"\n{photo_id}:{size}".encode())
     coarse = "" if relevance == "fine" else f"{relevance}-"
+    stored = "" if image_format == "png" else f"{image_format}-"
     config = FashionProductsConfig(
-        name=f"{image_size}px-{preprocess}-{coarse}{digest.hexdigest()[:8]}",
+        name=f"{image_size}px-{preprocess}-{coarse}{stored}{digest.hexdigest()[:8]}",
         description="Fashion products.",
         raw_dir=str(directory),
         image_size=image_size,
         preprocess=preprocess,
         max_bad_fraction=max_bad_fraction,
         relevance=relevance,
+        image_format=image_format,
     )
     return FashionProducts(config=config, data_dir=prepared_dir, file_format="array_record")
