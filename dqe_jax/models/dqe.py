@@ -26,7 +26,7 @@ from dqe_jax.models.features import (
     StoredText,
     TextFeatures,
 )
-from dqe_jax.models.layers import normalize
+from dqe_jax.models.layers import normalize, of_queries
 
 # Images, or what their tower makes of them; token ids, or these with what their tower makes.
 Images: TypeAlias = UInt8[Array, "... H W 3"] | States
@@ -86,21 +86,26 @@ class DQE(nn.Module):
         """The learned temperature, at least 0.01, float32."""
         return jnp.exp(-jnp.minimum(self.log_scale, jnp.log(jnp.float32(100.0))))
 
-    def _compose(self, image: ImageFeatures, text: TextFeatures, train: bool) -> QueryOutput:
-        h = self.backbone.compose(image, text, train)
+    def _compose(
+        self,
+        image: ImageFeatures,
+        text: TextFeatures,
+        train: bool,
+        rows: Int[Array, " B"] | None = None,
+    ) -> QueryOutput:
+        h = self.backbone.compose(image, text, train, rows)
         if not self.attribute_names:
             none = jnp.zeros((len(h), 0), jnp.float32)
             return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, self.width), h.dtype))
         if self._gated:
             weights = self.gates.weights(text.pooled)
             reference = normalize(image.gallery).mean(1)
-            each = len(h) // len(reference)
-            reference = jnp.repeat(reference, each, axis=0)
+            reference = of_queries(reference, rows, len(h))
             q = normalize(h + self.gates.contribute(weights, reference, text.pooled))
             named = weights[:, : len(self.attribute_names)]
             return QueryOutput(q, named, self.gates.named_parts(q))
         weights = self.attributes.weights(text.pooled)
-        features = self.attributes.features(image.tokens, text.pooled)
+        features = self.attributes.features(image.tokens, text.pooled, rows)
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
 
@@ -133,25 +138,30 @@ class DQE(nn.Module):
         return normalize(self._image(image).gallery)
 
     def __call__(
-        self, reference: Images, text: Texts, target: Images, train: bool = True
+        self,
+        reference: Images,
+        text: Texts,
+        target: Images,
+        rows: Int[Array, " B"] | None = None,
+        train: bool = True,
     ) -> TrainOutput:
         """One pass for training; every image is encoded once.
 
         Args:
           reference: R images, `[R, H, W, 3]` or their states.
-          text: Q texts for each reference, `[R, Q, L]` or these with their states.
-          target: the image that each text leads to, `[R, Q, H, W, 3]` or their states.
+          text: B texts, `[B, L]` or these with their states.
+          target: the image that each text leads to, `[B, H, W, 3]` or their states.
+          rows: each text's reference, modulo R, as `Batch.reference`; None where each reference has
+            `B / R` texts, side by side.
           train: whether dropout is on (rng `dropout`).
         """
-        R, Q = jax.tree.leaves(text)[0].shape[:2]
-
-        def flat(x: Array) -> Array:
-            return x.reshape(R * Q, *x.shape[2:])
-
-        images = jax.tree.map(lambda a, b: jnp.concatenate([a, flat(b)]), reference, target)
+        R = len(jax.tree.leaves(reference)[0])
+        if rows is not None:
+            rows = rows % R
+        images = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), reference, target)
         features = self._image(images, train)
-        modification = self._text(jax.tree.map(flat, text), train)
-        query = self._compose(jax.tree.map(lambda x: x[:R], features), modification, train)
+        modification = self._text(text, train)
+        query = self._compose(jax.tree.map(lambda x: x[:R], features), modification, train, rows)
         if self._gated:
             target = normalize(features.gallery[R:]).mean(1)
             target_features = self.gates.named_parts(target)

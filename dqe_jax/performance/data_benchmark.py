@@ -26,7 +26,7 @@ from dqe_jax.data import datasets, preparation, splits
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.examples import gallery_split
 from dqe_jax.data.image_formats import decode_image, encode_image
-from dqe_jax.data.pipeline import Batches, Images
+from dqe_jax.data.pipeline import Batches, Images, TrainBatches
 from dqe_jax.data.settings import IMAGE_FORMATS
 from dqe_jax.data.splits import Gallery, Split
 from dqe_jax.data.text import encode_wordings
@@ -288,10 +288,11 @@ def _loading(
       count: of batches, each time.
     """
     tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, config.data.max_length)
-    texts = PlainTexts(encode_wordings(tokenizer, split, config.data.captions).ids)
+    text = encode_wordings(tokenizer, split, config.data.captions)
+    texts = PlainTexts(text.ids)
 
-    def loader(images: Images) -> Batches:
-        return open_batches(config, split, images, texts)
+    def loader(images: Images) -> TrainBatches:
+        return open_batches(config, split, text, tokenizer, images, texts, 1)
 
     plain = loader(PlainImages(split.gallery, config.data.augment))
     rate, batch = _timed(plain, count)
@@ -302,8 +303,7 @@ def _loading(
         found[IN_MEMORY] = _timed(loader(kept), count)[0]
     bare = loader(_NoImages())
     found[NO_IMAGES] = _timed(bare, COUNTED)[0]
-    masks = [next(bare).query_mask for _ in range(COUNTED)]
-    return found, batch, 1 - float(np.mean([mask.mean() for mask in masks]))
+    return found, batch, bare.packing.padding.queries
 
 
 def _timed(batches: Batches, count: int) -> tuple[Loading, Batch]:

@@ -16,9 +16,10 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
-from dqe_jax.data.pipeline import Batches, Images, Texts
+from dqe_jax.data.packing import check_parts
+from dqe_jax.data.pipeline import Images, Texts
 from dqe_jax.data.splits import Split
-from dqe_jax.data.text import encode_wordings
+from dqe_jax.data.text import Wordings, encode_wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.evaluation.evaluator import RetrievalEvaluator
 from dqe_jax.evaluation.run import make_evaluator
@@ -26,6 +27,7 @@ from dqe_jax.feature_store.features import Features, sizes_of
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.models import freeze, setup
 from dqe_jax.models.dqe import DQE
+from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
@@ -116,12 +118,10 @@ def open_session(
     model = setup.model_of(config.model, config.data, tokenizer, sizes)
     params = setup.param_shapes(model, config.model, config.data)
     features = Features(config, model, devices)
-    batches = DeviceBatches(
-        open_batches(
-            config, split, features.images(split.gallery, config.data.augment), features.texts(text)
-        ),
-        functools.partial(send, devices=devices),
-    )
+    images = features.images(split.gallery, config.data.augment)
+    texts = features.texts(text)
+    own = open_batches(config, split, text, tokenizer, images, texts, len(devices))
+    batches = DeviceBatches(own, functools.partial(send, devices=devices))
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
     if uses_bank(config.negatives):
@@ -153,18 +153,34 @@ def open_session(
     )
 
 
-def open_batches(config: RunConfig, split: Split, images: Images, texts: Texts) -> Batches:
-    """The iterator over this process's part of the training batches, as NumPy arrays.
+def open_batches(
+    config: RunConfig,
+    split: Split,
+    text: Wordings,
+    tokenizer: Tokenizer,
+    images: Images,
+    texts: Texts,
+    num_devices: int,
+) -> pipeline.TrainBatches:
+    """The iterator over this process's part of the training batches; says what they are like.
 
     Args:
       config: of the run.
       split: the training split.
+      text: of its queries.
+      tokenizer: of the texts.
       images: of its gallery.
-      texts: of its queries.
+      texts: of its queries, as the model takes them.
+      num_devices: of all processes.
+
+    Raises:
+      UserError: they cannot be divided among the devices and chunks.
     """
     words = lexicon.load_lexicon(config.data.lexicon)
-    names = config.model.attributes.names
-    return pipeline.train_batches(
+    names, needed = config.model.attributes.names, None
+    if _reads_words(config.model):
+        needed = text_tokens.lengths_of(tokenizer, text.ids).max(axis=1)
+    batches = pipeline.train_batches(
         split,
         images=images,
         texts=texts,
@@ -172,10 +188,21 @@ def open_batches(config: RunConfig, split: Split, images: Images, texts: Texts) 
         references=config.batch.references,
         queries_per_reference=config.batch.queries_per_reference,
         seed=config.seed,
+        needed=needed,
+        max_length=config.data.max_length,
         num_threads=config.data.num_threads,
         process=jax.process_index(),
         num_processes=jax.process_count(),
     )
+    check_parts(batches.packing.shape, num_devices, config.batch.chunks)
+    logging.info("%s", pipeline.describe(batches, needed, config.data.max_length))
+    return batches
+
+
+def _reads_words(model: ModelConfig) -> bool:
+    """Whether the ids of texts are read, and not features of them alone."""
+    own = model.features
+    return model.backbone != "features" or own.words or not own.texts
 
 
 def _check_oracle(config: RunConfig, split: Split) -> None:
