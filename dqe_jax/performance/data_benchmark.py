@@ -44,7 +44,7 @@ from dqe_jax.utils.text_table import text_table
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder as Builder
 
-# Batches without images from which the share of padding is counted.
+# Batches without images that are timed: they take little time each.
 COUNTED = 200
 # Batches that are taken before the clock starts: by then the loader works at its own pace.
 WARM = 5
@@ -116,8 +116,10 @@ class DataReport:
       decoding: by format.
       reading: of the prepared data; None if they are not prepared.
       loading: by where images come from.
+      references: of a batch.
+      queries: of a batch, padding included.
       batch_bytes: of a batch.
-      padding: share of the rows of batches that are padding; None for made data.
+      padding: share of the rows of queries that is padding; None for made data.
       transfer_seconds: in which a batch reaches the devices, and its images are augmented there.
       devices: that it is sent to.
     """
@@ -132,6 +134,8 @@ class DataReport:
     decoding: Mapping[str, Decoding]
     reading: Reading | None
     loading: Mapping[str, Loading]
+    references: int
+    queries: int
     batch_bytes: int
     padding: float | None
     transfer_seconds: float
@@ -180,12 +184,14 @@ def benchmark_data(
         decoding=decoding_rates(sample, rounds),
         reading=None if builder is None else _reading(builder, split.gallery, rows),
         loading=loading,
+        references=int(batch.reference_id.size),
+        queries=int(batch.target_id.size),
         batch_bytes=sum(x.nbytes for x in jax.tree.leaves(batch)),
         padding=None if builder is None else padding,
         transfer_seconds=_transfer(batch, devices),
         devices=f"{len(devices)} x {devices[0].device_kind}",
     )
-    logging.info("%s", table(report, config))
+    logging.info("%s", table(report))
     if json_file is not None:
         write_json(epath.Path(json_file), dataclasses.asdict(report))
     return report
@@ -292,7 +298,7 @@ def _loading(
     texts = PlainTexts(text.ids)
 
     def loader(images: Images) -> TrainBatches:
-        return open_batches(config, split, text, tokenizer, images, texts, 1)
+        return open_batches(config, split, text, tokenizer, images, texts, 1, say=False)
 
     plain = loader(PlainImages(split.gallery, config.data.augment))
     rate, batch = _timed(plain, count)
@@ -330,7 +336,7 @@ def _transfer(batch: Batch, devices: Sequence[jax.Device]) -> float:
     return float(np.median(seconds))
 
 
-def table(report: DataReport, config: RunConfig) -> str:
+def table(report: DataReport) -> str:
     """A report as text."""
     kind = "prepared" if report.prepared else "made"
     lines = [
@@ -357,15 +363,18 @@ def table(report: DataReport, config: RunConfig) -> str:
     for name, load in report.loading.items():
         rates = (load.examples_per_second, load.images_per_second, load.by_core)
         rows.append((name, f"{load.batches_per_second:.1f}", *(f"{x:,.0f}" for x in rates)))
-    batch = config.batch
-    padding = "" if report.padding is None else f" {report.padding:.1%} of their rows are padding."
+    padding = (
+        ""
+        if report.padding is None
+        else f" {report.padding:.1%} of the rows of queries are padding."
+    )
     return "\n".join(
         [
             *lines,
             text_table(rows),
             "",
-            f"Batches have {batch.references} references with {batch.queries_per_reference} "
-            f"queries and {report.batch_bytes / 1e6:.1f} MB.{padding} One reaches {report.devices} "
-            f"in {1e3 * report.transfer_seconds:.1f} ms.",
+            f"Batches have {report.references} references, {report.queries} queries and "
+            f"{report.batch_bytes / 1e6:.1f} MB.{padding} One reaches {report.devices} in "
+            f"{1e3 * report.transfer_seconds:.1f} ms, its images augmented.",
         ]
     )

@@ -161,8 +161,10 @@ def open_batches(
     images: Images,
     texts: Texts,
     num_devices: int,
+    *,
+    say: bool = True,
 ) -> pipeline.TrainBatches:
-    """The iterator over this process's part of the training batches; says what they are like.
+    """The iterator over this process's part of the training batches, as NumPy arrays.
 
     Args:
       config: of the run.
@@ -172,6 +174,7 @@ def open_batches(
       images: of its gallery.
       texts: of its queries, as the model takes them.
       num_devices: of all processes.
+      say: whether the log says what batches are like.
 
     Raises:
       UserError: they cannot be divided among the devices and chunks.
@@ -195,7 +198,8 @@ def open_batches(
         num_processes=jax.process_count(),
     )
     check_parts(batches.packing.shape, num_devices, config.batch.chunks)
-    logging.info("%s", pipeline.describe(batches, needed, config.data.max_length))
+    if say:
+        logging.info("%s", pipeline.describe(batches, needed, config.data.max_length))
     return batches
 
 

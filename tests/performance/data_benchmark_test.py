@@ -31,7 +31,7 @@ def test_prepared_data(tmp_path, prepared, caplog):
     assert min(*rates, report.reading.images_per_second, report.reading.by_tfds) > 0
     held = json.loads((tmp_path / "report.json").read_text())
     assert held["loading"][IN_MEMORY] == vars(report.loading[IN_MEMORY])
-    for words in ("stored as png; 8 prepared images", "images/s a core", "0.0% of their rows"):
+    for words in ("stored as png; 8 prepared images", "images/s a core", "0.0% of the rows"):
         assert words in caplog.text
 
 
