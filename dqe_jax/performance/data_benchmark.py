@@ -43,7 +43,7 @@ from dqe_jax.utils.text_table import text_table
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder as Builder
 
-# Batches without images from which the share of padding is counted.
+# Batches without images that are timed.
 COUNTED = 200
 # Batches that are taken before the clock starts: by then the loader works at its own pace.
 WARM = 5
@@ -355,8 +355,8 @@ def table(report: DataReport, config: RunConfig) -> str:
             *lines,
             text_table(rows),
             "",
-            f"Batches have {batch.references} references with {batch.queries_per_reference} "
-            f"queries and {report.batch_bytes / 1e6:.1f} MB.{padding} One reaches {report.devices} "
+            f"Batches have {batch.references * batch.queries_per_reference} queries and "
+            f"{report.batch_bytes / 1e6:.1f} MB.{padding} One reaches {report.devices} "
             f"in {1e3 * report.transfer_seconds:.1f} ms.",
         ]
     )
