@@ -457,7 +457,9 @@ def test_remat_and_scan_change_nothing(model, backbone, remat, scan):
     module = build_small_model(small_model_config(backbone, **changes))
     same = stack_layers(params) if scan else params
     reference, text, target = inputs()
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), reference, text, target, False))
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), reference, text, target, train=False)
+    )
     assert jax.tree.map(jnp.shape, same) == jax.tree.map(lambda x: x.shape, shapes["params"])
     flat_reference, flat_text, _ = flat_inputs()
     other_query, other_gallery = entry_points(module)

@@ -345,16 +345,17 @@ def test_a_step_reads_from_where_rows_lie():
     ],
 )
 def test_what_frozen_towers_make_is_planned(memory, changes, places):
-    config = RunConfig.of(fiq_clip.get_config()).with_changes({"batch.references": 8, **changes})
+    # 16 queries over 12 references on each device.
+    config = RunConfig.of(fiq_clip.get_config()).with_changes({"batch.references": 16, **changes})
     sizes = {"vocabulary": 100, "names": ("step",), "machines": stores.Machines(1, memory)}
     sizes |= {"counts": stores.Counts(images=1000, texts=300, eval_images=200, eval_texts=50)}
     (step,), (images, texts) = programs.make_programs(config, jax.devices()[:2], **sizes)
     assert images.rows == 2200  # mirrored too, but for those to evaluate on
     assert images.kind.row_bytes == (256 * 1024 + 1024) * 2  # patch tokens and the class token
-    assert images.kind.read == (4 + 4 * 2) * images.kind.row_bytes
+    assert images.kind.read == (12 + 16) * images.kind.row_bytes
     assert texts.rows == 650  # in two orders of their captions
     assert texts.kind.row_bytes == 77 * 768 * 2
-    assert texts.kind.read == 4 * 2 * texts.kind.row_bytes
+    assert texts.kind.read == 16 * texts.kind.row_bytes
     assert [images.place, texts.place] == places
     on_devices = [one.nbytes for one in (images, texts) if one.place == "device"]
     assert step.resident == sum(on_devices) // 2
@@ -363,7 +364,7 @@ def test_what_frozen_towers_make_is_planned(memory, changes, places):
     (plain,), nothing = programs.make_programs(off, jax.devices()[:2], **sizes)
     assert nothing == ()
     assert plain.resident == 0
-    pixels = (4 + 4 * 2) * 224 * 224 * 3
+    pixels = (12 + 16) * 224 * 224 * 3
     assert pixels < plain.inputs["batch"] < 1.1 * pixels
 
 
@@ -402,7 +403,7 @@ def test_fashioniq_is_planned_without_a_compiler(topology, augment, place, gigab
     assert plan.facts == ()
     assert misfits == []
     assert store_lines.store_json(images)["rows"] == images.rows
-    assert images.read_by_host == 192 * 257 * 1408 * 2  # 64 references and 128 targets
+    assert images.read_by_host == 224 * 257 * 1408 * 2  # 96 references and 128 targets
 
 
 @pytest.mark.parametrize("names", [("step",), ("none",)])
