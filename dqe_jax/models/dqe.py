@@ -86,13 +86,22 @@ class DQE(nn.Module):
         """The learned temperature, at least 0.01, float32."""
         return jnp.exp(-jnp.minimum(self.log_scale, jnp.log(jnp.float32(100.0))))
 
-    def _compose(self, image: ImageFeatures, text: TextFeatures, train: bool) -> QueryOutput:
+    def _compose(
+        self,
+        image: ImageFeatures,
+        text: TextFeatures,
+        train: bool,
+        factors: Float[Array, "B K"] | None = None,
+    ) -> QueryOutput:
         h = self.backbone.compose(image, text, train)
         if not self.attribute_names:
             none = jnp.zeros((len(h), 0), jnp.float32)
             return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, self.width), h.dtype))
         if self._gated:
             weights = self.gates.weights(text.pooled)
+            if factors is not None:
+                free = jnp.ones((len(factors), self.parts - factors.shape[1]), jnp.float32)
+                weights = weights * jnp.concatenate([factors, free], axis=1)
             reference = normalize(image.gallery).mean(1)
             each = len(h) // len(reference)
             reference = jnp.repeat(reference, each, axis=0)
@@ -100,6 +109,8 @@ class DQE(nn.Module):
             named = weights[:, : len(self.attribute_names)]
             return QueryOutput(q, named, self.gates.named_parts(q))
         weights = self.attributes.weights(text.pooled)
+        if factors is not None:
+            weights = weights * factors
         features = self.attributes.features(image.tokens, text.pooled)
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
@@ -121,12 +132,14 @@ class DQE(nn.Module):
         """What the tower of the backbone makes of texts."""
         return self.backbone.text_states(ids)
 
-    def encode_query(self, image: Images, text: Texts) -> QueryOutput:
+    def encode_query(
+        self, image: Images, text: Texts, factors: Float[Array, "B K"] | None = None
+    ) -> QueryOutput:
         """Reference images `[R, ...]` with texts `[B, ...]` to query embeddings.
 
-        `B` is a multiple of `R`.
+        `B` is a multiple of `R`. `factors` multiply the attribute weights, float32.
         """
-        return self._compose(self._image(image), self._text(text), False)
+        return self._compose(self._image(image), self._text(text), False, factors)
 
     def encode_gallery(self, image: Images) -> Float[Array, "B M d"]:
         """Images `[B, ...]` to gallery embeddings, float32."""
