@@ -3,9 +3,9 @@
 dqe-jax index --model=runs/shapes --images=DIR --output=DIR2 [--table=FILE]
 
 All JPEG, PNG and WebP images in the folder and below it are embedded. Run the same command again
-after images were added, changed, renamed or removed: only what is new is embedded. The command may be
-interrupted at any time. `--table` names a CSV file with columns for filters: its first line names
-them, and the column `image` or `id` says which image a line is of.
+after images were added, changed, renamed or removed: only what is new is embedded. The command may
+be interrupted at any time. `--table` names a CSV file with columns for filters: its first line
+names them, and the column `image` or `id` says which image a line is of.
 """
 
 from __future__ import annotations
