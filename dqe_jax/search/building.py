@@ -222,4 +222,4 @@ def _tell(report: Report, root: Path) -> None:
     for reason, count in collections.Counter(report.problems.values()).most_common():
         paths = [path for path, why in report.problems.items() if why == reason]
         shown = ", ".join(paths[:SHOWN]) + (", ..." if count > SHOWN else "")
-        logging.warning("%d left out, for each %s: %s", count, reason, shown)
+        logging.warning("Left out %d, each of which %s: %s", count, reason, shown)

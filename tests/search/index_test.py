@@ -142,7 +142,10 @@ def test_what_cannot_be_used_is_counted_and_named(model, photos, tmp_path, caplo
     assert "is no regular file" in index.problems["pipe.png"]
     assert index.report.duplicates == 1  # the link within the folder
     assert len(index) == COUNT + 1
-    assert "left out, for each is no JPEG, PNG or WebP: old.gif, text.png" in caplog.text
+    assert (
+        "Left out 3, each of which is no JPEG, PNG or WebP: cut.jpg, old.gif, text.png"
+        in caplog.text
+    )
     assert "8 files are left out" in repr(index)
 
 
@@ -239,7 +242,7 @@ def test_search(shop):
     ("wanted", "passes"),
     [
         ({"brand": "A"}, lambda row: row % 3 == 0),
-        ({"brand": ["A", "B"], "price": (5, 20)}, lambda row: row % 3 < 2 and 2 <= row <= 8),
+        ({"brand": ["A", "B"], "price": (5, 20)}, lambda row: row in (4, 6, 7)),
         ({"price": (None, 10)}, lambda row: row <= 4 and row != 3),
         ({"price": 5}, lambda row: row == 2),
         ({"code": "07"}, lambda row: row == 7),
