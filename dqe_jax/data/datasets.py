@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -18,7 +18,8 @@ from dqe_jax.data import preparation
 from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
 from dqe_jax.data.annotations.schema import RawFormat
 from dqe_jax.data.examples import SPLITS
-from dqe_jax.data.settings import DataConfig
+from dqe_jax.data.packing import BatchShape, even_shape, shape_for
+from dqe_jax.data.settings import BatchConfig, DataConfig
 from dqe_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,10 +100,13 @@ class SplitSize:
     Attributes:
       images: of its gallery.
       queries: None where that is not known.
+      references: how many references have 1 query, 2 queries, ...; empty where each has as many as
+        a batch takes, or that is not known.
     """
 
     images: int
     queries: int | None = None
+    references: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +166,11 @@ DATASETS = {
             splits=fashioniq.SPLITS,
             protocols={"original": "fashioniq-original", "val": "fashioniq-val"},
             sizes={
-                "train": SplitSize(45_429, 18_000),
+                "train": SplitSize(
+                    45_429,
+                    18_000,
+                    (8_969, 2_416, 729, 236, 90, 34, 25, 11, 8, 3, 3, 0, 0, 0, 0, 1),
+                ),
                 "validation": SplitSize(15_415, 6_016),
                 "test": SplitSize(15_417, 6_118),
             },
@@ -224,6 +232,21 @@ def split_of(dataset: str, name: str) -> str:
         )
         raise UserError(f"{dataset} has no split {name!r}; it has {known}.")
     return names[name]
+
+
+def expected_shape(dataset: str, batch: BatchConfig) -> BatchShape:
+    """The shape of the training batches, before there are data: that of the published split.
+
+    Where it is not known how many queries references have, each has as many as a batch takes.
+
+    Args:
+      dataset: a key of `DATASETS`.
+      batch: `config.batch`.
+    """
+    size = DATASETS[dataset].sizes.get("train")
+    if size is None or not size.references:
+        return even_shape(batch.references, batch.queries_per_reference)
+    return shape_for(size.references, batch.references, batch.queries_per_reference)
 
 
 def find_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:

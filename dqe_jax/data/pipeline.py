@@ -1,7 +1,8 @@
 """From prepared records to batches, by random access: TFDS data sources read through Grain.
 
 A training batch (`method/batch.py`) holds references with several queries each: siblings are good
-negatives, and each reference is encoded once.
+negatives, and each reference is encoded once. `packing.py` says which queries are in which batch,
+`lengths.py` to how many tokens their texts are padded.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 from typing import Protocol
 
 import grain
+import jax
 import numpy as np
+from absl import logging
 
+from dqe_jax.data import lengths
+from dqe_jax.data.packing import Packing
 from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
 from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.utils.files import JsonObject
 
-# At most so many references in a run: Grain cannot slice a data set that is truly endless.
+# At most so many batches in a run: Grain has no data set that is truly endless.
 ENDLESS = 2**48
+# Which order of queries a saved state counts in. Older states do not say it.
+STREAM = 2
 
 
 class Batches(Protocol):
@@ -36,11 +43,8 @@ class Batches(Protocol):
 class Images(Protocol):
     """The images of a split's gallery, for training."""
 
-    def draw(self, row: int, rng: np.random.Generator) -> Tree:
-        """One image as the model takes it, augmented."""
-
     def draw_several(self, rows: np.ndarray, rng: np.random.Generator) -> Tree:
-        """Images as `draw` gives them, one after the other, with a leading axis."""
+        """Images `[n, ...]` as the model takes them, each augmented, in order."""
 
 
 class Texts(Protocol):
@@ -50,12 +54,51 @@ class Texts(Protocol):
     def wordings(self) -> int:
         """How many each text has."""
 
-    def draw(self, rows: np.ndarray, wording: np.ndarray | int) -> Tree:
-        """Texts of these queries as the model takes them, each in a wording."""
+    def draw(self, rows: np.ndarray, wording: np.ndarray | int, length: int | None = None) -> Tree:
+        """Texts of these queries as the model takes them, each in a wording.
+
+        Token ids are cut to `length`, if it is given.
+        """
+
+
+class TrainBatches:
+    """The training batches of a process, see `train_batches`.
+
+    Attributes:
+      packing: which queries are in which batch.
+      lengths: to how many tokens texts are padded, ascending; none if they are as they come.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        lengths: tuple[int, ...],
+        batches: grain.DatasetIterator[Batch],
+    ):
+        """Wraps an iterator over the batches of a process."""
+        self.packing, self.lengths, self._batches = packing, lengths, batches
+
+    def __next__(self) -> Batch:
+        """As `Batches` says."""
+        return next(self._batches)
+
+    def get_state(self) -> JsonObject:
+        """As `Batches` says: the number of batches."""
+        return {"stream": STREAM, "batches": self._batches.get_state()}
+
+    def set_state(self, state: JsonObject) -> None:
+        """As `Batches` says; also takes a state of older versions, which drew otherwise."""
+        if "stream" not in state:
+            logging.warning(
+                "The checkpoint is of an older version, which drew its batches otherwise: the run "
+                "goes on with the same number of batches taken, and its order of queries is not "
+                "that of a run that was never interrupted."
+            )
+        self._batches.set_state(state.get("batches", state))
 
 
 class _Loader:
-    """Makes one reference's part of a batch; called by Grain's threads."""
+    """Makes a process's part of a batch, given its number; called by Grain's threads."""
 
     def __init__(
         self,
@@ -63,35 +106,51 @@ class _Loader:
         images: Images,
         texts: Texts,
         mentions: np.ndarray,
-        positives: np.ndarray,
-        relevant: np.ndarray,
-        per_reference: int,
+        packing: Packing,
+        needed: np.ndarray | None,
+        lengths: tuple[int, ...],
+        seed: int,
+        part: slice,
     ):
         self.split, self.images, self.texts, self.mentions = split, images, texts, mentions
-        self.positives, self.relevant = positives, relevant
-        self.per_reference = per_reference
+        self.positives = known_positive_ids(split)
+        self.relevant = image_ids_of(split, split.queries.relevant)
+        self.packing, self.needed, self.lengths = packing, needed, lengths
+        self.seed, self.part = seed, part
 
-    def __call__(self, group: np.ndarray, rng: np.random.Generator) -> Batch:
-        gallery, queries, Q = self.split.gallery, self.split.queries, self.per_reference
-        # Neighbours in the data set stay together: builders record edits that contrast in pairs.
-        chosen = np.roll(group, -rng.integers(len(group)))[:Q]
-        query_mask = np.arange(Q) < len(chosen)
-        chosen = np.resize(chosen, Q)  # padding repeats what is there; the mask says so
-        reference, targets = queries.reference[chosen[0]], queries.target[chosen]
-        wordings = self.texts.wordings
-        order = rng.integers(wordings, size=Q) if wordings > 1 else 0
+    def __call__(self, number: int) -> Batch:
+        gallery, queries, shape = self.split.gallery, self.split.queries, self.packing.shape
+        first = int(number) * shape.units
+        units, length = self.packing.take(first, shape.units), None
+        if self.needed is not None:  # that of the whole batch, so that all processes agree
+            length = lengths.length_for(self.needed[units.query], self.lengths)
+        own = range(shape.units)[self.part]
+        query, reference = units.query[self.part], units.reference[self.part]
+        slot = units.slot[self.part] + shape.of_unit[1] * np.array(own)[:, None]
+        target, source = queries.target[query], queries.reference[reference]
+        wording = np.zeros(query.shape, int)
+        drawn: list[tuple[Tree, Tree]] = []
+        for i, unit in enumerate(own):
+            # Each unit has draws of its own: they depend on no process and no thread.
+            rng = np.random.default_rng([self.seed, first + unit, 1])
+            wording[i] = rng.integers(self.texts.wordings, size=query.shape[1])
+            drawn.append(tuple(self.images.draw_several(x[i], rng) for x in (source, target)))
+        reference_image, target_image = jax.tree.map(lambda *x: np.concatenate(x), *drawn)
+        rows = query.ravel()
         return Batch(
-            reference_image=self.images.draw(int(reference), rng),
-            reference_id=gallery.image_ids[reference],
-            query=chosen.astype(np.int32),
-            text=self.texts.draw(chosen, order),
-            target_image=self.images.draw_several(targets, rng),
-            target_id=gallery.image_ids[targets],
-            target_row=targets,
-            known_positives=self.positives[chosen],
-            relevant=self.relevant[chosen],
-            mentions=self.mentions[chosen],
-            query_mask=query_mask,
+            reference_image=reference_image,
+            reference_id=gallery.image_ids[source.ravel()],
+            reference_mask=units.used[self.part].ravel(),
+            reference=None if shape.even else slot.ravel().astype(np.int32),
+            query=rows.astype(np.int32),
+            text=self.texts.draw(rows, wording.ravel(), length),
+            target_image=target_image,
+            target_id=gallery.image_ids[target.ravel()],
+            target_row=target.ravel(),
+            known_positives=self.positives[rows],
+            relevant=self.relevant[rows],
+            mentions=self.mentions[rows],
+            query_mask=units.mask[self.part].ravel(),
         )
 
 
@@ -104,52 +163,71 @@ def train_batches(
     references: int,
     queries_per_reference: int,
     seed: int,
+    needed: np.ndarray | None = None,
+    max_length: int = 0,
     num_threads: int = 4,
     prefetch: int = 4,
     process: int = 0,
     num_processes: int = 1,
-) -> Batches:
+) -> TrainBatches:
     """The training batches.
 
     The batches of several processes are consecutive parts of one batch: together they are what one
     process alone would read. The state counts batches, so it holds for any number of processes.
 
-    References are shuffled anew in every epoch; each brings up to `queries_per_reference`
-    consecutive ones of its queries from a random start. The stream depends on the seed alone.
+    Each query comes once in an epoch. Epochs follow one another without a gap: the last batch of an
+    epoch is filled up with the first queries of the next. The stream depends on the seed alone.
 
     Args:
       split: the training split.
       images: of its gallery.
       texts: of its queries; one wording of each is drawn.
       mentions: float32 `[n, K]`.
-      references: `R`, of the whole batch.
-      queries_per_reference: `Q`.
+      references: of a batch where each brings `queries_per_reference` queries: a batch has
+        `references * queries_per_reference` queries, see `packing.py`.
+      queries_per_reference: of a reference in a batch, at the most.
       seed: of shuffling, drawing and augmentation.
+      needed: int `[n]`, tokens that each text needs; None leaves texts as they come.
+      max_length: of the texts, with `needed`.
       num_threads: readers.
       prefetch: batches read ahead.
       process: which part of the batch is read.
-      num_processes: parts; `references` is a multiple.
+      num_processes: parts; they divide the units of a batch.
     """
-    order = np.argsort(split.queries.reference, kind="stable")
-    _, starts = np.unique(split.queries.reference[order], return_index=True)
-    groups = np.split(order, starts[1:])
-    load = _Loader(
-        split,
-        images,
-        texts,
-        mentions,
-        known_positive_ids(split),
-        image_ids_of(split, split.queries.relevant),
-        queries_per_reference,
-    )
+    packing = Packing(split.queries.reference, references, queries_per_reference, seed)
+    shape, few = packing.shape, tuple[int, ...]()
+    if needed is not None:
+        few = lengths.choose_lengths(needed, shape.queries, max_length)
+    of_process = shape.units // num_processes
+    part = slice(process * of_process, (process + 1) * of_process)
+    load = _Loader(split, images, texts, mentions, packing, needed, few, seed, part)
     dataset = (
-        grain.MapDataset.source(groups)
-        .seed(seed)
-        .shuffle()
-        .repeat(ENDLESS // len(groups))
-        .random_map(load)
-        .batch(references // num_processes)
-        .slice(slice(process, None, num_processes))
+        grain.MapDataset.range(ENDLESS)
+        .map(load)
         .to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
     )
-    return iter(dataset)
+    return TrainBatches(packing, few, iter(dataset))
+
+
+def describe(batches: TrainBatches, needed: np.ndarray | None, max_length: int) -> str:
+    """What a run's batches are like, in two sentences: their rows and padding, and their texts.
+
+    Args:
+      batches: of `train_batches`.
+      needed: as given there.
+      max_length: of the config.
+    """
+    packing, shape = batches.packing, batches.packing.shape
+    words = (
+        f"A batch has {shape.queries} queries over {shape.references} references, an epoch "
+        f"{packing.units / shape.units:.1f} batches; {packing.padding.queries:.1%} of the rows of "
+        f"queries and {packing.padding.references:.1%} of those of references are padding."
+    )
+    if needed is None:
+        return words
+    *shorter, longest = batches.lengths
+    words += f" Texts are padded to {longest} tokens"
+    for length in shorter:
+        share = lengths.share_of_batches(needed, shape.queries, length)
+        words += f", to {length} in about {share:.0%} of the batches: each length is compiled once"
+    return f"{words} (config.data.max_length is {max_length})."

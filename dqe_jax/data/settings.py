@@ -102,9 +102,14 @@ class BatchConfig:
     Both the references and the targets are candidates of the in-batch terms.
     """
 
-    references: int = field(32, "References of a batch, over all devices.", integer(1, 1_000_000))
+    references: int = field(
+        32,
+        "References of a batch, over all devices, where each has queries_per_reference queries; "
+        "where they have fewer, a batch has as many queries, of more references.",
+        integer(1, 1_000_000),
+    )
     queries_per_reference: int = field(
-        4, "Queries of each reference of a batch.", integer(1, 10_000)
+        4, "Queries of a reference in a batch, at the most.", integer(1, 10_000)
     )
     chunks: int = field(
         1,

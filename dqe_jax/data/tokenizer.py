@@ -122,3 +122,20 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.n
         assert unknown is not None, "only a tokenizer that has it leaves a text without ids"
         ids[empty, 0] = unknown
     return ids, np.array([bool(e.overflowing) for e in encodings], bool)
+
+
+def lengths_of(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """How many tokens of each text the model must see, int32 `[...]`: all but the padding.
+
+    Args:
+      tokenizer: that gave the ids.
+      ids: int32 `[..., L]`.
+    """
+    assert tokenizer.padding is not None, "set_length has set it"
+    pad, length = tokenizer.padding["pad_id"], ids.shape[-1]
+    blank = tokenizer.encode("")
+    # Some tokenizers pad with the token that ends a text, whose first copy counts.
+    ends = pad in [i for i, real in zip(blank.ids, blank.attention_mask) if real]
+    padding = np.argmax(ids[..., ::-1] != pad, axis=-1)
+    padding = np.where((ids == pad).all(-1), length, padding)
+    return np.clip(length - padding + int(ends), 1, length).astype(np.int32)

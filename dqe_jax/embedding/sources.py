@@ -53,8 +53,8 @@ class Texts(Rows, Protocol):
     def wordings(self) -> int:
         """How many each text has."""
 
-    def draw(self, rows: np.ndarray, wording: np.ndarray | int) -> Tree:
-        """Texts `[n, ...]` of a training batch, each in a wording."""
+    def draw(self, rows: np.ndarray, wording: np.ndarray | int, length: int | None = None) -> Tree:
+        """Texts `[n, ...]` of a training batch, each in a wording, cut to so many tokens."""
 
 
 class Column:
@@ -110,6 +110,6 @@ class PlainTexts(Column):
         """`V`."""
         return self._ids.shape[1]
 
-    def draw(self, rows: np.ndarray, wording: np.ndarray | int) -> Tree:
+    def draw(self, rows: np.ndarray, wording: np.ndarray | int, length: int | None = None) -> Tree:
         """int32 `[n, L]`."""
-        return self._ids[rows, wording]
+        return self._ids[rows, wording, :length]

@@ -58,9 +58,9 @@ class TextsOrPlain:
         """As `sources.Texts` says."""
         return self._own.wordings
 
-    def draw(self, rows: np.ndarray, wording: np.ndarray | int) -> Tree:
+    def draw(self, rows: np.ndarray, wording: np.ndarray | int, length: int | None = None) -> Tree:
         """As `sources.Texts` says."""
-        return self._own.draw(rows, wording)
+        return self._own.draw(rows, wording, length)
 
     def batches(self, rows: np.ndarray, size: int, shards: int) -> Iterator[Tree]:
         """As `sources.Rows` says."""

@@ -71,13 +71,13 @@ class StoredTexts:
         """`V`."""
         return self._ids.shape[1]
 
-    def draw(self, rows: np.ndarray, wording: np.ndarray | int) -> Tree:
-        """As `sources.Texts` says."""
+    def draw(self, rows: np.ndarray, wording: np.ndarray | int, length: int | None = None) -> Tree:
+        """As `sources.Texts` says; the model cuts the states."""
         which = np.broadcast_to(wording, rows.shape)
         numbers = [int(self._use.needs[v].rows[row]) for row, v in zip(rows, which)]
         drawn = [self._use.store.table.draw(number) for number in numbers]
         states = jax.tree.map(lambda *each: np.stack(each), *drawn)
-        return StoredText(self._ids[rows, wording], states)
+        return StoredText(self._ids[rows, wording, :length], states)
 
     def batches(self, rows: np.ndarray, size: int, shards: int) -> Iterator[Tree]:
         """As `sources.Rows` says."""

@@ -1,8 +1,8 @@
 """What a training step takes: the batch of a device, and what the model makes of it.
 
-Symbols: `R` references with `Q` queries each, `B = R * Q`; `H`, `W` pixels; `L` tokens of a text;
-`K` attributes; `M` tokens of a gallery embedding, `d` its width. Image ids are at least 0, copies
-of a photo share one, and -1 stands for none.
+Symbols: `B` queries over `R` references; `H`, `W` pixels; `L` tokens of a text; `K` attributes; `M`
+tokens of a gallery embedding, `d` its width. Image ids are at least 0, copies of a photo share one,
+and -1 stands for none.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class MinedNegatives:
     """Negatives that were mined for the queries of a batch when the bank was filled.
 
     Attributes:
-      rows: int32 `[R, Q, n]`, rows of the bank.
-      drawn: bool `[R, Q, n]`, false where none was left.
+      rows: int32 `[B, n]`, rows of the bank.
+      drawn: bool `[B, n]`, false where none was left.
     """
 
     rows: Array
@@ -30,26 +30,32 @@ class MinedNegatives:
 
 @flax.struct.dataclass
 class Batch:
-    """`R` references with `Q` queries each: siblings are good negatives, and share an image.
+    """`B` queries over `R` references: those of one reference share an image.
 
     Attributes:
       reference_image: uint8 `[R, H, W, 3]`, or what a frozen tower makes of the images: arrays
         `[R, ...]` by name.
       reference_id: int32 `[R]`, image ids.
-      query: int32 `[R, Q]`, positions among the split's queries.
-      text: int32 `[R, Q, L]`, token ids; or these with what a frozen tower makes of them.
-      target_image: uint8 `[R, Q, H, W, 3]`, or arrays `[R, Q, ...]` as of the references.
-      target_id: int32 `[R, Q]`, image ids.
-      target_row: int32 `[R, Q]`, rows of the gallery.
-      known_positives: int32 `[R, Q, P]`, image ids that are never negatives.
-      relevant: int32 `[R, Q, V]`, image ids that are truly relevant, for the log and for oracles.
-      mentions: float32 `[R, Q, K]`, 1 where the text mentions the attribute, else 0.
-      query_mask: bool `[R, Q]`, false for padding: a reference with fewer than `Q` queries.
+      reference_mask: bool `[R]`, false for padding.
+      reference: int32 `[B]`, ascending: each query's reference, counted over the whole batch. In a
+        part of it, of a device or a chunk, modulo the references there: the queries of a reference
+        lie in one part. None where each reference has `B / R` queries, side by side.
+      query: int32 `[B]`, positions among the split's queries.
+      text: int32 `[B, L]`, token ids; or these with what a frozen tower makes of them.
+      target_image: uint8 `[B, H, W, 3]`, or arrays `[B, ...]` as of the references.
+      target_id: int32 `[B]`, image ids.
+      target_row: int32 `[B]`, rows of the gallery.
+      known_positives: int32 `[B, P]`, image ids that are never negatives.
+      relevant: int32 `[B, V]`, image ids that are truly relevant, for the log and for oracles.
+      mentions: float32 `[B, K]`, 1 where the text mentions the attribute, else 0.
+      query_mask: bool `[B]`, false for padding.
       mined: what was mined at the last refresh of the bank, if negatives are mined then.
     """
 
     reference_image: Tree
     reference_id: Array
+    reference_mask: Array
+    reference: Array | None
     query: Array
     text: Tree
     target_image: Tree
@@ -65,8 +71,9 @@ class Batch:
     def spec(
         cls,
         *,
+        queries: int,
         references: int,
-        queries_per_reference: int,
+        even: bool = True,
         image_size: int,
         max_length: int,
         attributes: int,
@@ -76,15 +83,16 @@ class Batch:
         """Shape and dtype of every array, as `jax.ShapeDtypeStruct`.
 
         Args:
+          queries: `B`.
           references: `R`.
-          queries_per_reference: `Q`.
+          even: whether each reference has `B / R` queries, so that `reference` is None.
           image_size: `H` and `W`.
           max_length: `L`.
           attributes: `K`.
           known: `P`, which the data set decides: the target, and the most targets of a query.
           relevant: `V`, likewise.
         """
-        queries, image = (references, queries_per_reference), (image_size, image_size, 3)
+        image = (image_size, image_size, 3)
 
         def shaped(dtype: str, *shape: int) -> Array:
             return cast(Array, jax.ShapeDtypeStruct(shape, dtype))  # stands for an array
@@ -92,15 +100,17 @@ class Batch:
         return cls(
             reference_image=shaped("uint8", references, *image),
             reference_id=shaped("int32", references),
-            query=shaped("int32", *queries),
-            text=shaped("int32", *queries, max_length),
-            target_image=shaped("uint8", *queries, *image),
-            target_id=shaped("int32", *queries),
-            target_row=shaped("int32", *queries),
-            known_positives=shaped("int32", *queries, known),
-            relevant=shaped("int32", *queries, relevant),
-            mentions=shaped("float32", *queries, attributes),
-            query_mask=shaped("bool", *queries),
+            reference_mask=shaped("bool", references),
+            reference=None if even else shaped("int32", queries),
+            query=shaped("int32", queries),
+            text=shaped("int32", queries, max_length),
+            target_image=shaped("uint8", queries, *image),
+            target_id=shaped("int32", queries),
+            target_row=shaped("int32", queries),
+            known_positives=shaped("int32", queries, known),
+            relevant=shaped("int32", queries, relevant),
+            mentions=shaped("float32", queries, attributes),
+            query_mask=shaped("bool", queries),
         )
 
 

@@ -5,8 +5,8 @@ batch: the targets and references of all devices, gathered over the axis. Each d
 queries against the whole pool. Negatives are mined from that pool too, or from the bank of the
 whole training gallery (`mining.py`). Neither changes with the number of devices.
 
-Symbols: `R` references and `B = R * Q` queries of this device, `N` candidates of the pool, `n`
-negatives of a query.
+Symbols: `R` references and `B` queries of this device, `N` candidates of the pool, `n` negatives of
+a query.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def gather_pool(out: TrainOutput, batch: Batch, axis: str) -> Pool:
     mask = batch.query_mask
     return Pool(
         embeddings=jnp.concatenate([gather(out.target), gather(out.reference)]),
-        ids=jnp.concatenate([gather(batch.target_id.reshape(-1)), gather(batch.reference_id)]),
-        candidate_mask=jnp.concatenate([gather(mask.reshape(-1)), gather(jnp.any(mask, axis=-1))]),
+        ids=jnp.concatenate([gather(batch.target_id), gather(batch.reference_id)]),
+        candidate_mask=jnp.concatenate([gather(mask), gather(batch.reference_mask)]),
         own=lax.axis_index(axis) * mask.size + jnp.arange(mask.size),
         num_targets=mask.size * lax.axis_size(axis),
     )
@@ -98,6 +98,7 @@ class TrainForward(Protocol):
         reference_image: Tree,
         text: Tree,
         target_image: Tree,
+        reference: Array | None = None,
         *,
         rngs: dict[str, jax.Array],
     ) -> TrainOutput:
@@ -142,9 +143,9 @@ class Objective:
             batch.reference_image,
             batch.text,
             batch.target_image,
+            batch.reference,
             rngs={"dropout": jax.random.fold_in(dropout_key, lax.axis_index(self.axis))},
         )
-        query_mask = batch.query_mask.reshape(-1)  # [B]
         pool = gather_pool(out, batch, self.axis)
         target_score = paired_similarity(out.query.embedding, out.target)  # [B]
         scores = similarity(out.query.embedding, pool.embeddings)  # [B, N]
@@ -167,13 +168,12 @@ class Objective:
         if out.query.attribute_weights.shape[-1]:
             terms |= self._attributes(out, batch)
         logs["batch_r@1"] = (jnp.where(forbidden, -jnp.inf, scores).max(1) < target_score) * 1.0
-        return self._average(terms, logs, query_mask, out.tau)
+        return self._average(terms, logs, batch.query_mask, out.tau)
 
     def _forbidden(self, batch: Batch, pool: Pool, *, oracle: bool) -> Bool[Array, "B N"]:
         """Candidates that are no negatives of the local queries."""
-        mask = batch.query_mask.reshape(-1)
-        never = never_negatives(batch, oracle).reshape(len(mask), -1)
-        return trns.forbidden_candidates(never, pool.ids, mask, pool.candidate_mask)
+        never = never_negatives(batch, oracle)
+        return trns.forbidden_candidates(never, pool.ids, batch.query_mask, pool.candidate_mask)
 
     def _in_batch(
         self,
@@ -205,7 +205,7 @@ class Objective:
     def _attributes(self, out: TrainOutput, batch: Batch) -> dict[str, Float[Array, " B"]]:
         """Terms over the attribute weights."""
         w = out.query.attribute_weights
-        terms = {"intent": losses.attribute_intent(w, batch.mentions.reshape(w.shape))}
+        terms = {"intent": losses.attribute_intent(w, batch.mentions)}
         if self.weights.alignment:  # without it the features of the targets are not computed
             terms["alignment"] = losses.attribute_alignment(
                 w, out.query.attribute_features, out.target_attribute_features
@@ -254,7 +254,7 @@ def from_batch(
     """
     delta = lax.stop_gradient(target_score[:, None] - scores)
     mined = mining.draw(key, delta, forbidden, pool.own, rule)
-    relevant, false = batch.relevant.reshape(len(scores), -1), None
+    relevant, false = batch.relevant, None
     if relevant.shape[1]:
         false = _among(pool.ids[mined.rows], relevant)
     drawn_delta = jnp.take_along_axis(delta, mined.rows, axis=1)
@@ -270,7 +270,7 @@ def from_bank(
     key: Key[Array, ""],
     query: Float[Array, "B d"],
     batch: Batch,
-    known: Int[Array, "R Q P"],
+    known: Int[Array, "B P"],
     bank: Bank,
     rule: MiningRule,
     axis: str,
@@ -283,7 +283,7 @@ def from_bank(
       key: random key, the same on all devices.
       query: `[B, d]`.
       batch: of this device.
-      known: int `[R, Q, P]`, image ids that are no negatives.
+      known: int `[B, P]`, image ids that are no negatives.
       bank: this device's part.
       rule: of the config.
       axis: the mapped axis.
@@ -291,7 +291,7 @@ def from_bank(
     size = batch.query_mask.size
 
     def gather(x: Array) -> Array:
-        return lax.all_gather(x.reshape(size, *x.shape[2:]), axis, tiled=True)
+        return lax.all_gather(x, axis, tiled=True)
 
     def local(x: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size)
@@ -310,7 +310,7 @@ def from_bank(
     wanted = jnp.concatenate([target_row[:, None], rows], axis=1)
     scores = token_similarity(query, mining.best_tokens(all_queries, wanted, bank, axis))
     drawn, delta = local(drawn), lax.stop_gradient(scores[:, :1] - scores[:, 1:])
-    relevant, false = batch.relevant.reshape(size, -1), None
+    relevant, false = batch.relevant, None
     if relevant.shape[1]:
         image_ids = lax.all_gather(bank.image_id, axis, tiled=True)
         false = _among(image_ids[local(rows)], relevant)
@@ -324,7 +324,7 @@ def from_bank(
     return Compared(scores[:, 0], scores[:, 1:], drawn, logs)
 
 
-def never_negatives(batch: Batch, oracle: bool) -> Int[Array, "R Q P"]:
+def never_negatives(batch: Batch, oracle: bool) -> Int[Array, "B P"]:
     """Image ids that are no negatives: the known positives, of an oracle also all relevant ones."""
     known = batch.known_positives
     return jnp.concatenate([known, batch.relevant], axis=-1) if oracle else known

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.models.layers import Attention
@@ -73,14 +73,14 @@ class AttributeWeights(nn.Module):
         return ACTIVATIONS[self.activation](logits.astype(jnp.float32))
 
     def features(
-        self, tokens: Float[Array, "R P D"], text: Float[Array, "B E"]
+        self,
+        tokens: Float[Array, "R P D"],
+        text: Float[Array, "B E"],
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B K width"]:
-        """`a_k` of the tokens of R images and the pooled text.
-
-        `B = R * Q`: the texts of an image stand together, Q each.
-        """
+        """`a_k` of the tokens of R images and the pooled text; `rows` as for `of_queries`."""
         queries = self.attribute_queries[None] + self.text_condition(text)[:, None]
-        return self.norm(queries + self.attention(queries, tokens))
+        return self.norm(queries + self.attention(queries, tokens, context_rows=rows))
 
     def contribute(
         self, features: Float[Array, "B K width"], weights: Float[Array, "B K"]

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from dqe_jax.method.arrays import Array
 from dqe_jax.models.encoder import ACTIVATIONS, Compute, VisionSizes, VisionTower, attend
 from dqe_jax.models.features import ImageFeatures, States, TextFeatures
-from dqe_jax.models.layers import normalize
+from dqe_jax.models.layers import normalize, of_queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ VARIANTS = {
 class QFormerAttention(nn.Module):
     """Post-norm attention of `x [B, L, D]` over a context (itself when None).
 
-    A context of R images has `B = R * Q` rows of `x`, the Q of an image next to one another.
+    A context of R images is asked by the rows of B texts: keys and values are computed once.
     """
 
     sizes: Blip2Sizes
@@ -108,15 +108,18 @@ class QFormerAttention(nn.Module):
         context: Float[Array, "R S C"] | None,
         mask: Bool[Array, "B keys"] | None,
         train: bool,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """`mask` is over the keys."""
+        """`mask` is over the keys; `rows` is that of `layers.of_queries`."""
         s, dtype = self.sizes, self.compute.dtype
         if context is None:
             q, k, v = jnp.split(nn.Dense(3 * s.width, dtype=dtype, name="qkv")(x), 3, axis=-1)
         else:
             q = nn.Dense(s.width, dtype=dtype, name="query")(x)
-            q = q.reshape(len(context), -1, s.width)
             kv = nn.Dense(2 * s.width, dtype=dtype, name="key_value")(context)
+            if rows is not None:
+                kv = of_queries(kv, rows, len(x))
+            q = q.reshape(len(kv), -1, s.width)
             k, v = jnp.split(kv, 2, axis=-1)
         y = attend(q, k, v, s.heads, self.compute, mask=mask)
         y = nn.Dense(s.width, dtype=dtype, name="out")(y.reshape(x.shape))
@@ -165,6 +168,7 @@ class QFormerLayer(nn.Module):
         image: Float[Array, "R P C"] | None,
         mask: Bool[Array, "B T"] | None,
         train: bool,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """`T = queries + L` tokens, the queries first, over image tokens."""
         x = self.attention(x, None, mask, train)
@@ -172,7 +176,7 @@ class QFormerLayer(nn.Module):
         if queries:
             q = x[:, :queries]
             if self.cross:
-                q = self.cross_attention(q, image, None, train)
+                q = self.cross_attention(q, image, None, train, rows)
             parts.append(self.query_mlp(q, train))
         if x.shape[1] > queries:
             parts.append(self.text_mlp(x[:, queries:], train))
@@ -206,19 +210,21 @@ class QFormer(nn.Module):
         image: Float[Array, "R P C"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
         train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """`T = queries + L` embeddings, the queries first, to outputs of that shape.
 
         Args:
           x: query tokens, or text embeddings, or both.
           queries: how many of the tokens are queries.
-          image: image tokens, B a multiple of R; needed with queries.
+          image: image tokens; needed with queries.
           mask: false for padding.
           train: whether dropout is on.
+          rows: the image of each row; None where each has `B / R`, side by side.
         """
         x = self.drop(self.norm(x), deterministic=not train)
         for layer in self.layers:
-            x = layer(x, queries, image, mask, train)
+            x = layer(x, queries, image, mask, train, rows)
         return x
 
 
@@ -316,23 +322,32 @@ class Blip2(nn.Module):
     ) -> TextFeatures:
         """Tokens `[B, L, D]` of the text alone, and its projected first token, `[B, d]`."""
         del train
-        tokens = states["tokens"]
+        tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
         return TextFeatures(ids, ids > 0, tokens, self.text_projection(tokens[:, 0]))
 
     def fuse(
-        self, tokens: Float[Array, "R P C"], ids: Int[Array, "B L"], train: bool = False
+        self,
+        tokens: Float[Array, "R P C"],
+        ids: Int[Array, "B L"],
+        train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B M D"]:
         """Queries and text over image tokens: the outputs of the queries."""
         M = self.sizes.num_queries
         x = jnp.concatenate([self._queries(len(ids)), self.text(ids)], axis=1)
         mask = jnp.concatenate([jnp.ones((len(ids), M), bool), ids > 0], axis=1)
-        return self.qformer(x, queries=M, image=tokens, mask=mask, train=train)[:, :M]
+        out = self.qformer(x, queries=M, image=tokens, mask=mask, train=train, rows=rows)
+        return out[:, :M]
 
     def compose(
-        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+        self,
+        image: ImageFeatures,
+        text: TextFeatures,
+        train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B d"]:
         """`h`, float32: the mean of the projected query tokens."""
-        out = self.vision_projection(self.fuse(image.tokens, text.ids, train))
+        out = self.vision_projection(self.fuse(image.tokens, text.ids, train, rows))
         return out.astype(jnp.float32).mean(1)
 
     def __call__(

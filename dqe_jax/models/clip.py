@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from dqe_jax.method.arrays import Array
 from dqe_jax.models.encoder import Compute, Stack, VisionSizes, VisionTower
 from dqe_jax.models.features import ImageFeatures, States, TextFeatures
-from dqe_jax.models.layers import Block, normalize
+from dqe_jax.models.layers import Block, normalize, of_queries
 
 # This end-of-text id in a config stands for "the highest id": configs written before the id was
 # put right in `transformers`.
@@ -203,7 +203,7 @@ class Clip(nn.Module):
     ) -> TextFeatures:
         """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
         del train
-        tokens = states["tokens"]
+        tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
         is_end = ids == self.sizes.end_id
         end = ids.argmax(1) if self.sizes.end_id == LEGACY_END else is_end.argmax(1)
         mask = jnp.arange(ids.shape[1]) <= end[:, None]
@@ -211,17 +211,23 @@ class Clip(nn.Module):
         return TextFeatures(ids, mask, tokens, self.text_projection(pooled))
 
     def compose(
-        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+        self,
+        image: ImageFeatures,
+        text: TextFeatures,
+        train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B d"]:
         """`h`, float32."""
         del train
-        each = len(text.ids) // len(image.tokens)
+        count = len(text.ids)
         x: Array = self.composer_in(image.tokens)
+        own = rows
         for block in self.composer_blocks:
-            x = block(x, context=text.tokens, context_mask=text.mask)
-        x = jnp.repeat(x, len(text.ids) // len(x), axis=0)  # if no block has
+            x = block(x, context=text.tokens, context_mask=text.mask, rows=own)
+            own = None  # there is a row for each text now
+        x = of_queries(x, own, count)  # if no block has
         residual = self.residual(self.composer_norm(x).mean(1))
-        reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
+        reference = of_queries(normalize(image.gallery[:, 0]), rows, count)
         return reference + normalize(text.pooled) + residual
 
     def __call__(

@@ -26,7 +26,7 @@ from dqe_jax.models.features import (
     StoredText,
     TextFeatures,
 )
-from dqe_jax.models.layers import normalize
+from dqe_jax.models.layers import normalize, of_queries
 
 # Images, or what their tower makes of them; token ids, or these with what their tower makes.
 Images: TypeAlias = UInt8[Array, "... H W 3"] | States
@@ -91,9 +91,10 @@ class DQE(nn.Module):
         image: ImageFeatures,
         text: TextFeatures,
         train: bool,
+        rows: Int[Array, " B"] | None = None,
         factors: Float[Array, "B K"] | None = None,
     ) -> QueryOutput:
-        h = self.backbone.compose(image, text, train)
+        h = self.backbone.compose(image, text, train, rows)
         if not self.attribute_names:
             none = jnp.zeros((len(h), 0), jnp.float32)
             return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, self.width), h.dtype))
@@ -103,15 +104,14 @@ class DQE(nn.Module):
                 free = jnp.ones((len(factors), self.parts - factors.shape[1]), jnp.float32)
                 weights = weights * jnp.concatenate([factors, free], axis=1)
             reference = normalize(image.gallery).mean(1)
-            each = len(h) // len(reference)
-            reference = jnp.repeat(reference, each, axis=0)
+            reference = of_queries(reference, rows, len(h))
             q = normalize(h + self.gates.contribute(weights, reference, text.pooled))
             named = weights[:, : len(self.attribute_names)]
             return QueryOutput(q, named, self.gates.named_parts(q))
         weights = self.attributes.weights(text.pooled)
         if factors is not None:
             weights = weights * factors
-        features = self.attributes.features(image.tokens, text.pooled)
+        features = self.attributes.features(image.tokens, text.pooled, rows)
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
 
@@ -139,32 +139,37 @@ class DQE(nn.Module):
 
         `B` is a multiple of `R`. `factors` multiply the attribute weights, float32.
         """
-        return self._compose(self._image(image), self._text(text), False, factors)
+        return self._compose(self._image(image), self._text(text), False, factors=factors)
 
     def encode_gallery(self, image: Images) -> Float[Array, "B M d"]:
         """Images `[B, ...]` to gallery embeddings, float32."""
         return normalize(self._image(image).gallery)
 
     def __call__(
-        self, reference: Images, text: Texts, target: Images, train: bool = True
+        self,
+        reference: Images,
+        text: Texts,
+        target: Images,
+        rows: Int[Array, " B"] | None = None,
+        train: bool = True,
     ) -> TrainOutput:
         """One pass for training; every image is encoded once.
 
         Args:
           reference: R images, `[R, H, W, 3]` or their states.
-          text: Q texts for each reference, `[R, Q, L]` or these with their states.
-          target: the image that each text leads to, `[R, Q, H, W, 3]` or their states.
+          text: B texts, `[B, L]` or these with their states.
+          target: the image that each text leads to, `[B, H, W, 3]` or their states.
+          rows: each text's reference, modulo R, as `Batch.reference`; None where each reference has
+            `B / R` texts, side by side.
           train: whether dropout is on (rng `dropout`).
         """
-        R, Q = jax.tree.leaves(text)[0].shape[:2]
-
-        def flat(x: Array) -> Array:
-            return x.reshape(R * Q, *x.shape[2:])
-
-        images = jax.tree.map(lambda a, b: jnp.concatenate([a, flat(b)]), reference, target)
+        R = len(jax.tree.leaves(reference)[0])
+        if rows is not None:
+            rows = rows % R
+        images = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), reference, target)
         features = self._image(images, train)
-        modification = self._text(jax.tree.map(flat, text), train)
-        query = self._compose(jax.tree.map(lambda x: x[:R], features), modification, train)
+        modification = self._text(text, train)
+        query = self._compose(jax.tree.map(lambda x: x[:R], features), modification, train, rows)
         if self._gated:
             target = normalize(features.gallery[R:]).mean(1)
             target_features = self.gates.named_parts(target)

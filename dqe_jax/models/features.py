@@ -110,10 +110,19 @@ class Backbone(Protocol):
         """The features of texts, made of their states."""
 
     def compose(
-        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+        self,
+        image: ImageFeatures,
+        text: TextFeatures,
+        train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B d"]:
-        """Composed embedding `h`, not normalised.
+        """Composed embedding `h`, not normalised, of R images and B texts.
 
-        Of R images and B = R * Q texts, the Q texts of an image next to one another, so that what
-        depends on the image alone is computed once.
+        What depends on the image alone is computed once.
+
+        Args:
+          image: of the references.
+          text: of the queries.
+          train: whether dropout is on.
+          rows: the image of each text; None where each has `B / R`, side by side.
         """

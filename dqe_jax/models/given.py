@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.models.features import ImageFeatures, States, TextFeatures
-from dqe_jax.models.layers import Block, masked_mean, normalize
+from dqe_jax.models.layers import Block, masked_mean, normalize, of_queries
 from dqe_jax.models.tiny import TokenHead
 
 
@@ -248,7 +248,8 @@ class Given(nn.Module):
         tokens = [project(self._dropped(x, train)) for x, project in zip(given, self.text_inputs)]
         mask = [jnp.ones(x.shape[:2], bool) for x in tokens]
         if self._reads_words:
-            tokens.append(states["words"] if "words" in states else self._words(ids, train))
+            words = states["words"] if "words" in states else self._words(ids, train)
+            tokens.append(words[:, : ids.shape[1]])  # a store has all of them
             mask.append(jnp.asarray(ids > 0))
         pooled = [masked_mean(x, own) for x, own in zip(tokens, mask)]
         return TextFeatures(
@@ -259,13 +260,17 @@ class Given(nn.Module):
         )
 
     def compose(
-        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+        self,
+        image: ImageFeatures,
+        text: TextFeatures,
+        train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B d"]:
         """Composed embedding `h`, float32: the reference's own at length 1, and a residual."""
-        each = len(text.ids) // len(image.tokens)
-        gallery = jnp.repeat(image.gallery[:, 0], each, axis=0)
+        count = len(text.ids)
+        gallery = of_queries(image.gallery[:, 0], rows, count)
         if self.composer == "attention":
-            x: Array = jnp.repeat(image.tokens, each, axis=0)
+            x: Array = of_queries(image.tokens, rows, count)
             for block in self.composer_blocks:
                 x = block(x, context=text.tokens, context_mask=text.mask)
             return normalize(gallery) + self.residual_head(self._dropped(x, train))

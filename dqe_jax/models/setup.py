@@ -190,19 +190,18 @@ def _initializer(
     model: DQE, image_size: int, max_length: int, known: frozenset[str]
 ) -> Callable[[jax.Array], dict[str, Array]]:
     """Draws the parameters of a model by path; those that are known are not drawn at all."""
-    ids = np.ones((1, 1, max_length), np.int32)
+    ids = np.ones((1, max_length), np.int32)
 
     def zeros(kind: str, *axes: int) -> States:
         shapes = given_spec(model.backbone, kind, *axes)
         return {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
 
     image = zeros("image", 1) or np.zeros((1, image_size, image_size, 3), np.uint8)
-    target = jax.tree.map(lambda x: x[:, None], image)
-    states = zeros("text", 1, 1)
+    states = zeros("text", 1)
     text = StoredText(ids, states) if states else ids
 
     def draw(key: jax.Array) -> dict[str, Array]:
-        params = model.init(key, image, text, target, train=False)["params"]
+        params = model.init(key, image, text, image, train=False)["params"]
         return {path: x for path, x in flatten_dict(params, sep="/").items() if path not in known}
 
     return jax.jit(draw)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.models.features import ImageFeatures, States, TextFeatures
-from dqe_jax.models.layers import Block, masked_mean, normalize
+from dqe_jax.models.layers import Block, masked_mean, normalize, of_queries
 
 
 class TokenHead(nn.Module):
@@ -156,19 +156,23 @@ class Tiny(nn.Module):
     ) -> TextFeatures:
         """Tokens `[B, L, D]` and their mean `[B, D]`."""
         del train
-        mask = ids > 0
-        return TextFeatures(ids, mask, states["tokens"], masked_mean(states["tokens"], mask))
+        mask, tokens = ids > 0, states["tokens"][:, : ids.shape[1]]  # a store has all of them
+        return TextFeatures(ids, mask, tokens, masked_mean(tokens, mask))
 
     def compose(
-        self, image: ImageFeatures, text: TextFeatures, train: bool = False
+        self,
+        image: ImageFeatures,
+        text: TextFeatures,
+        train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B d"]:
         """Composed embedding `h`, float32."""
         del train
-        each = len(text.ids) // len(image.tokens)
-        x: Array = jnp.repeat(image.tokens, each, axis=0)
+        count = len(text.ids)
+        x: Array = of_queries(image.tokens, rows, count)
         for block in self.composer_blocks:
             x = block(x, context=text.tokens, context_mask=text.mask)
         # At length 1 the reference does not outweigh the residual, and edits are learned much
         # sooner.
-        reference = jnp.repeat(normalize(image.gallery[:, 0]), each, axis=0)
+        reference = of_queries(normalize(image.gallery[:, 0]), rows, count)
         return reference + self.residual_head(x)

@@ -18,6 +18,8 @@ from absl import logging
 from jax.typing import DTypeLike
 
 from dqe_jax.config import AnyConfig, RunConfig, check_batch
+from dqe_jax.data.datasets import expected_shape
+from dqe_jax.data.packing import check_parts
 from dqe_jax.distributed import mesh
 from dqe_jax.feature_store.features import given_kinds, sizes_of, states_spec, stored_kinds
 from dqe_jax.method.arrays import Params, Tree
@@ -75,6 +77,8 @@ def benchmark_step(
     config = RunConfig.of(config)
     devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices))
+    shape = expected_shape(config.data.dataset, config.batch)
+    check_parts(shape, len(devices), config.batch.chunks)
     if config.model.scan_layers:
         # A loop over layers would be counted as one layer.
         raise UserError("config.model.scan_layers is True: time with --config.model.scan_layers=0.")
@@ -114,8 +118,10 @@ def random_batch(config: RunConfig, model: DQE, params: Params) -> Batch:
       model: of the config.
       params: shapes of its parameters.
     """
-    rng, R = np.random.default_rng(0), config.batch.references
-    spec = batch_spec(config, R)
+    rng, shape = np.random.default_rng(0), expected_shape(config.data.dataset, config.batch)
+    spec, (rows, slots) = batch_spec(config, shape), shape.of_unit
+    # Units are all alike: their rows are spread over their slots as evenly as can be.
+    slot = np.arange(shape.units)[:, None] * slots + np.arange(rows) * slots // rows
 
     def below(name: str, high: int) -> np.ndarray:
         array = getattr(spec, name)
@@ -140,10 +146,12 @@ def random_batch(config: RunConfig, model: DQE, params: Params) -> Batch:
     return Batch(
         reference_image=stored("image", below("reference_image", 256)),
         reference_id=count("reference_id"),
+        reference_mask=np.ones(shape.references, bool),
+        reference=None if shape.even else slot.ravel().astype(np.int32),
         query=count("query"),
         text=stored("text", 1 + below("text", VOCABULARY - 1)),
         target_image=stored("image", below("target_image", 256)),
-        target_id=count("target_id", R),
+        target_id=count("target_id", shape.references),
         target_row=count("target_row"),
         known_positives=below("known_positives", 1) - 1,
         relevant=count("relevant"),
@@ -217,10 +225,11 @@ def table(
       times: of variants.
       ceiling: FLOP a second of one device in a large matrix product.
     """
-    queries = config.batch.references * config.batch.queries_per_reference
+    shape = expected_shape(config.data.dataset, config.batch)
+    queries = shape.queries
     lines = [
         f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, {config.model.dtype}, "
-        f"{queries} queries of {config.batch.references} references a step; a matrix product "
+        f"{queries} queries of {shape.references} references a step; a matrix product "
         f"reaches {ceiling / 1e12:.3g} TFLOP/s on one device.",
         f"{'step':<22}{'ms':>9}{'queries/s':>11}{'TFLOP/s':>10}{'ratio':>8}",
     ]

@@ -36,7 +36,8 @@ def small_config(prepared_dir: str | os.PathLike[str], **changes: object) -> Con
     config.data.prepared_dir = str(prepared_dir)
     config.num_devices = 2
     config.batch.queries_per_reference = 2
-    config.model.tiny.image_depth = config.model.tiny.text_depth = 0
+    tiny = config.model.tiny
+    tiny.image_depth, tiny.text_depth, tiny.composer_depth = 0, 0, 1
     config.update_from_flattened_dict(changes)
     return config
 
@@ -61,7 +62,7 @@ def small_benchmark_config(
     model.backbone, model.frozen, model.dtype, model.scan_layers = "tiny", (), "float32", False
     model.weights = ""
     model.tiny.patch_size, model.tiny.cell_size = 8, 4
-    model.tiny.image_depth = model.tiny.text_depth = 0
+    model.tiny.image_depth, model.tiny.text_depth, model.tiny.composer_depth = 0, 0, 1
     model.attributes.width, model.attributes.heads = 32, 4
     config.data.image_size, config.data.max_length = BENCHMARK_SIZE, 12
     config.data.data_dir = str(data_dir)

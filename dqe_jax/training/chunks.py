@@ -22,13 +22,13 @@ from dqe_jax.method.objective import TrainForward
 
 
 def in_chunks(apply_fn: TrainForward, chunks: int) -> TrainForward:
-    """`apply_fn`, but over equal parts of the references of a device, one after the other.
+    """`apply_fn`, but over equal parts of a device's share of a batch, one after the other.
 
     Dropout is drawn for each chunk; the model may hold nothing else that differs between batches.
 
     Args:
       apply_fn: `model.apply`.
-      chunks: how many parts; they divide the references of a device.
+      chunks: how many parts; they divide the units of a device (`data/packing.py`).
     """
 
     def forward(
@@ -36,12 +36,13 @@ def in_chunks(apply_fn: TrainForward, chunks: int) -> TrainForward:
         reference_image: Tree,
         text: Tree,
         target_image: Tree,
+        reference: Array | None = None,
         *,
         rngs: dict[str, jax.Array],
     ) -> TrainOutput:
         # Inside, so that the backward pass has no copy of the parameters for each chunk.
         @jax.checkpoint
-        def one(inputs: tuple[Tree, Tree, Tree], index: Array) -> TrainOutput:
+        def one(inputs: tuple[Tree, ...], index: Array) -> TrainOutput:
             keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
             return apply_fn(variables, *inputs, rngs=keys)
 
@@ -51,7 +52,7 @@ def in_chunks(apply_fn: TrainForward, chunks: int) -> TrainForward:
         def join(x: Array) -> Array:
             return x[0] if x.ndim == 1 else x.reshape(-1, *x.shape[2:])  # a scalar is that of all
 
-        inputs = jax.tree.map(cut, (reference_image, text, target_image))
+        inputs = jax.tree.map(cut, (reference_image, text, target_image, reference))
         outputs = lax.map(lambda part: one(*part), (inputs, jnp.arange(chunks)))
         return jax.tree.map(join, outputs)
 

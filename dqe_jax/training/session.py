@@ -15,6 +15,7 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.packing import check_parts
 from dqe_jax.data.pipeline import Batches
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import Wordings, encode_wordings
@@ -25,6 +26,7 @@ from dqe_jax.feature_store.features import Features, sizes_of
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.models import freeze, setup
 from dqe_jax.models.dqe import DQE
+from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
@@ -114,7 +116,7 @@ def open_session(
     model = setup.model_of(config.model, config.data, tokenizer, sizes)
     params = setup.param_shapes(model, config.model, config.data)
     features = Features(config, model, devices)
-    batches = _open_batches(config, split, text, features)
+    batches = _open_batches(config, split, text, tokenizer, features, len(devices))
     optimizer = states.make_optimizer(config, params, len(devices))
     keeper = None
     if uses_bank(config.negatives):
@@ -146,11 +148,24 @@ def open_session(
     )
 
 
-def _open_batches(config: RunConfig, split: Split, text: Wordings, features: Features) -> Batches:
-    """The iterator over this process's part of the training batches."""
+def _open_batches(
+    config: RunConfig,
+    split: Split,
+    text: Wordings,
+    tokenizer: Tokenizer,
+    features: Features,
+    num_devices: int,
+) -> Batches:
+    """The iterator over this process's part of the training batches; says what they are like.
+
+    Raises:
+      UserError: they cannot be divided among the devices and chunks.
+    """
     words = lexicon.load_lexicon(config.data.lexicon)
-    names = config.model.attributes.names
-    return pipeline.train_batches(
+    names, needed = config.model.attributes.names, None
+    if _reads_words(config.model):
+        needed = text_tokens.lengths_of(tokenizer, text.ids).max(axis=1)
+    batches = pipeline.train_batches(
         split,
         images=features.images(split.gallery, config.data.augment),
         texts=features.texts(text),
@@ -158,10 +173,21 @@ def _open_batches(config: RunConfig, split: Split, text: Wordings, features: Fea
         references=config.batch.references,
         queries_per_reference=config.batch.queries_per_reference,
         seed=config.seed,
+        needed=needed,
+        max_length=config.data.max_length,
         num_threads=config.data.num_threads,
         process=jax.process_index(),
         num_processes=jax.process_count(),
     )
+    check_parts(batches.packing.shape, num_devices, config.batch.chunks)
+    logging.info("%s", pipeline.describe(batches, needed, config.data.max_length))
+    return batches
+
+
+def _reads_words(model: ModelConfig) -> bool:
+    """Whether the ids of texts are read, and not features of them alone."""
+    own = model.features
+    return model.backbone != "features" or own.words or not own.texts
 
 
 def _check_oracle(config: RunConfig, split: Split) -> None:

@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from dqe_jax.config import RunConfig
+from dqe_jax.data.packing import BatchShape
 from dqe_jax.distributed import mesh
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import Batch
@@ -91,16 +92,17 @@ def uses_bank(negatives: NegativesConfig) -> bool:
     return negatives.rule != "in_batch" and negatives.pool == "bank"
 
 
-def batch_spec(config: RunConfig, references: int) -> Batch:
+def batch_spec(config: RunConfig, shape: BatchShape) -> Batch:
     """Shape and dtype of every array of a training batch, see `Batch.spec`.
 
     Args:
       config: of a run.
-      references: `R`.
+      shape: of the batch, or of a device's part.
     """
     return Batch.spec(
-        references=references,
-        queries_per_reference=config.batch.queries_per_reference,
+        queries=shape.queries,
+        references=shape.references,
+        even=shape.even,
         image_size=config.data.image_size,
         max_length=config.data.max_length,
         attributes=len(config.model.attributes.names),

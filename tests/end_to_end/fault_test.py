@@ -37,6 +37,7 @@ FIELDS = {
     "batch.queries_per_reference": 2,
     "model.tiny.image_depth": 0,
     "model.tiny.text_depth": 0,
+    "model.tiny.composer_depth": 1,
     "negatives.pool": "bank",
     "negatives.first_refresh": 4,
     "negatives.warmup": "rule",

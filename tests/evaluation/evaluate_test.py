@@ -26,6 +26,7 @@ FLAGS = (
     "--config=configs/shapes.py:smoke",
     "--config.model.tiny.image_depth=0",
     "--config.model.tiny.text_depth=0",
+    "--config.model.tiny.composer_depth=1",
 )
 
 

@@ -113,6 +113,7 @@ def test_it_may_start_before_the_run_and_ends_with_it(base):
         *(f"--workdir={workdir}", "--watch", "--poll_s=0.1", "--config.num_devices=1"),
         f"--config.data.prepared_dir={base / 'prepared'}",
         *("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0"),
+        "--config.model.tiny.composer_depth=1",
     ]
     environment = os.environ | compiles_quickly() | {"JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(

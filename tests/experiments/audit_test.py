@@ -478,6 +478,7 @@ def test_the_binary(run, tmp_path):
         *("--rules=qure,random", "--sweep=0.05,0", "--queries=40"),
         *(f"--config.data.prepared_dir={base / 'prepared'}", "--config.num_devices=1"),
         *("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0"),
+        "--config.model.tiny.composer_depth=1",
     )
     assert done.returncode == 0, done.stderr
     assert "trns by its lower bound:" in done.stderr

@@ -47,8 +47,8 @@ def trained(params, seed=1):
 def inputs(seed=0):
     rng = np.random.default_rng(seed)
     reference = rng.integers(0, 256, (R, SIZE, SIZE, 3), np.uint8)
-    target = rng.integers(0, 256, (R, Q, SIZE, SIZE, 3), np.uint8)
-    text = rng.integers(1, END, (R, Q, LENGTH), np.int32)
+    target = rng.integers(0, 256, (R * Q, SIZE, SIZE, 3), np.uint8)
+    text = rng.integers(1, END, (R * Q, LENGTH), np.int32)
     text[..., 4] = END
     text[..., 5:] = 0
     return reference, text, target
@@ -86,7 +86,7 @@ def model(backbone, initial):
 
 def flat_inputs():
     reference, text, target = inputs()
-    return np.repeat(reference, Q, axis=0), text.reshape(R * Q, LENGTH), target
+    return np.repeat(reference, Q, axis=0), text, target
 
 
 def test_every_small_model_is_of_a_backbone():
@@ -110,7 +110,7 @@ def test_shapes_types_and_unit_norms(model, backbone):
 def test_embeddings_depend_on_what_they_should(model):
     _, params, query, gallery = model
     reference, text, target = flat_inputs()
-    other_text, other_image = text.copy(), target.reshape(R * Q, SIZE, SIZE, 3)
+    other_text, other_image = text.copy(), target
     other_text[:, 0] = other_text[:, 0] % (END - 1) + 1
     q = query(params, reference, text)
     assert np.abs(q.embedding - query(params, reference, other_text).embedding).max() > 1e-3
@@ -128,7 +128,6 @@ def test_one_pass_equals_the_entry_points(model):
     out = jax.jit(lambda p, *a: module.apply({"params": p}, *a, train=False))(
         params, reference, text, target
     )
-    flat_target = target.reshape(R * Q, SIZE, SIZE, 3)
     flat_reference, flat_text, _ = flat_inputs()
     alone = query(params, flat_reference, flat_text)
     close = {"atol": 1e-5, "rtol": 1e-5}
@@ -136,10 +135,35 @@ def test_one_pass_equals_the_entry_points(model):
     np.testing.assert_allclose(out.query.attribute_weights, alone.attribute_weights, **close)
     np.testing.assert_allclose(out.query.attribute_features, alone.attribute_features, **close)
     np.testing.assert_allclose(out.reference, gallery(params, reference), **close)
-    np.testing.assert_allclose(out.target, gallery(params, flat_target), **close)
+    np.testing.assert_allclose(out.target, gallery(params, target), **close)
     # Features of the targets are those of a query with the target as its image.
-    of_target = query(params, flat_target, flat_text).attribute_features
+    of_target = query(params, target, flat_text).attribute_features
     np.testing.assert_allclose(out.target_attribute_features, of_target, **close)
+
+
+def test_references_may_have_different_numbers_of_queries(model):
+    """Values and gradients are those of one reference for each query; of a part of a batch too."""
+    module, params, *_ = model
+    _, text, target = inputs()
+    reference, rows = target[::-1][:3], np.array([0, 1, 1, 1, 2, 2])
+    weights = np.random.default_rng(2).normal(size=(R * Q, EMBED_DIM)).astype(np.float32)
+
+    @jax.jit
+    def value(params, reference, rows):
+        def total(params):
+            out = module.apply({"params": params}, reference, text, target, rows, train=False)
+            return (out.query.embedding * weights).sum() + out.query.attribute_features.sum(), out
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    (_, out), grads = value(params, reference, rows + 12)  # the fifth part of such a batch
+    (_, alone), own = value(params, reference[rows], None)
+    np.testing.assert_allclose(out.query.embedding, alone.query.embedding, atol=1e-5)
+    features = out.query.attribute_features, alone.query.attribute_features
+    np.testing.assert_allclose(*features, atol=1e-4, rtol=1e-4)
+    assert out.reference.shape[0] == 3
+    size = max(np.abs(x).max() for x in jax.tree.leaves(own))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * size), grads, own)
 
 
 def test_a_composer_without_blocks():
@@ -149,9 +173,9 @@ def test_a_composer_without_blocks():
     params = trained(setup.init_params(module, config.model, config.data))
     query, _ = entry_points(module)
     reference, text, _ = inputs()
-    together = query(params, reference, text.reshape(R * Q, LENGTH)).embedding
+    together = query(params, reference, text).embedding
     for r in range(R):
-        alone = query(params, reference[r : r + 1], text[r, 1:2]).embedding
+        alone = query(params, reference[r : r + 1], text[r * Q + 1 : r * Q + 2]).embedding
         np.testing.assert_allclose(together[r * Q + 1 : r * Q + 2], alone, atol=1e-5)
 
 
@@ -165,13 +189,21 @@ def test_jit_changes_nothing(model):
 
 
 def test_padding_of_the_text_does_not_matter(model):
-    _, params, query, _ = model
+    module, params, query, _ = model
     reference, text, _ = flat_inputs()
     assert (text[:, 5:] == 0).all()
     expected = query(params, reference, text)
     shorter = query(params, reference, text[:, :5])
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(shorter)):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+    def pooled(module, ids):  # of states that a store holds, which have all tokens
+        return module.backbone.text_features(ids, module.backbone.text_states(text)).pooled
+
+    whole, cut = (
+        module.apply({"params": params}, ids, method=pooled) for ids in (text, text[:, :5])
+    )
+    np.testing.assert_allclose(whole, cut, atol=1e-5)
     # Neither do the embeddings of padding and of the positions where it stands.
     flat = flatten_dict(params)
     for name, x in flat.items():
@@ -216,11 +248,11 @@ def test_bfloat16_is_close_to_float32_over_the_same_parameters(model, backbone):
 def test_temperature(backbone):
     config = small_model_config(backbone, **{"model.initial_tau": 0.05})
     module = build_small_model(config)
-    image, text = np.zeros((1, SIZE, SIZE, 3), np.uint8), np.ones((1, 1, LENGTH), np.int32)
+    image, text = np.zeros((1, SIZE, SIZE, 3), np.uint8), np.ones((1, LENGTH), np.int32)
 
     @jax.jit
     def start_of(key):  # alone, so that nothing else is compiled
-        variables = module.init(key, image, text, image[:, None], train=False)
+        variables = module.init(key, image, text, image, train=False)
         return variables["params"]["log_scale"]
 
     def tau(log_scale):

@@ -23,6 +23,7 @@ def test_the_table_has_all_variants_and_a_ratio_to_the_baseline():
     status, said = binary(
         *("benchmark", "--config=configs/shapes.py:smoke", "--rounds=2", "--steps=1"),
         *("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0"),
+        "--config.model.tiny.composer_depth=1",
         "--config.num_devices=2",
     )
     assert status == 0, said

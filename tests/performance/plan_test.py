@@ -456,7 +456,8 @@ def plan(*arguments):
 
 
 # Without blocks it compiles sooner, and has all that is looked at.
-SMALL = ("--config.model.tiny.image_depth=0", "--config.model.tiny.text_depth=0")
+SMALL = tuple(f"--config.model.tiny.{part}_depth=0" for part in ("image", "text"))
+SMALL += ("--config.model.tiny.composer_depth=1",)
 SMOKE = ("--config=configs/shapes.py:smoke", *SMALL)
 
 

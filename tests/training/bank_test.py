@@ -170,11 +170,9 @@ def test_what_is_mined_at_a_refresh_is_never_a_known_positive(keeper):
     mined = split.gallery.image_ids[rows]
     assert not (mined[:, :, None] == known[:, None, :]).any()
     assert all(len(set(line)) == 16 for line in rows.tolist())
-    spec = Batch.spec(
-        references=1, queries_per_reference=2, image_size=8, max_length=4, attributes=2
-    )
-    batch = keeper.add_mined(spec.replace(query=np.array([[3, 1]])))
-    np.testing.assert_array_equal(batch.mined.rows[0, 1], rows[1])
+    spec = Batch.spec(queries=2, references=1, image_size=8, max_length=4, attributes=2)
+    batch = keeper.add_mined(spec.replace(query=np.array([3, 1])))
+    np.testing.assert_array_equal(batch.mined.rows[1], rows[1])
 
 
 @pytest.mark.slow  # `train_step_test.py` and the next test have its parts

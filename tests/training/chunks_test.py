@@ -23,7 +23,8 @@ from dqe_jax.training import state as states
 from dqe_jax.training.step import make_step
 from dqe_jax.utils.errors import UserError
 
-REFERENCES = 16
+# So that there are 16 units of the batches of FashionIQ.
+REFERENCES = 32
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,6 +72,7 @@ def test_gradients_are_those_of_the_whole_batch(backbone):
         **{"negatives.bounds": "absolute", "negatives.lower": -9.0, "negatives.upper": 9.0},
         **{"negatives.floor": -math.inf, "negatives.sample_temperature": 0.0},
         "loss.alignment": 0.1,
+        "data.dataset": "fashioniq",  # its references have one query or two
         # Which is drawn for each chunk.
         **{"model.blip2.dropout": 0.0, "model.features.dropout": 0.0},
     }

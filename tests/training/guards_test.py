@@ -206,6 +206,7 @@ def test_a_full_disk_is_told_in_one_sentence(base, tmp_path):
     """Orbax, asyncio and TensorStore would add a traceback for each array that is not written."""
     changes = {"total_steps": LONG, "keep_checkpoints": 99, "eval_every": 0, "checkpoint_every": 2}
     changes |= {"num_devices": 1, "model.tiny.image_depth": 0, "model.tiny.text_depth": 0}
+    changes["model.tiny.composer_depth"] = 1
     changes["data.prepared_dir"] = base / "prepared"
     with small_disk(tmp_path):
         done = run_module(

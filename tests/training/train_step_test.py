@@ -19,8 +19,9 @@ from dqe_jax.training.optimizer import make_optimizer
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import make_train_step
 
-R, Q, L, P, SIZE, VOCAB, PHOTOS = 8, 2, 6, 3, 32, 20, 14
-B = R * Q
+# Eight units of two references, of which the first has two queries and the second has one.
+R, B, L, P, SIZE, VOCAB, PHOTOS = 16, 24, 6, 3, 32, 20, 14
+REFERENCE = (2 * np.arange(8)[:, None] + np.array([0, 0, 1])).ravel().astype(np.int32)
 RULES = ("trns", "random", "hardest", "in_batch")
 
 
@@ -35,7 +36,8 @@ def quick_compilation():
 
 def make_config(rule="trns", **changes):
     config = shapes.get_config("smoke")
-    config.model.tiny.image_depth = config.model.tiny.text_depth = 0
+    tiny = config.model.tiny
+    tiny.image_depth, tiny.text_depth, tiny.composer_depth = 0, 0, 1
     config.data.image_size, config.data.max_length = SIZE, L
     config.model.tiny.patch_size = 16
     config.negatives.rule, config.negatives.per_query = rule, 5
@@ -57,7 +59,7 @@ def init_params(enabled=True):
 
     @jax.jit
     def init(key):
-        images = batch.reference_image, batch.text, batch.target_image
+        images = batch.reference_image, batch.text, batch.target_image, batch.reference
         return model.init({"params": key}, *images, train=False)["params"]
 
     params = init(jax.random.key(0))
@@ -72,26 +74,28 @@ def init_params(enabled=True):
 def make_batch(seed, padding=True):
     """Image ids repeat across rows, positives are several, and some rows are padding."""
     rng = np.random.default_rng(seed)
-    target = rng.integers(0, PHOTOS, (R, Q)).astype(np.int32)
-    target[-1, 0] = target[0, 0]  # the first and the last device share a target's image
-    known = rng.integers(-1, PHOTOS, (R, Q, P)).astype(np.int32)
-    known[:, :, 0] = target
-    text = rng.integers(2, VOCAB, (R, Q, L)).astype(np.int32)
-    text[:, :, 4:] *= rng.integers(0, 2, (R, Q, 1)).astype(np.int32)
-    query_mask = np.ones((R, Q), bool)
+    target = rng.integers(0, PHOTOS, B).astype(np.int32)
+    target[-3] = target[0]  # the first and the last device share a target's image
+    known = rng.integers(-1, PHOTOS, (B, P)).astype(np.int32)
+    known[:, 0] = target
+    text = rng.integers(2, VOCAB, (B, L)).astype(np.int32)
+    text[:, 4:] *= rng.integers(0, 2, (B, 1)).astype(np.int32)
+    query_mask = np.ones(B, bool)
     if padding:
-        query_mask[2, 1] = query_mask[5, :] = query_mask[7, 1] = False
+        query_mask[[5, 10, 21, 22, 23]] = False  # some references have no query at all
     return Batch(
         reference_image=rng.integers(0, 256, (R, SIZE, SIZE, 3)).astype(np.uint8),
         reference_id=rng.integers(0, PHOTOS, R).astype(np.int32),
+        reference_mask=np.bincount(REFERENCE, query_mask) > 0,
+        reference=REFERENCE,
         text=text,
-        target_image=rng.integers(0, 256, (R, Q, SIZE, SIZE, 3)).astype(np.uint8),
-        query=np.arange(R * Q, dtype=np.int32).reshape(R, Q),
+        target_image=rng.integers(0, 256, (B, SIZE, SIZE, 3)).astype(np.uint8),
+        query=np.arange(B, dtype=np.int32),
         target_id=target,
         target_row=target,
-        relevant=np.zeros((R, Q, 0), np.int32),
+        relevant=np.zeros((B, 0), np.int32),
         known_positives=known,
-        mentions=rng.integers(0, 2, (R, Q, 4)).astype(np.float32),
+        mentions=rng.integers(0, 2, (B, 4)).astype(np.float32),
         query_mask=query_mask,
     )
 
@@ -184,10 +188,9 @@ def plain_loss(config, out, batch, indices, drawn):
     q = np.asarray(out.query.embedding, np.float64)
     target, reference = (np.asarray(x, np.float64) for x in (out.target, out.reference))
     pool = np.concatenate([target, reference])
-    ids = np.concatenate([batch.target_id.reshape(-1), batch.reference_id])
-    query_mask = batch.query_mask.reshape(-1)
-    usable = np.concatenate([query_mask, batch.query_mask.any(1)])
-    known = batch.known_positives.reshape(B, -1)
+    ids = np.concatenate([batch.target_id, batch.reference_id])
+    query_mask, known = batch.query_mask, batch.known_positives
+    usable = np.concatenate([query_mask, batch.reference_mask])
 
     def score(i, c):
         return max(q[i] @ token for token in pool[c])
@@ -208,7 +211,7 @@ def plain_loss(config, out, batch, indices, drawn):
             out.target_attribute_features,
         )
     )
-    mentions = batch.mentions.reshape(B, -1)
+    mentions = batch.mentions
     for i in np.flatnonzero(query_mask):
         s = score(i, i)
         rows = [score(i, c) for c in range(len(pool)) if negative(i, c)]
@@ -236,7 +239,7 @@ def plain_loss(config, out, batch, indices, drawn):
 def test_loss_equals_its_plain_statement(rule):
     config, batch, key = make_config(rule), make_batch(3), jax.random.key(5)
     params = init_params()[1]
-    images = batch.reference_image, batch.text, batch.target_image
+    images = batch.reference_image, batch.text, batch.target_image, batch.reference
     out = jax.jit(make_model(config).apply)({"params": params}, *images)
     loss, metrics = on_one_device(objective_of(config))(params, batch, key)
 
@@ -244,11 +247,11 @@ def test_loss_equals_its_plain_statement(rule):
         "bd,nd->bn", out.query.embedding, np.concatenate([out.target, out.reference])[:, 0]
     )
     delta = np.diag(scores[:, :B])[:, None] - scores
-    ids = np.concatenate([batch.target_id.reshape(-1), batch.reference_id])
-    usable = np.concatenate([batch.query_mask.reshape(-1), batch.query_mask.any(1)])
-    known = batch.known_positives.reshape(B, -1)
+    ids = np.concatenate([batch.target_id, batch.reference_id])
+    usable = np.concatenate([batch.query_mask, batch.reference_mask])
+    known = batch.known_positives
     forbidden = np.array([[c in row for c in ids] for row in known])
-    forbidden |= ~usable[None] | ~batch.query_mask.reshape(-1, 1)
+    forbidden |= ~usable[None] | ~batch.query_mask[:, None]
     if rule == "hardest":
         order = np.argsort(np.where(forbidden, np.inf, delta), axis=1, kind="stable")[:, :5]
         indices, drawn = order, ~np.take_along_axis(forbidden, order, 1)
@@ -266,7 +269,7 @@ def test_loss_equals_its_plain_statement(rule):
 
 def test_an_oracle_takes_what_is_in_truth_valid_for_known_positives():
     batch, key, params = make_batch(3), jax.random.key(5), init_params()[1]
-    relevant = np.random.default_rng(0).integers(-1, PHOTOS, (R, Q, 4)).astype(np.int32)
+    relevant = np.random.default_rng(0).integers(-1, PHOTOS, (B, 4)).astype(np.int32)
     known = np.concatenate([batch.known_positives, relevant], axis=-1)
 
     def metrics(oracle, **changes):
@@ -291,7 +294,7 @@ def test_padding_changes_nothing(rule):
     padding = ~batch.query_mask
     for name in ("text", "target_image", "target_id", "known_positives", "mentions"):
         getattr(changed, name)[padding] = getattr(other, name)[padding]
-    nobody = padding.all(1)  # a reference that is padding as a whole
+    nobody = ~batch.reference_mask  # a reference that is padding as a whole
     assert nobody.any()
     for name in ("reference_image", "reference_id"):
         getattr(changed, name)[nobody] = getattr(other, name)[nobody]
@@ -299,9 +302,9 @@ def test_padding_changes_nothing(rule):
     one, two = (value(init_params()[1], b, jax.random.key(1)) for b in (batch, changed))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     # They are rows that would count: the same change without the mask is seen.
-    full = np.ones_like(batch.query_mask)
+    full = {"query_mask": np.ones(B, bool), "reference_mask": np.ones(R, bool)}
     losses = [
-        value(init_params()[1], b.replace(query_mask=full), jax.random.key(1))[0][0]
+        value(init_params()[1], b.replace(**full), jax.random.key(1))[0][0]
         for b in (batch, changed)
     ]
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -309,8 +312,10 @@ def test_padding_changes_nothing(rule):
 
 def test_a_batch_of_padding_alone_is_zero_and_finite():
     config = make_config("trns")
-    batch = make_batch(6).replace(query_mask=np.zeros((R, Q), bool))
-    batch.query_mask[0, 0] = True  # one query and, but for its reference, nothing to compare with
+    none = {"query_mask": np.zeros(B, bool), "reference_mask": np.zeros(R, bool)}
+    batch = make_batch(6).replace(**none)
+    # One query and, but for its reference, nothing to compare with.
+    batch.query_mask[0] = batch.reference_mask[0] = True
     value = on_one_device(jax.value_and_grad(objective_of(config), has_aux=True))
     (loss, _), grads = value(init_params()[1], batch, jax.random.key(0))
     assert np.isfinite(loss)
@@ -360,7 +365,7 @@ def test_weighting_starts_as_the_plain_composer_and_is_it_at_zero_weights():
     with_weights = make_model(make_config())
     without = make_model(make_config(**{"model.attributes.enabled": False}))
     batch = make_batch(0)
-    image, text = batch.target_image[:, 0], batch.text[:, 0]
+    image, text = batch.target_image[:R], batch.text[:R]
 
     @functools.partial(jax.jit, static_argnums=0)
     def query(model, params):

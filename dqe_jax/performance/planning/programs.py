@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dqe_jax.config import RunConfig
+from dqe_jax.data.datasets import expected_shape
+from dqe_jax.data.packing import check_parts
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.feature_store.features import sizes_of, states_spec, stored_kinds
@@ -124,9 +126,11 @@ class _Maker:
         self.state = TrainState(_spec(jnp.int32), params, moments)
         self.weights = {"parameters": size_of(params)}
         self.moments = {"optimiser": self.optimizer.bytes_of_device()}
-        self.references = config.batch.references // self.num_devices
+        shape = expected_shape(config.data.dataset, config.batch)
+        check_parts(shape, self.num_devices, config.batch.chunks)
         plain = jax.tree.map(
-            lambda x: self._sharded(x.dtype, *x.shape), batch_spec(config, self.references)
+            lambda x: self._sharded(x.dtype, *x.shape),
+            batch_spec(config, shape.part(self.num_devices)),
         )
         self.batch: Batch = dataclasses.replace(
             plain,
@@ -152,7 +156,7 @@ class _Maker:
             kinds.append(self._kind("images", counts, self._images(1), images))
         if "text" in stored:
             assert isinstance(text, StoredText)
-            one = jax.tree.map(lambda x: self._sharded(x.dtype, *x.shape[3:]), text.states)
+            one = jax.tree.map(lambda x: self._sharded(x.dtype, *x.shape[2:]), text.states)
             kinds.append(self._kind("texts", counts, one, text.states))
         held = sum((self.weights | self.moments | self._of_bank(bank)).values())
         return place_all(kinds, self.config.features.place, self.num_devices, machines, held)
@@ -168,18 +172,18 @@ class _Maker:
 
     def _step(self, name: str, bank: Bank | None) -> Program:
         config, batch = self.config, self.batch
-        per_reference, inputs = config.batch.queries_per_reference, self.weights | self.moments
+        inputs = self.weights | self.moments
         if bank is not None:
             inputs |= self._of_bank(bank)
             if config.negatives.mining == "refresh":
-                drawn = (self.references, per_reference, config.negatives.per_query)
+                drawn = (batch.query.shape[1], config.negatives.per_query)
                 rows, filled = self._sharded(jnp.int32, *drawn), self._sharded(bool, *drawn)
                 batch = dataclasses.replace(batch, mined=MinedNegatives(rows, filled))
         inputs |= {"batch": size_of(batch) // self.num_devices}
         step = make_step(config, self.model, self.optimizer, self.devices, bank=bank is not None)
         stop = self._sharded(jnp.int32, 1)
         taken = (self.state, batch, stop, *([] if bank is None else [bank]))
-        return Program(name, step, taken, inputs, 0, config.batch.references * per_reference)
+        return Program(name, step, taken, inputs, 0, batch.query.size)
 
     def _of_bank(self, bank: Bank | None) -> dict[str, int]:
         return {} if bank is None else {"bank": size_of(bank) // self.num_devices}

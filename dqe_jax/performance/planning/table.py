@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dqe_jax.config import RunConfig
+from dqe_jax.data.datasets import expected_shape
 from dqe_jax.performance.planning.chips import Topology
 from dqe_jax.performance.planning.compiler import Facts
 from dqe_jax.performance.planning.store_lines import store_json, stored_lines
@@ -159,7 +160,8 @@ def advise(config: RunConfig, facts: Facts, devices: int, stored: int = 0) -> li
     if pretrained and not model.remat:
         advice["temporaries"].append("config.model.remat=True")
     chunks = 2 * config.batch.chunks
-    if config.batch.references // devices % chunks == 0:
+    units = expected_shape(config.data.dataset, config.batch).units
+    if units % (devices * chunks) == 0:
         advice["temporaries"].append(f"config.batch.chunks={chunks}")
     if pretrained and not model.scan_layers:
         advice["temporaries"].append("config.model.scan_layers=True")
