@@ -67,9 +67,9 @@ def main(argv: Sequence[str]) -> None:
         filter=conditions,
     )
     sys.stdout.write(f"{found!r}\n")
-    output = _OUTPUT.value
+    output = Path(_OUTPUT.value) if _OUTPUT.value is not None else None
     if _OPEN.value and output is None:
-        output = Path(tempfile.mkdtemp(prefix="dqe-search-")) / "grid.html"
+        output = Path(tempfile.mkdtemp(prefix="dqe-search-"), "grid.html")
     if output is not None:
         file = found.save(output)
         logging.info("The images are in %s.", file)

@@ -164,7 +164,7 @@ def test_factors_of_both_forms(form):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (2, 32, 32, 3), np.uint8)
     ids = rng.integers(1, 19, (2, LENGTH)).astype(np.int32)
-    params = model.init(jax.random.key(0), image[:1], ids[None, :1], image[None, :1], train=False)
+    params = model.init(jax.random.key(0), image[:1], ids[:1], image[:1], train=False)
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
 
     def query(*factors):
