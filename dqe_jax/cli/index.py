@@ -4,7 +4,8 @@ dqe-jax index --model=runs/shapes --images=DIR --output=DIR2 [--table=FILE]
 
 All JPEG, PNG and WebP images in the folder and below it are embedded. Run the same command again
 after images were added, changed, renamed or removed: only what is new is embedded. The command may
-be interrupted at any time. `--table` names a CSV file with columns for filters: its first line
+be interrupted at any time. `--store` keeps the
+embeddings in Milvus. `--table` names a CSV file with columns for filters: its first line
 names them, and the column `image` or `id` says which image a line is of.
 """
 
@@ -24,6 +25,11 @@ _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the
 _IMAGES = flags.DEFINE_string("images", None, "Folder of the images.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the index.")
 _TABLE = flags.DEFINE_string("table", None, "CSV file with a line for each image.")
+_STORE = flags.DEFINE_string(
+    "store",
+    None,
+    "For millions of images: a file such as index.db (Milvus Lite), or a Milvus server's address.",
+)
 _BATCH = flags.DEFINE_integer(
     "batch_size", None, "Images embedded at a time; default: that of the run, at most 64.", 1
 )
@@ -48,5 +54,7 @@ def main(argv: Sequence[str]) -> None:
         batch_size=_BATCH.value,
         encoders=pairs_of("encoder", _ENCODERS.value),
     )
-    index = model.index(given(_IMAGES), output=given(_OUTPUT), table=_TABLE.value)
+    index = model.index(
+        given(_IMAGES), output=given(_OUTPUT), table=_TABLE.value, store=_STORE.value
+    )
     sys.stdout.write(f"{index.directory}: {index.report}.\n")

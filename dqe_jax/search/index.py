@@ -12,11 +12,12 @@ import numpy as np
 
 from dqe_jax.evaluation.placed import PlacedGallery
 from dqe_jax.search import images as photos
-from dqe_jax.search import store
+from dqe_jax.search import store as files
 from dqe_jax.search.building import Report, update
 from dqe_jax.search.folder import folder_of
 from dqe_jax.search.images import AnyImage, UnreadableError
 from dqe_jax.search.loading import load
+from dqe_jax.search.milvus import Engine, expression, number_of, store_of
 from dqe_jax.search.model import Model, Query, queries_of
 from dqe_jax.search.results import Result, Results
 from dqe_jax.search.store import Facts, Listing, Vectors
@@ -55,14 +56,20 @@ class Index:
         self._contents = [entry.content for entry in listing.entries.values()]
         self._vectors = Vectors(directory, facts)
         self._row = {id_: row for row, id_ in enumerate(self.ids)}
-        try:
-            gallery = self._vectors.embeddings(self._contents)
-        except KeyError:
+        if any(content not in self._vectors for content in self._contents):
             raise UserError(
                 f"the index {directory} lacks embeddings that it should have: run dqe-jax index "
                 "again, which computes them."
-            ) from None
-        self._gallery = PlacedGallery(gallery, devices=model.devices)
+            )
+        self._gallery: PlacedGallery | None = None
+        self._engine: Engine | None = None
+        if facts.store:
+            self._engine = Engine(directory, facts)
+            self._engine.open()
+            self._row_of_number = {number_of(id_): row for row, id_ in enumerate(self.ids)}
+        else:
+            gallery = self._vectors.embeddings(self._contents)
+            self._gallery = PlacedGallery(gallery, devices=model.devices)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,7 +121,9 @@ class Index:
         filter: Filter | None = None,
         include_reference: bool = False,
     ) -> Results | list[Results]:
-        """Finds the images that fit reference images and texts best, by exact search.
+        """Finds the images that fit reference images and texts best.
+
+        The search is exact, unless the index has a store: then the engine's is approximate.
 
         Args:
           image: as for `Model.encode_query`; an id of the index stands for its image.
@@ -135,12 +144,12 @@ class Index:
         queries = queries_of(image, text)
         left_out = self._rows_of(exclude, "exclude")
         allowed = allowed_rows(self.columns, len(self), filter) if filter else None
-        files = [tuple(self._file_of(one) for one in query.images) for query in queries]
-        located = [Query(own, query.text) for own, query in zip(files, queries)]
+        paths = [tuple(self._file_of(one) for one in query.images) for query in queries]
+        located = [Query(own, query.text) for own, query in zip(paths, queries)]
         embedded = self.model.embed_queries(located, weights)
         own_rows = [[] if include_reference else self._copies_of(q.images) for q in queries]
-        excluded = _padded([[*left_out, *rows] for rows in own_rows])
-        rows, scores = self._gallery.rank(embedded.embedding, k, excluded=excluded, allowed=allowed)
+        excluded = [[*left_out, *rows] for rows in own_rows]
+        rows, scores = self._rank(embedded.embedding, k, excluded, allowed, filter)
         found = []
         for i, query in enumerate(queries):
             warnings = embedded.warnings[i]
@@ -158,10 +167,32 @@ class Index:
                     ),
                     attribute_weights=embedded.weights(i),
                     warnings=warnings,
-                    thumbnails=self._thumbnails(files[i], places),
+                    thumbnails=self._thumbnails(paths[i], places),
                 )
             )
         return found[0] if isinstance(text, str) else found
+
+    def _rank(
+        self,
+        queries: np.ndarray,
+        k: int,
+        excluded: Sequence[Sequence[int]],
+        allowed: np.ndarray | None,
+        filter: Filter | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int32 `[Q, k]`, -1 where a list ends, and scores float32 `[Q, k]`."""
+        if self._gallery is not None:
+            return self._gallery.rank(queries, k, excluded=_padded(excluded), allowed=allowed)
+        assert self._engine is not None, "an index has a gallery or an engine"
+        numbers = [[number_of(self.ids[row]) for row in own] for own in excluded]
+        condition = expression(self.columns, filter) if filter else ""
+        rows = np.full((len(queries), k), -1, np.int32)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        for i, hits in enumerate(self._engine.rank(queries, k, numbers, condition)):
+            known = [(self._row_of_number[n], x) for n, x in hits if n in self._row_of_number]
+            for place, (row, score) in enumerate(known):
+                rows[i, place], scores[i, place] = row, score
+        return rows, scores
 
     def _result(self, row: int, score: float) -> Result:
         metadata = {name: column[row] for name, column in self.columns.items()}
@@ -193,7 +224,7 @@ class Index:
         for image in images:
             file = self._file_of(image)
             if isinstance(file, (str, os.PathLike)):
-                content = store.content_of(photos.read_file(file))
+                content = files.content_of(photos.read_file(file))
                 rows.update(self._rows_with(content))
         return sorted(rows)
 
@@ -217,17 +248,22 @@ def build_index(
     *,
     output: str | os.PathLike[str] | None = None,
     table: str | os.PathLike[str] | None = None,
+    store: str | None = None,
 ) -> Index:
     """Makes an index, or brings it up to date; see `Model.index`."""
     root = folder_of(images)
     keep = tempfile.TemporaryDirectory(prefix="dqe-index-") if output is None else None
     directory = _directory_of(output) if output is not None else Path(keep.name if keep else "")
-    held = store.read_facts(directory)
+    held = files.read_facts(directory)
+    named = store_of(store) if store else ""
+    if named and output is None:
+        raise UserError("an index with a store needs a directory: name one as output.")
     if held is not None:
         _check_model(directory, held, model)
-    elif directory.is_dir() and any(directory.iterdir()) and not (directory / store.LOCK).exists():
+        named = named or held.store
+    elif directory.is_dir() and any(directory.iterdir()) and not (directory / files.LOCK).exists():
         raise UserError(f"{directory} holds other files: name an empty or a new directory.")
-    with store.locked(directory):
+    with files.locked(directory):
         tokens, width = model.token_shape()
         facts = Facts(
             fingerprint=model.fingerprint,
@@ -237,11 +273,16 @@ def build_index(
             tokens=tokens,
             width=width,
             images=str(root),
+            store=named,
         )
-        store.write_facts(directory, facts)
-        report = update(model, root, directory, table=table, listed=store.read_listing(directory))
-        listing = store.read_listing(directory)
-    assert listing is not None, "the update has written it"
+        files.write_facts(directory, facts)
+        report = update(model, root, directory, table=table, listed=files.read_listing(directory))
+        listing = files.read_listing(directory)
+        assert listing is not None, "the update has written it"
+        if named:
+            engine = Engine(directory, facts)
+            engine.sync(listing, Vectors(directory, facts))
+            engine.close()
     return Index(directory, model, facts, listing, report, keep)
 
 
@@ -256,10 +297,10 @@ def open_index(directory: str | os.PathLike[str], *, model: Model | None = None)
       UserError: there is no index, or the model is another one.
     """
     place = _directory_of(directory)
-    facts = store.read_facts(place)
+    facts = files.read_facts(place)
     if facts is None:
         raise UserError(f"there is no index in {place}: make one with dqe-jax index.")
-    listing = store.read_listing(place)
+    listing = files.read_listing(place)
     if listing is None:
         raise UserError(f"the index {place} is not finished: run dqe-jax index again.")
     if model is None:

@@ -219,6 +219,7 @@ class Model:
         *,
         output: str | os.PathLike[str] | None = None,
         table: str | os.PathLike[str] | None = None,
+        store: str | None = None,
     ) -> Index:
         """Indexes all images of a folder and of the folders in it, for search.
 
@@ -228,6 +229,9 @@ class Model:
             are new or have changed are embedded. None keeps the index for as long as this object
             lives.
           table: a CSV file with columns of metadata, see `tables.py`.
+          store: for millions of images: a file such as `index.db` (Milvus Lite) or the address of a
+            Milvus server, which then searches in place of the devices. Needs `output`; None keeps
+            the one that the index has.
 
         Raises:
           UserError: the folder or the table cannot be used, or `output` is an index of another
@@ -235,7 +239,7 @@ class Model:
         """
         from dqe_jax.search.index import build_index  # it knows this module
 
-        return build_index(self, photos, output=output, table=table)
+        return build_index(self, photos, output=output, table=table, store=store)
 
     def _factors(self, weights: Mapping[str, float]) -> np.ndarray:
         """float32 `[K]`."""

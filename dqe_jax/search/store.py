@@ -57,6 +57,7 @@ class Facts:
       tokens: `M`.
       width: `d`.
       images: the folder.
+      store: of `milvus.py`; "" for exact search on the devices.
     """
 
     fingerprint: str
@@ -66,6 +67,7 @@ class Facts:
     tokens: int
     width: int
     images: str
+    store: str = ""
 
     @property
     def specs(self) -> dict[str, RowSpec]:
