@@ -86,6 +86,8 @@ setup(
         # Also compiles for TPUs on a machine without one (Linux, x86-64).
         # gcsfs: run directories on gs://.
         "tpu": ["jax[tpu]>=0.10", "gcsfs>=2023.5"],
+        # An index in Milvus, whatever its size; milvus-lite is its embedded form.
+        "milvus": ["pymilvus>=3.0", "milvus-lite>=3.2"],
         "test": [
             "beartype>=0.18",
             "import-linter>=2.3",

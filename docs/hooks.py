@@ -18,6 +18,14 @@ from dqe_jax.utils.fields import Field, fields_of
 
 # What the page of the Python API documents, by heading: modules, or single functions.
 OBJECTS = {
+    "Search": (
+        "dqe_jax.search.loading.load",
+        "dqe_jax.search.model",
+        "dqe_jax.search.index",
+        "dqe_jax.search.results",
+        "dqe_jax.search.tables",
+        "dqe_jax.search.store",
+    ),
     "Config": ("dqe_jax.cli.config_files.load_config", "dqe_jax.config"),
     "Training and evaluation": (
         "dqe_jax.training.loop.train_and_evaluate",
@@ -26,6 +34,8 @@ OBJECTS = {
         "dqe_jax.evaluation.watch.watch",
         "dqe_jax.checkpoints.trained",
         "dqe_jax.checkpoints.export",
+        "dqe_jax.checkpoints.exported",
+        "dqe_jax.checkpoints.opened",
     ),
     "Data": (
         "dqe_jax.data.prepare",

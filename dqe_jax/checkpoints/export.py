@@ -1,4 +1,4 @@
-"""A run's encoders as safetensors in Hugging Face layout, for PyTorch."""
+"""A run's model as files that need no run: for `dqe_jax.load`, and its encoders for PyTorch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pathlib
 import orbax.checkpoint as ocp
 from absl import logging
 
-from dqe_jax.checkpoints import store
+from dqe_jax.checkpoints import exported, store
+from dqe_jax.checkpoints.fingerprint import fingerprint_of
 from dqe_jax.method.arrays import Params
-from dqe_jax.models.build import VARIANTS
-from dqe_jax.models.weights import hugging_face
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
+from dqe_jax.utils.paths import is_remote
 
 
 def export_run(
     directory: str | os.PathLike[str], output: str | os.PathLike[str], *, step: int | None = None
 ) -> pathlib.Path:
-    """Writes the parameters of a checkpoint as `hugging_face.write` does.
+    """Writes the model of a checkpoint, of any backbone: see `exported.py` for the files.
 
     Args:
       directory: a workdir, or its `checkpoints` directory.
@@ -31,25 +31,26 @@ def export_run(
       The directory that was written.
 
     Raises:
-      UserError: there is no such checkpoint, its backbone is not a pretrained one, or `output` is
-        not writable.
+      UserError: there is no such checkpoint, or `output` is not writable or in a bucket.
     """
+    if is_remote(output):
+        raise UserError(f"--output={output}: name a directory of this machine, and copy it there.")
     manager = store.open_for_reading(directory)
     step, (meta, params) = store.read_chosen(manager, step, lambda number: _read(manager, number))
-    backbone = meta["config"]["model"]["backbone"]
-    if backbone not in VARIANTS:
-        raise UserError(
-            f"{manager.directory} is of the backbone {backbone!r}, which has no counterpart in "
-            "Hugging Face transformers: export runs of 'clip' or 'blip2'."
-        )
+    config = exported.config_of(meta["config"])
+    sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
+    fingerprint = fingerprint_of(config, sizes, params)
     written = pathlib.Path(output).expanduser()
     try:
-        counts = hugging_face.write(written, params, meta)
+        counts = exported.write(written, params, meta, step=step, fingerprint=fingerprint)
     except OSError as error:
         raise UserError(
             f"--output: cannot write to {written} ({error.strerror}); name a writable directory."
         ) from error
-    logging.info("%s, step %d: %d tensors, and %d of our own.", written, step, *counts)
+    logging.info(
+        "%s, step %d: %d tensors for transformers, and %d of our own. Fingerprint: %s.",
+        *(written, step, *counts, fingerprint),
+    )
     return written
 
 
@@ -58,6 +59,7 @@ def _read(manager: ocp.CheckpointManager, step: int) -> tuple[JsonObject, Params
     meta = store.read_meta(manager, step)
     with store.told_damaged(manager, step):
         backbone = meta["config"]["model"]["backbone"]
-        if backbone in size_files.SIZES:
+        if meta["sizes"] is not None:
             size_files.from_json(backbone, meta["sizes"])
+        exported.config_of(meta["config"])
     return meta, store.restore_params(manager, step)

@@ -25,7 +25,7 @@ from dqe_jax.config import fields
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import is_of_disk
 from dqe_jax.utils.paths import look_anew
-from dqe_jax.utils.quiet import skip_absent_tpu
+from dqe_jax.utils.quiet import OLD_NEWS, skip_absent_tpu
 
 _Value = TypeVar("_Value")
 _HINT = re.compile(r'Did you mean "(?P<near>\w+)" instead of "(?P<name>\w+)"')
@@ -40,14 +40,12 @@ _EXAMPLES = {
     "raw_dir": "DIR",
     "source": "DIR",
     "topology": "v5e:2x4",
+    "model": "runs/shapes",
+    "images": "DIR",
+    "index": "DIR",
+    "image": "FILE",
 }
 _PARSING = "Error whilst parsing config file"
-_OLD_NEWS = (
-    "OpenCV is not installed",  # an optional speed-up
-    "CheckpointManagerOptions.read_only=True",  # what evaluation asks for
-    "Given directory is read only",
-    "Using custom data configuration",
-)
 
 
 def run(module: ModuleType, argv: Sequence[str]) -> None:
@@ -63,8 +61,9 @@ def run(module: ModuleType, argv: Sequence[str]) -> None:
         look_anew()
         skip_absent_tpu()
         try:
-            if len(rest) > 1:
-                raise UserError(f"unexpected argument {rest[1]!r}: flags start with --.")
+            most = getattr(module, "ARGUMENTS", 0)  # that are no flags
+            if len(rest) > 1 + most:
+                raise UserError(f"unexpected argument {rest[1 + most]!r}: flags start with --.")
             module.main(rest)
         except UserError as error:
             end(str(error))
@@ -142,6 +141,23 @@ def given(flag: flags.FlagHolder[_Value | None]) -> _Value:
     return flag.value
 
 
+def pairs_of(flag: str, values: Sequence[str]) -> dict[str, str]:
+    """What a flag says that is given as NAME=VALUE, any number of times.
+
+    Raises:
+      UserError: a value is not of this form, or a name is given twice.
+    """
+    pairs: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest):
+            raise UserError(f"--{flag}={value}: give it as NAME=VALUE.")
+        if name in pairs:
+            raise UserError(f"--{flag}={name}=... is given twice: give it once.")
+        pairs[name] = rest
+    return pairs
+
+
 def default_workdir(*suffixes: str) -> str:
     """`runs/shapes-hard` for `--config=configs/shapes.py:hard`, and suffixes after it."""
     name, _, variants = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
@@ -150,12 +166,12 @@ def default_workdir(*suffixes: str) -> str:
 
 
 def _is_news(record: python_logging.LogRecord) -> bool:
-    """Keeps dqe_jax's own lines, and the warnings of libraries but those of `_OLD_NEWS`.
+    """Keeps dqe_jax's own lines, and the warnings of libraries but those of `OLD_NEWS`.
 
     What cannot be written is told once, by `training.faults`, not by each thread that writes.
     """
     error = record.exc_info[1] if record.exc_info else None
-    if any(text in record.getMessage() for text in _OLD_NEWS) or (error and is_of_disk(error)):
+    if any(text in record.getMessage() for text in OLD_NEWS) or (error and is_of_disk(error)):
         return False
     own = (record.pathname or "").startswith(os.path.dirname(os.path.dirname(__file__)))
     return own or record.levelno >= python_logging.WARNING

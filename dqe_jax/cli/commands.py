@@ -20,6 +20,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "Evaluates a checkpoint, a run that still trains, or predictions."),
     "prepare": ("prepare", "Prepares a benchmark or your own triplets from raw files."),
     "features": ("features", "Computes what frozen towers make of a data set; lists, deletes it."),
+    "index": ("index", "Indexes a folder of images for search with a trained model."),
+    "search": ("search", "Searches an index for what fits an image and a text."),
     "audit": ("audit", "Measures which share of the mined negatives is truly relevant."),
     "ablate": ("ablate", "Trains the variants of a config over seeds and compares them."),
     "plan": ("plan", "Says what a config needs on TPUs or GPUs, without having them."),
@@ -27,7 +29,7 @@ COMMANDS = {
     "benchmark data": ("benchmark_data", "Times the way of images to the devices."),
     "benchmark mine": ("benchmark_mine", "Times the mining of negatives from a bank."),
     "convert": ("convert", "Converts pretrained weights to a directory that a config can name."),
-    "export": ("export", "Exports a run to safetensors in Hugging Face layout."),
+    "export": ("export", "Exports a model to files that need no run, for search or PyTorch."),
     "describe": ("describe", "Prints the parameters and the cost of a config's model."),
 }
 

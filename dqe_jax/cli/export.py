@@ -1,10 +1,12 @@
-"""Exports a run's encoders to safetensors in Hugging Face layout, for PyTorch.
+"""Exports a run's model to files that need no run: for search, or for PyTorch.
 
 python -m dqe_jax.export --workdir=runs/fiq --output=DIR [--step=N]
 
-Writes `model.safetensors` and `config.json`, which `CLIPModel` or `Blip2ForImageTextRetrieval` of
-`transformers` load, `tokenizer.json`, and `dqe.safetensors` with the parameters that these models
-do not have (attribute weights, temperature, CLIP's composer), named by their paths.
+`dqe_jax.load` and `dqe-jax index` open the directory: `dqe.json` says how the model was trained and
+how photos are preprocessed, `tokenizer.json` is its tokenizer, and `dqe.safetensors` has parameters
+by their paths. Of CLIP and BLIP-2, `model.safetensors` and `config.json` hold what `CLIPModel` or
+`Blip2ForImageTextRetrieval` of `transformers` load, and `dqe.safetensors` only what these do not
+have (attribute weights, temperature, CLIP's composer).
 """
 
 from __future__ import annotations

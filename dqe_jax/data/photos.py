@@ -69,16 +69,21 @@ def decode_photo(
     Raises:
       Exception: the photo does not decode; decoders raise many types.
     """
-    # Only formats of photos are decoded: other decoders should not be given unknown files.
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
-        width, height = opened.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise ValueError(f"has {width} x {height} pixels")
-        if decode_side is not None:
-            opened.draft("RGB", (decode_side, decode_side))
-        photo = opened.convert("RGB")
+    photo, (width, height) = open_photo(data, decode_side)
     digest = hashlib.sha256(f"{width}x{height}:".encode() + photo.tobytes()).hexdigest()
     return PREPROCESS[preprocess](photo, image_size), digest
+
+
+def open_photo(data: bytes, decode_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """A photo in RGB, and its width and height before a JPEG was scaled; as `decode_photo`."""
+    # Only formats of photos are decoded: other decoders should not be given unknown files.
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+        size = opened.size
+        if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_SIDE:
+            raise ValueError(f"has {size[0]} x {size[1]} pixels")
+        if decode_side is not None:
+            opened.draft("RGB", (decode_side, decode_side))
+        return opened.convert("RGB"), size
 
 
 def load_photo(

@@ -88,12 +88,12 @@ def make_rank_fn(
         """As `RankFn` says."""
         queries = np.asarray(queries, np.float32)
         gallery = np.asarray(gallery, np.float32)
-        _check_embeddings(queries, gallery)
-        excluded = _check_excluded(excluded, len(queries), len(gallery))
+        check_embeddings(queries, gallery)
+        excluded = check_excluded(excluded, len(queries), len(gallery))
         if not len(queries):
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
 
-        placed = place(_own_chunks(gallery, chunk_rows, devices))
+        placed = place(own_chunks(gallery, chunk_rows, devices))
         num_rows, results = np.int32(len(gallery)), []
         for start in range(0, len(queries), chunk_queries):
             chunk = slice(start, start + chunk_queries)
@@ -116,42 +116,48 @@ def _rank_program(
     k: int, chunk_rows: int, chunk_queries: int, devices: tuple[jax.Device, ...]
 ) -> mesh.Program[..., tuple[jax.Array, jax.Array]]:
     return mesh.pmap(
-        functools.partial(_rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries),
+        functools.partial(rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries),
         in_axes=(None, None, 0, None),
         out_axes=(None, None),
         devices=devices,
     )
 
 
-def _own_chunks(gallery: np.ndarray, chunk_rows: int, devices: Sequence[jax.Device]) -> np.ndarray:
+def own_chunks(gallery: np.ndarray, chunk_rows: int, devices: Sequence[jax.Device]) -> np.ndarray:
     """The padded gallery in chunks, those of this process's devices: `[devices, S, rows, M, d]`."""
     padded = mesh.pad_rows(gallery, chunk_rows * len(devices))
     by_device = padded.reshape(len(devices), -1, chunk_rows, *gallery.shape[1:])
     return by_device[mesh.own_devices(devices)]
 
 
-def _rank_shard(
+def rank_shard(
     queries: Array,
     excluded: Array,
     gallery: Array,
     num_rows: Array | np.int32,
+    allowed: Array | None = None,
     *,
     k: int,
     chunk_rows: int,
     chunk_queries: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k."""
+    """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k.
+
+    With `allowed`, bool `[S, rows]`, the other rows are left out.
+    """
     steps = gallery.shape[0]
     first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * (steps * chunk_rows)
     offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
     query_index = jnp.arange(chunk_queries)[:, None]
 
-    def step(best: _Best, chunk: tuple[Array, jax.Array]) -> tuple[_Best, None]:
-        tokens, start = chunk
+    def step(best: _Best, chunk: tuple[Array, ...]) -> tuple[_Best, None]:
+        tokens, start, *masks = chunk
         scores = ranking_similarity(queries, tokens)
         # Sorting would order -0 before 0, but as scores they are equal.
         scores = jnp.where(scores == 0, 0.0, scores)
         scores = jnp.where(start + offsets < num_rows, scores, -jnp.inf)
+        for mask in masks:
+            scores = jnp.where(mask, scores, -jnp.inf)
         # A negative index would wrap around: send whatever is not in this chunk past its end,
         # where `drop` ignores it.
         place = excluded - start
@@ -170,7 +176,8 @@ def _rank_shard(
         jnp.full((chunk_queries, k), -1, jnp.int32),
     )
     starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
-    best, _ = lax.scan(step, nothing, (gallery, starts))
+    chunks = (gallery, starts) if allowed is None else (gallery, starts, allowed)
+    best, _ = lax.scan(step, nothing, chunks)
     # [C, devices * k], devices in order, hence equal scores in row order.
     scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
     scores, rows = _top_k(scores, rows, k)
@@ -202,7 +209,7 @@ def make_score_fn(
         queries = np.asarray(queries, np.float32)
         gallery = np.asarray(gallery, np.float32)
         rows = np.asarray(rows)
-        _check_embeddings(queries, gallery)
+        check_embeddings(queries, gallery)
         parts = [np.zeros(rows.shape, np.float32)[:0]]
         for start in range(0, len(queries), chunk):
             here = rows[start : start + chunk]
@@ -232,7 +239,8 @@ def _top_k(scores: jax.Array, rows: jax.Array, k: int) -> _Best:
     return scores, jnp.take_along_axis(rows, index, axis=1)
 
 
-def _check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:
+def check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:
+    """Raises what `RankFn` says for queries `[Q, d]` and a gallery `[N, M, d]`."""
     if queries.ndim != 2 or gallery.ndim != 3 or queries.shape[1] != gallery.shape[2]:
         raise ValueError(
             "expected queries [Q, d] and a gallery [N, M, d], "
@@ -248,7 +256,7 @@ def _check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:
             )
 
 
-def _check_excluded(excluded: np.ndarray | None, num_queries: int, num_rows: int) -> np.ndarray:
+def check_excluded(excluded: np.ndarray | None, num_queries: int, num_rows: int) -> np.ndarray:
     """`excluded` as int32 `[Q, E]` with `E >= 1`."""
     if excluded is None:
         return np.full((num_queries, 1), -1, np.int32)

@@ -92,6 +92,7 @@ class DQE(nn.Module):
         text: TextFeatures,
         train: bool,
         rows: Int[Array, " B"] | None = None,
+        factors: Float[Array, "B K"] | None = None,
     ) -> QueryOutput:
         h = self.backbone.compose(image, text, train, rows)
         if not self.attribute_names:
@@ -99,12 +100,17 @@ class DQE(nn.Module):
             return QueryOutput(normalize(h), none, jnp.zeros((len(h), 0, self.width), h.dtype))
         if self._gated:
             weights = self.gates.weights(text.pooled)
+            if factors is not None:
+                free = jnp.ones((len(factors), self.parts - factors.shape[1]), jnp.float32)
+                weights = weights * jnp.concatenate([factors, free], axis=1)
             reference = normalize(image.gallery).mean(1)
             reference = of_queries(reference, rows, len(h))
             q = normalize(h + self.gates.contribute(weights, reference, text.pooled))
             named = weights[:, : len(self.attribute_names)]
             return QueryOutput(q, named, self.gates.named_parts(q))
         weights = self.attributes.weights(text.pooled)
+        if factors is not None:
+            weights = weights * factors
         features = self.attributes.features(image.tokens, text.pooled, rows)
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
@@ -126,12 +132,14 @@ class DQE(nn.Module):
         """What the tower of the backbone makes of texts."""
         return self.backbone.text_states(ids)
 
-    def encode_query(self, image: Images, text: Texts) -> QueryOutput:
+    def encode_query(
+        self, image: Images, text: Texts, factors: Float[Array, "B K"] | None = None
+    ) -> QueryOutput:
         """Reference images `[R, ...]` with texts `[B, ...]` to query embeddings.
 
-        `B` is a multiple of `R`.
+        `B` is a multiple of `R`. `factors` multiply the attribute weights, float32.
         """
-        return self._compose(self._image(image), self._text(text), False)
+        return self._compose(self._image(image), self._text(text), False, factors=factors)
 
     def encode_gallery(self, image: Images) -> Float[Array, "B M d"]:
         """Images `[B, ...]` to gallery embeddings, float32."""

@@ -39,16 +39,19 @@ class Pace:
         return True
 
 
-def progress(items: Iterable[_T], total: int, what: str, each: int = 1) -> Iterator[_T]:
-    """Passes the items on, and shows how many of `total` are done if there are at least `MANY`.
+def progress(
+    items: Iterable[_T], total: int, what: str, each: int = 1, least: int = MANY
+) -> Iterator[_T]:
+    """Passes the items on, and shows how many of `total` are done if there are at least `least`.
 
     Args:
       items: any.
       total: how many there are.
       what: begins each line, such as "Decoding photos".
       each: pieces that an item is of.
+      least: of fewer pieces nothing is said.
     """
-    if total < MANY:
+    if total < least:
         yield from items
         return
     if on_terminal():

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
+from collections.abc import Iterator
 from types import ModuleType
+
+# Warnings of libraries that say nothing new to a user.
+OLD_NEWS = (
+    "OpenCV is not installed",  # an optional speed-up
+    "CheckpointManagerOptions.read_only=True",  # what evaluation asks for
+    "Given directory is read only",
+    "Using custom data configuration",
+)
+
+
+@contextlib.contextmanager
+def without_old_news() -> Iterator[None]:
+    """Keeps libraries from logging `OLD_NEWS`, in programs that have no log of their own."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in OLD_NEWS)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def import_transformers() -> ModuleType:

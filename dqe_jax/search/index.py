@@ -1,0 +1,338 @@
+"""An index over a folder of images, and search in it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from dqe_jax.evaluation.placed import PlacedGallery
+from dqe_jax.search import images as photos
+from dqe_jax.search import store as files
+from dqe_jax.search.building import Report, update
+from dqe_jax.search.folder import folder_of
+from dqe_jax.search.images import AnyImage, UnreadableError
+from dqe_jax.search.loading import load
+from dqe_jax.search.milvus import Engine, expression, number_of, store_of
+from dqe_jax.search.model import Model, Query, queries_of
+from dqe_jax.search.results import Result, Results
+from dqe_jax.search.store import Facts, Listing, Vectors
+from dqe_jax.search.tables import Column, Filter, allowed_rows
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import is_remote
+
+
+class Index:
+    """Embeddings of the images of a folder, and search among them.
+
+    Attributes:
+      directory: of the index.
+      model: that made it.
+      ids: of the images: their paths from the folder.
+      columns: of metadata, by name: a value for each image, None where there is none.
+      problems: why files of the folder are not in the index, by their paths.
+      report: what the update has done that this index was made by; None if it was only opened.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Model,
+        facts: Facts,
+        listing: Listing,
+        report: Report | None = None,
+        keep: object = None,
+    ):
+        """Reads the embeddings; `keep` lives as long as the index does."""
+        self.directory, self.model, self.report, self._keep = directory, model, report, keep
+        self.ids = tuple(listing.entries)
+        self.columns: dict[str, Column] = listing.columns
+        self.problems = listing.problems
+        self._root = Path(facts.images)
+        self._contents = [entry.content for entry in listing.entries.values()]
+        self._vectors = Vectors(directory, facts)
+        self._row = {id_: row for row, id_ in enumerate(self.ids)}
+        if any(content not in self._vectors for content in self._contents):
+            raise UserError(
+                f"the index {directory} lacks embeddings that it should have: run dqe-jax index "
+                "again, which computes them."
+            )
+        self._gallery: PlacedGallery | None = None
+        self._engine: Engine | None = None
+        if facts.store:
+            self._engine = Engine(directory, facts)
+            self._engine.open()
+            self._row_of_number = {number_of(id_): row for row, id_ in enumerate(self.ids)}
+        else:
+            gallery = self._vectors.embeddings(self._contents)
+            self._gallery = PlacedGallery(gallery, devices=model.devices)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        lines = [f"Index of {len(self):,} images of {self._root} by {self.model!r}"]
+        if self.columns:
+            lines.append(f"columns: {', '.join(self.columns)}")
+        if self.problems:
+            lines.append(f"{len(self.problems):,} files are left out: see .problems")
+        return "\n".join(lines)
+
+    def thumbnail(self, id: str) -> bytes:
+        """A small JPEG of an image of the index; b"" if it has been removed since."""
+        return self._vectors.thumbnail(self._contents[self._rows_of([id], "thumbnail")[0]])
+
+    @overload
+    def search(
+        self,
+        image: AnyImage | Sequence[AnyImage],
+        text: str,
+        *,
+        k: int = 10,
+        weights: dict[str, float] | None = None,
+        exclude: Sequence[str] = (),
+        filter: Filter | None = None,
+        include_reference: bool = False,
+    ) -> Results: ...
+    @overload
+    def search(
+        self,
+        image: AnyImage | Sequence[AnyImage | Sequence[AnyImage]],
+        text: list[str] | tuple[str, ...],
+        *,
+        k: int = 10,
+        weights: dict[str, float] | None = None,
+        exclude: Sequence[str] = (),
+        filter: Filter | None = None,
+        include_reference: bool = False,
+    ) -> list[Results]: ...
+    def search(
+        self,
+        image: AnyImage | Sequence[AnyImage | Sequence[AnyImage]],
+        text: str | list[str] | tuple[str, ...],
+        *,
+        k: int = 10,
+        weights: dict[str, float] | None = None,
+        exclude: Sequence[str] = (),
+        filter: Filter | None = None,
+        include_reference: bool = False,
+    ) -> Results | list[Results]:
+        """Finds the images that fit reference images and texts best.
+
+        The search is exact, unless the index has a store: then the engine's is approximate.
+
+        Args:
+          image: as for `Model.encode_query`; an id of the index stands for its image.
+          text: what should change; "" asks for similar images. A list of texts is a batch of
+            queries, and gives a list of results.
+          k: how many images.
+          weights: factors by attribute, by which the predicted weights are multiplied.
+          exclude: ids that must not be found.
+          filter: conditions by column: a value, a list of values, or a tuple (least, most).
+          include_reference: whether the reference itself, and images whose files equal its own, may
+            be found.
+
+        Raises:
+          UserError: an image cannot be used, or there is no such id, attribute or column.
+        """
+        if not isinstance(k, int) or k < 1:
+            raise UserError(f"k is {k!r}: give a number of images of at least 1.")
+        queries = queries_of(image, text)
+        left_out = self._rows_of(exclude, "exclude")
+        allowed = allowed_rows(self.columns, len(self), filter) if filter else None
+        paths = [tuple(self._file_of(one) for one in query.images) for query in queries]
+        located = [Query(own, query.text) for own, query in zip(paths, queries)]
+        embedded = self.model.embed_queries(located, weights)
+        own_rows = [[] if include_reference else self._copies_of(q.images) for q in queries]
+        excluded = [[*left_out, *rows] for rows in own_rows]
+        rows, scores = self._rank(embedded.embedding, k, excluded, allowed, filter)
+        found = []
+        for i, query in enumerate(queries):
+            warnings = embedded.warnings[i]
+            if allowed is not None and not allowed.any():
+                warnings += ("no image passes the filter",)
+            places = [int(row) for row in rows[i] if row >= 0]
+            found.append(
+                Results(
+                    text=query.text,
+                    references=tuple(
+                        photos.name_of(one, n + 1) for n, one in enumerate(query.images)
+                    ),
+                    results=tuple(
+                        self._result(row, float(score)) for row, score in zip(places, scores[i])
+                    ),
+                    attribute_weights=embedded.weights(i),
+                    warnings=warnings,
+                    thumbnails=self._thumbnails(paths[i], places),
+                )
+            )
+        return found[0] if isinstance(text, str) else found
+
+    def _rank(
+        self,
+        queries: np.ndarray,
+        k: int,
+        excluded: Sequence[Sequence[int]],
+        allowed: np.ndarray | None,
+        filter: Filter | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int32 `[Q, k]`, -1 where a list ends, and scores float32 `[Q, k]`."""
+        if self._gallery is not None:
+            return self._gallery.rank(queries, k, excluded=_padded(excluded), allowed=allowed)
+        assert self._engine is not None, "an index has a gallery or an engine"
+        numbers = [[number_of(self.ids[row]) for row in own] for own in excluded]
+        condition = expression(self.columns, filter) if filter else ""
+        rows = np.full((len(queries), k), -1, np.int32)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        for i, hits in enumerate(self._engine.rank(queries, k, numbers, condition)):
+            known = [(self._row_of_number[n], x) for n, x in hits if n in self._row_of_number]
+            for place, (row, score) in enumerate(known):
+                rows[i, place], scores[i, place] = row, score
+        return rows, scores
+
+    def _result(self, row: int, score: float) -> Result:
+        metadata = {name: column[row] for name, column in self.columns.items()}
+        return Result(self.ids[row], self._root / self.ids[row], score, None, metadata)
+
+    def _thumbnails(
+        self, references: Sequence[AnyImage], rows: Sequence[int]
+    ) -> Callable[[], tuple[list[bytes], list[bytes]]]:
+        def make() -> tuple[list[bytes], list[bytes]]:
+            given = []
+            for one in references:
+                try:
+                    given.append(photos.thumbnail(photos.to_rgb(one)))
+                except UnreadableError:  # removed since
+                    given.append(b"")
+            return given, [self._vectors.thumbnail(self._contents[row]) for row in rows]
+
+        return make
+
+    def _file_of(self, image: AnyImage) -> AnyImage:
+        """An image, or the file of an id of the index."""
+        if isinstance(image, str) and image in self._row:
+            return self._root / image
+        return image
+
+    def _copies_of(self, images: Sequence[AnyImage]) -> list[int]:
+        """Rows of images of the index that are these, or whose files equal theirs."""
+        rows: set[int] = set()
+        for image in images:
+            file = self._file_of(image)
+            if isinstance(file, (str, os.PathLike)):
+                content = files.content_of(photos.read_file(file))
+                rows.update(self._rows_with(content))
+        return sorted(rows)
+
+    def _rows_with(self, content: bytes) -> list[int]:
+        if content not in self._vectors:
+            return []
+        return [row for row, own in enumerate(self._contents) if own == content]
+
+    def _rows_of(self, ids: Sequence[str], what: str) -> list[int]:
+        if isinstance(ids, str):
+            raise UserError(f"{what} is {ids!r}: give a list of ids.")
+        for id_ in ids:
+            if id_ not in self._row:
+                raise UserError(f"{what}: there is no image {id_!r} in the index.")
+        return [self._row[id_] for id_ in ids]
+
+
+def build_index(
+    model: Model,
+    images: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    table: str | os.PathLike[str] | None = None,
+    store: str | None = None,
+) -> Index:
+    """Makes an index, or brings it up to date; see `Model.index`."""
+    root = folder_of(images)
+    keep = tempfile.TemporaryDirectory(prefix="dqe-index-") if output is None else None
+    directory = _directory_of(output) if output is not None else Path(keep.name if keep else "")
+    held = files.read_facts(directory)
+    named = store_of(store) if store else ""
+    if named and output is None:
+        raise UserError("an index with a store needs a directory: name one as output.")
+    if held is not None:
+        _check_model(directory, held, model)
+        named = named or held.store
+    elif directory.is_dir() and any(directory.iterdir()) and not (directory / files.LOCK).exists():
+        raise UserError(f"{directory} holds other files: name an empty or a new directory.")
+    with files.locked(directory):
+        tokens, width = model.token_shape()
+        facts = Facts(
+            fingerprint=model.fingerprint,
+            model=model.origin,
+            step=model.step,
+            attributes=model.attribute_names,
+            tokens=tokens,
+            width=width,
+            images=str(root),
+            store=named,
+        )
+        files.write_facts(directory, facts)
+        report = update(model, root, directory, table=table, listed=files.read_listing(directory))
+        listing = files.read_listing(directory)
+        assert listing is not None, "the update has written it"
+        if named:
+            engine = Engine(directory, facts)
+            engine.sync(listing, Vectors(directory, facts))
+            engine.close()
+    return Index(directory, model, facts, listing, report, keep)
+
+
+def open_index(directory: str | os.PathLike[str], *, model: Model | None = None) -> Index:
+    """Opens an index for search.
+
+    Args:
+      directory: that `dqe-jax index` or `Model.index` wrote.
+      model: that made it; None loads it from the path that the index knows.
+
+    Raises:
+      UserError: there is no index, or the model is another one.
+    """
+    place = _directory_of(directory)
+    facts = files.read_facts(place)
+    if facts is None:
+        raise UserError(f"there is no index in {place}: make one with dqe-jax index.")
+    listing = files.read_listing(place)
+    if listing is None:
+        raise UserError(f"the index {place} is not finished: run dqe-jax index again.")
+    if model is None:
+        try:
+            model = load(facts.model)
+        except UserError as error:
+            raise UserError(
+                f"the model of the index {place} cannot be loaded: {error} Name it by --model, or "
+                "as model=..., if it has moved."
+            ) from error
+    _check_model(place, facts, model)
+    return Index(place, model, facts, listing)
+
+
+def _directory_of(path: str | os.PathLike[str]) -> Path:
+    if is_remote(path):
+        raise UserError(f"{path}: an index lies on a disk of this machine; name a directory there.")
+    return Path(path).expanduser().absolute()
+
+
+def _check_model(directory: Path, facts: Facts, model: Model) -> None:
+    if facts.fingerprint != model.fingerprint:
+        raise UserError(
+            f"the index {directory} was made by another model ({facts.model}, step {facts.step}, "
+            f"fingerprint {facts.fingerprint[:8]}) than {model.origin}, step {model.step} "
+            f"({model.fingerprint[:8]}): take that model, or make a new index."
+        )
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Ragged rows as int32 `[n, longest]`, padded with -1."""
+    out = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
+    for line, own in zip(out, rows):
+        line[: len(own)] = own
+    return out
