@@ -42,7 +42,7 @@ from dqe_jax.utils.files import make_directory, write_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:
-    from tensorflow_datasets.core import DatasetBuilder as Builder
+    from dqe_jax.data.splits import Builder
 
 # Batches without images that are timed: they take little time each.
 COUNTED = 200
