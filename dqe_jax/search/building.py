@@ -134,7 +134,7 @@ def update(
     store.write_listing(directory, listing)
     Vectors(directory, facts).compact({entry.content for entry in entries.values()})
     report = _report(before, listing, embedded)
-    _tell(report, root)
+    _tell(problems)
     return report
 
 
@@ -216,10 +216,12 @@ def _report(before: dict[str, Entry], listing: Listing, embedded: int) -> Report
     )
 
 
-def _tell(report: Report, root: Path) -> None:
-    """Says what was done, and which files are left out."""
-    logging.info("%s: %s.", root, report)
-    for reason, count in collections.Counter(report.problems.values()).most_common():
-        paths = [path for path, why in report.problems.items() if why == reason]
-        shown = ", ".join(paths[:SHOWN]) + (", ..." if count > SHOWN else "")
-        logging.warning("Left out %d, each of which %s: %s", count, reason, shown)
+def _tell(problems: dict[str, str]) -> None:
+    """Names the files that are left out."""
+    for reason, count in collections.Counter(problems.values()).most_common():
+        paths = [path for path, why in problems.items() if why == reason]
+        if count == 1:
+            logging.warning("Left out: %s, which %s.", paths[0], reason)
+        else:
+            shown = ", ".join(paths[:SHOWN]) + (", ..." if count > SHOWN else "")
+            logging.warning("Left out: %d files, each of which %s: %s", count, reason, shown)

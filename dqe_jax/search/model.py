@@ -167,8 +167,9 @@ class Model:
         """Embeds queries: reference images, each with a text that says what should change.
 
         Several references of one query are each composed with the text, and the query is the mean
-        of these embeddings, brought to length 1. An empty text is composed like any other: it asks
-        for images that are similar to the reference.
+        of these embeddings, brought to length 1. With an empty text nothing is composed: the query
+        is the embedding of the reference as an image of a gallery, the first of its tokens, and all
+        attribute weights are 0.
 
         Args:
           image: with one text: one image, or a list of several references. With n texts: one image
@@ -206,6 +207,13 @@ class Model:
         composed, used = self._mapped(
             self._encode_query, states, texts, np.tile(factors, (len(owner), 1))
         )
+        # No model was trained on empty texts. On photos the reference's own embedding finds more
+        # images of its kind than what is composed with nothing.
+        empty = np.array([not query.text.strip() for query in queries], bool)[owner]
+        if empty.any():
+            alone = jax.tree.map(operator.itemgetter(empty), states)
+            composed[empty] = self._mapped(self._encode_gallery, alone)[:, 0]
+            used[empty] = 0
         first = np.cumsum([0, *counts[:-1]])
         embedding = composed[first]
         for i in np.flatnonzero(np.array(counts) > 1):

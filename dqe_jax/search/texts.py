@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.utils.errors import UserError
 
-EMPTY = "the text is empty: the image is composed with an empty text, which asks for similar images"
+EMPTY = "the text is empty: what is similar to the image is found, without attribute weights"
 
 
 def encode_texts(

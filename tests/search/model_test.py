@@ -194,6 +194,17 @@ def test_several_references_are_the_mean_of_what_is_composed(model, photos):
     assert len(model.encode_query(one, ["a", "b", "c"])) == 3
 
 
+def test_an_empty_text_asks_for_similar_images(model, photos):
+    one, two = photos / "000.png", photos / "002.png"
+    own = model.encode_gallery([one, two])[:, 0]
+    found = model.encode_query([one, two, [one, two]], ["", "red", " "])
+    np.testing.assert_allclose(found.embedding[0], own[0], atol=1e-6)
+    assert set(found.weights(0).values()) == {0.0}
+    assert max(found.weights(1).values()) > 0
+    mean = own.mean(0)
+    np.testing.assert_allclose(found.embedding[2], mean / np.linalg.norm(mean), atol=1e-6)
+
+
 def test_what_the_model_does_not_understand_is_said(model, photos):
     ids, said = encode_texts(
         model.tokenizer, ["make the red circle blue", "a zorked circle", "", "red " * 40]
