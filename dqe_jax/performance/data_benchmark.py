@@ -273,12 +273,8 @@ def _reading(builder: Builder, gallery: Gallery, rows: np.ndarray) -> Reading:
 class _NoImages:
     """Images that take no time."""
 
-    def draw(self, row: int, rng: np.random.Generator) -> Tree:
-        """A number."""
-        return np.int32(row)
-
     def draw_several(self, rows: np.ndarray, rng: np.random.Generator) -> Tree:
-        """As many numbers."""
+        """As many numbers as rows."""
         return rows.astype(np.int32)
 
 

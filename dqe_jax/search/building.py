@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from absl import logging
@@ -134,7 +135,7 @@ def update(
     store.write_listing(directory, listing)
     Vectors(directory, facts).compact({entry.content for entry in entries.values()})
     report = _report(before, listing, embedded)
-    _tell(problems)
+    _tell(listing.problems)
     return report
 
 
@@ -193,7 +194,7 @@ def _kept(listed: Listing | None, ids: Sequence[str]) -> dict[str, tables.Column
     kept: dict[str, tables.Column] = {}
     for name, column in listed.columns.items():
         values = [column[place[id_]] if id_ in place else None for id_ in ids]
-        kept[name] = values  # type: ignore[assignment]
+        kept[name] = cast(tables.Column, values)
     return kept
 
 

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -267,10 +267,10 @@ def expression(columns: Mapping[str, Column], wanted: Filter) -> str:
             parts += ends or [f"{field} is not null"]
             continue
         values = list(condition) if isinstance(condition, (list, set, frozenset)) else [condition]
-        cells = [
-            repr(float(value)) if is_number else json.dumps(str(value), ensure_ascii=False)  # type: ignore[arg-type]
-            for value in values
-        ]
+        if is_number:
+            cells = [repr(float(cast(float, value))) for value in values]
+        else:
+            cells = [json.dumps(str(value), ensure_ascii=False) for value in values]
         parts.append(f"{field} in [{', '.join(cells)}]")
     return " and ".join(parts)
 

@@ -296,6 +296,8 @@ def queries_of(image: Any, text: str | Sequence[str]) -> list[Query]:
     """
     if isinstance(text, str):
         return [Query(_references(image), text)]
+    if not isinstance(text, (list, tuple, np.ndarray)) or not len(text):
+        raise UserError(f"the text of a query is {text!r:.40}: give a string, or a list of some.")
     texts = list(text)
     if is_one(image):
         return [Query(_references(image), one) for one in texts]

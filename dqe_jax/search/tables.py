@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from absl import logging
@@ -188,9 +188,9 @@ def _holds(name: str, column: Column, condition: Condition) -> np.ndarray:
     return np.array([value in wanted for value in column], bool)
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Any) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except (TypeError, ValueError):
         raise UserError(
             f"filter: {name} is {value!r}: this column holds numbers; give a number."

@@ -110,8 +110,8 @@ class _Reporter:
         config = session.config
         self._log, self._stopwatch = log, stopwatch
         self._schedule = make_schedule(config.optimizer, config.total_steps)
-        self._per_step = config.batch.references * config.batch.queries_per_reference
         self._seconds, self._counted = stopwatch.read(), start  # at the last line
+        self._examples = session.examples
         self.data_wait = DataWait(config, stored="image" in session.features.kinds)
         self.bar = tqdm.tqdm(
             initial=start,
@@ -127,7 +127,7 @@ class _Reporter:
         """Writes a line of metrics, and one of times."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = self._stopwatch.read()
-        passed, examples = seconds - self._seconds, (step - self._counted) * self._per_step
+        passed, examples = seconds - self._seconds, (step - self._counted) * self._examples
         rate, wait = examples / max(passed, 1e-9), self.data_wait.take(passed)
         self._seconds, self._counted = seconds, step
         self._log.write(step, {**values, "learning_rate": float(self._schedule(step - 1))})

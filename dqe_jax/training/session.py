@@ -59,6 +59,7 @@ class Session:
       bank_step: the mapped step, with negatives of the bank.
       keeper: of the bank; None without one.
       batches: those of training, on the devices.
+      examples: of a batch without its padding, on average.
       validation: the evaluator of the validation split.
       last: the evaluator of the split of the last evaluation.
       features: what frozen towers make of images and texts; filled by `restore_or_init`.
@@ -79,6 +80,7 @@ class Session:
     bank_step: Step
     keeper: BankKeeper | None
     batches: DeviceBatches
+    examples: float
     validation: RetrievalEvaluator
     last: RetrievalEvaluator
     features: Features
@@ -146,6 +148,7 @@ def open_session(
         bank_step=make_step(config, model, optimizer, devices, bank=True),
         keeper=keeper,
         batches=batches,
+        examples=own.packing.shape.queries * (1 - own.packing.padding.queries),
         validation=validation,
         last=final,
         features=features,

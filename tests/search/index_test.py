@@ -143,7 +143,8 @@ def test_what_cannot_be_used_is_counted_and_named(model, photos, tmp_path, caplo
     assert index.report.duplicates == 1  # the link within the folder
     assert len(index) == COUNT + 1
     assert (
-        "Left out: 3 files, each of which is no JPEG, PNG or WebP: cut.jpg, text.png" in caplog.text
+        "Left out: 3 files, each of which is no JPEG, PNG or WebP: cut.jpg, old.gif, text.png"
+        in caplog.text
     )
     assert "8 files are left out" in repr(index)
 

@@ -194,6 +194,12 @@ def test_several_references_are_the_mean_of_what_is_composed(model, photos):
     assert len(model.encode_query(one, ["a", "b", "c"])) == 3
 
 
+@pytest.mark.parametrize("text", [None, 5, [], ()])
+def test_a_text_that_is_none_is_refused(model, photos, text):
+    with pytest.raises(UserError, match=r"the text of a query is .*: give a string"):
+        model.encode_query(photos / "000.png", text)
+
+
 def test_an_empty_text_asks_for_similar_images(model, photos):
     one, two = photos / "000.png", photos / "002.png"
     own = model.encode_gallery([one, two])[:, 0]
