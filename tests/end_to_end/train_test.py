@@ -139,7 +139,8 @@ def test_a_finished_run_is_only_evaluated(base, resumed, monkeypatch):
 def test_lines_without_a_terminal(base, caplog):
     """One for a tenth of the run: not one for each step."""
     config = RunConfig.of(config_of(base, total_steps=1500))
-    session = types.SimpleNamespace(config=config, features=types.SimpleNamespace(kinds=()))
+    features = types.SimpleNamespace(kinds=())
+    session = types.SimpleNamespace(config=config, features=features, examples=32.0)
     reporter = loop._Reporter(session, NoLog(), loop.Stopwatch(), 0)
     with caplog.at_level("INFO"):
         for step in range(1, 1501):
