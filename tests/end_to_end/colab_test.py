@@ -189,6 +189,7 @@ def check_own_images(results, images):
     assert len(re.findall(r"^-?[01]\.\d{3}  \S+\.(?:png|jpg)$", text, re.MULTILINE)) == 5
 
 
+@pytest.mark.slow
 def test_your_own_images(tmp_path):
     results = execute("your_own_images", tmp_path, STEPS=8, VARIANT="tiny,smoke")
     check_own_images(results, images=180)
@@ -251,6 +252,7 @@ def tiny_clip(directory):
     transformers.CLIPModel(config).save_pretrained(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the published annotations are not here")
 def test_fashioniq(tmp_path):
     tiny_clip(tmp_path / "clip")

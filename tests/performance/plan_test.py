@@ -406,7 +406,7 @@ def test_fashioniq_is_planned_without_a_compiler(topology, augment, place, gigab
     assert images.read_by_host == 224 * 257 * 1408 * 2  # 96 references and 128 targets
 
 
-@pytest.mark.parametrize("names", [("step",), ("none",)])
+@pytest.mark.parametrize("names", [pytest.param(("step",), marks=pytest.mark.slow), ("none",)])
 def test_features_that_do_not_fit_are_said(names):
     config = RunConfig.of(fiq.get_config()).with_changes({"features.place": "device"})
     _, (said,) = run.plan_config(config, [chips.parse_topology("h100")], names=names)
@@ -539,6 +539,7 @@ def test_only_the_collectives_of_the_method_are_compiled(planned):
 
 @needs_libtpu
 @pytest.mark.tpu
+@pytest.mark.slow
 def test_traffic_of_the_pool_grows_no_faster_than_the_global_batch(planned, tmp_path):
     # Of the step without a bank. What mining a bank at every step exchanges grows with the batch
     # times the devices; see docs/how-to/planning.md.
@@ -561,6 +562,7 @@ def test_traffic_of_the_pool_grows_no_faster_than_the_global_batch(planned, tmp_
 
 @needs_libtpu
 @pytest.mark.tpu
+@pytest.mark.slow
 def test_a_sharded_optimizer_takes_an_eighth_and_sends_as_much(tmp_path):
     file = tmp_path / "facts.json"
     flags = ("--topology=v5e:2x4,gpu:8", "--programs=step", "--quick", f"--output={file}")

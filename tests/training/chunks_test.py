@@ -89,6 +89,7 @@ def test_gradients_are_those_of_the_whole_batch(backbone):
         assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.slow  # three runs; the gradients of a step are compared always
 def test_a_run_with_a_bank_is_the_same(tmp_path, prepared):
     """TRNS over the bank, refreshed twice; on two devices, and in chunks also on one."""
     prepared(tmp_path)

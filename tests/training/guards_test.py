@@ -203,6 +203,7 @@ def test_a_full_disk(base, tmp_path):
         assert [line["step"] for line in lines_of(workdir)] == list(range(1, LONG + 1))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_one_sentence(base, tmp_path):
     """Orbax, asyncio and TensorStore would add a traceback for each array that is not written."""
     changes = {"total_steps": LONG, "keep_checkpoints": 99, "eval_every": 0, "checkpoint_every": 2}

@@ -124,12 +124,12 @@ def nothing_is_small(monkeypatch):
 
 
 def test_a_run_and_what_goes_on_from_its_checkpoint(base, nothing_is_small):
-    """As a run that does not shard: its middle sharded over 8 devices, the rest on one, whole."""
+    """As a run that does not shard: its middle sharded over 4 devices, the rest on one, whole."""
     loop.train_and_evaluate(config_of(base, num_devices=1), base / "plain")
     whole = params_of(base / "plain")
     moved = base / "moved"
     loop.train_and_evaluate(config_of(base, num_devices=1), moved, stop_at=2)
-    loop.train_and_evaluate(config_of(base, num_devices=8, **SHARDED), moved, stop_at=4)
+    loop.train_and_evaluate(config_of(base, num_devices=4, **SHARDED), moved, stop_at=4)
     loop.train_and_evaluate(config_of(base, num_devices=1), moved)
     assert_close(params_of(moved), whole)
 
