@@ -90,6 +90,7 @@ setup(
         "milvus": ["pymilvus>=3.0", "milvus-lite>=3.2"],
         "test": [
             "beartype>=0.18",
+            "hypothesis>=6.100",
             "import-linter>=2.3",
             "ipykernel>=7",
             "mypy>=1.15",

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
@@ -28,6 +29,13 @@ if quick_xla_flags(8) not in _flags:
     os.environ["XLA_FLAGS"] = f"{quick_xla_flags(8)} {_flags}".strip()
 for name, value in quick_settings().items():
     jax.config.update(name, value)
+
+# The same cases at every run. `HYPOTHESIS_PROFILE=search` draws others, and many more.
+hypothesis.settings.register_profile(
+    "tests", max_examples=30, derandomize=True, database=None, deadline=None
+)
+hypothesis.settings.register_profile("search", max_examples=1000, database=None, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 # Tracing makes many objects, and Python would look through all of them again and again.
 gc.set_threshold(50_000, 20, 20)

@@ -222,6 +222,7 @@ def sample_negatives(
     if forbidden is not None:
         mask = mask & ~forbidden
     delta = lax.stop_gradient(delta.astype(jnp.float32))
+    delta = jnp.where(delta == 0, 0.0, delta)  # equal numbers, but sorting tells -0 from 0
     if row_ids is None:
         row_ids = jnp.arange(num_queries)
     offset = 0 if candidate_axis is None else lax.axis_index(candidate_axis) * num_candidates

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import pathlib
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import example, given
 
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import fashioniq
@@ -50,19 +52,18 @@ def check_epoch(packing, reference, epoch):
     return units, rows
 
 
-SIZES = [
-    [8] * 40,
-    [5] * 40,
-    [1] * 200,
-    [1] * 90 + [2] * 24 + [3] * 8 + [5] * 2,
-    [2, 1, 3, 1, 2],
-    [1],
-    [1, 9],
-]
+# About as FashionIQ.
+MIXED = [1] * 90 + [2] * 24 + [3] * 8 + [5] * 2
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("references", "most"), [(1, 1), (4, 2), (8, 4), (16, 2), (7, 3)])
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=60),
+    references=st.integers(1, 16),
+    most=st.integers(1, 4),
+)
+@example(sizes=[8] * 40, references=16, most=2)
+@example(sizes=[1] * 200, references=8, most=4)
+@example(sizes=MIXED, references=64, most=2)
 def test_each_query_comes_once_an_epoch(sizes, references, most):
     reference = queries_of(sizes)
     packing = Packing(reference, references, most, seed=3)
@@ -119,7 +120,7 @@ def test_neighbours_stay_together():
 
 
 def test_the_stream_is_that_of_the_seed_at_any_place():
-    reference = queries_of(SIZES[3])
+    reference = queries_of(MIXED)
     one, again, other = (Packing(reference, 8, 2, seed) for seed in (1, 1, 2))
     start = 3 * one.units - 5
     whole = one.take(start, 20)
@@ -130,7 +131,7 @@ def test_the_stream_is_that_of_the_seed_at_any_place():
 
 
 def test_devices_and_chunks_divide_the_units():
-    shape = Packing(queries_of(SIZES[3] * 20), 64, 2).shape
+    shape = Packing(queries_of(MIXED * 20), 64, 2).shape
     assert shape.units % 8 == 0
     check_parts(shape, 8, shape.units // 8)
     with pytest.raises(UserError, match=r"chunks is 64, on 8 devices: .* cut into \d+ equal parts"):

@@ -1,5 +1,7 @@
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 
 from dqe_jax.evaluation import metrics
 from dqe_jax.utils.errors import UserError
@@ -32,13 +34,22 @@ def plain_average_precision(row, targets, k):
     return total / min(len(set(targets)), k)
 
 
-@pytest.mark.parametrize("k", [1, 3, 10, 20])
-def test_metrics_equal_plain_statements(k):
-    rows, relevant, target = lists()
+def rows_of(most):
+    return st.lists(st.integers(0, 11), max_size=most, unique=True)
+
+
+@given(
+    st.lists(st.tuples(rows_of(8), rows_of(12), st.integers(-1, 11)), min_size=1, max_size=5),
+    st.integers(1, 8),
+)
+def test_metrics_equal_plain_statements(queries, k):
+    """Ranked lists that may end early, relevant rows that may be none, one target or none."""
+    lists, relevant, target = zip(*queries)
+    rows = np.array([row + [-1] * (8 - len(row)) for row in lists])
     recall = metrics.recall_at_k(rows, relevant, k)
     precision = metrics.precision_at_k(rows, relevant, k)
     average = metrics.average_precision_at_k(rows, relevant, k)
-    assert recall.shape == precision.shape == average.shape == (60,)
+    assert recall.shape == precision.shape == average.shape == (len(queries),)
     for i, (row, wanted) in enumerate(zip(rows.tolist(), relevant)):
         assert recall[i] == plain_recall(row, wanted, k)
         assert precision[i] == pytest.approx(plain_precision(row, wanted, k))
@@ -46,7 +57,7 @@ def test_metrics_equal_plain_statements(k):
             assert average[i] == pytest.approx(plain_average_precision(row, wanted, k))
         else:
             assert np.isnan(average[i])
-    single = metrics.recall_at_k(rows, target, k)
+    single = metrics.recall_at_k(rows, np.array(target), k)
     assert single.tolist() == [plain_recall(r, [t], k) for r, t in zip(rows.tolist(), target)]
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.extra.numpy import arrays
 
 from dqe_jax.method import trns
 from dqe_jax.method.similarity import (
@@ -272,18 +275,22 @@ def test_bounds(mode: str, lower: float, upper: float, floor: float):
     np.testing.assert_allclose(high, [e[1] for e in expected], atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 50])
-def test_quantiles_are_numpys(count: int):
-    rng = np.random.default_rng(count)
-    delta = rng.normal(size=(1, 60)).astype(np.float32)
-    valid = np.zeros((1, 60), bool)
-    valid[0, rng.permutation(60)[:count]] = True
-    for q in (0.0, 0.02, 0.25, 1 / 3, 0.5, 0.9, 1.0):
-        low, high = trns.mid_zone_bounds(
-            delta, valid, "quantile", lower=q, upper=q, floor=-math.inf
-        )
-        expected = np.quantile(delta[valid], q, method="linear")
-        np.testing.assert_allclose([low[0], high[0]], [expected] * 2, atol=1e-6)
+ROWS, COLUMNS = 3, 12
+# Of a few values, so that many are equal.
+tenths = st.integers(-3, 7).map(lambda x: np.float32(x / 10))
+bounds = arrays(np.float32, ROWS, elements=tenths)
+deltas = arrays(
+    np.float32, (ROWS, COLUMNS), elements=tenths | st.floats(-2, 2, width=32, allow_subnormal=False)
+)
+choices = arrays(bool, (ROWS, COLUMNS))
+
+
+@given(deltas, choices, st.floats(0, 1))
+def test_quantiles_are_numpys(delta: np.ndarray, valid: np.ndarray, q: float):
+    low, high = trns.mid_zone_bounds(delta, valid, "quantile", lower=q, upper=q, floor=-math.inf)
+    for row, own, *found in zip(delta.astype(np.float64), valid, low, high):
+        expected = np.quantile(row[own], q, method="linear") if own.any() else -math.inf
+        np.testing.assert_allclose(found, [expected] * 2, atol=2e-6)
 
 
 def test_a_quantile_that_is_a_value_is_exact():
@@ -350,19 +357,14 @@ def test_mask_is_open_below_and_closed_above():
     assert np.asarray(zone)[0].tolist() == [False, False, True, True, True, True, False, False]
 
 
-def test_mask_against_the_plain_statement():
-    rng = np.random.default_rng(9)
-    delta = rng.integers(-3, 8, size=(5, 20)).astype(np.float32) / 10
-    forbidden = rng.random((5, 20)) < 0.3
-    lower = np.array([0.0, 0.1, 0.2, 0.5, 0.3], np.float32)
-    upper = np.array([0.4, 0.1, 0.7, 0.2, 9.0], np.float32)  # rows 1 and 3: empty
+@given(deltas, choices, bounds, bounds)
+def test_mask_against_the_plain_statement(delta, forbidden, lower, upper):
+    """Of bounds that occur among the values, and of empty zones."""
     zone = np.asarray(trns.mid_zone_mask(delta, lower, upper, forbidden))
-    for b in range(5):
-        for c in range(20):
+    for b in range(ROWS):
+        for c in range(COLUMNS):
             expected = lower[b] < delta[b, c] <= upper[b] and not forbidden[b, c]
             assert zone[b, c] == expected
-    assert not zone[1].any()
-    assert not zone[3].any()
 
 
 # -------------------------------------------------------------------------------------- forbidden
@@ -504,31 +506,15 @@ def test_padding_rows_neither_sample_nor_are_sampled():
 
 
 @pytest.mark.parametrize("sample_temperature", [None, 0.1])
-@pytest.mark.parametrize(
-    ("num_queries", "num_candidates", "num"), [(3, 9, 4), (2, 3, 5), (4, 16, 16), (1, 1, 1)]
-)
-def test_what_is_drawn_at_random_cases(num_queries, num_candidates, num, sample_temperature):
+@pytest.mark.parametrize("num", [1, 4, COLUMNS])
+@given(deltas, choices, bounds, st.sampled_from([0.0, 0.1, 0.3, 9.0]), st.integers(0, 99))
+def test_what_is_drawn(num, sample_temperature, delta, forbidden, lower, width, key):
     """The whole chain, from forbidden to the draw, on values with many ties."""
-    rng = np.random.default_rng(num_candidates)
-    shape = num_queries, num_candidates
-    for case in range(13):
-        delta = rng.integers(-3, 7, size=shape).astype(np.float32) / 10
-        forbidden = rng.random(shape) < rng.choice([0.0, 0.2, 0.9, 1.0])
-        # Bounds are values that occur, so that delta == lower and delta == upper occur too.
-        lower = (rng.integers(-2, 4, size=num_queries) / 10).astype(np.float32)
-        upper = (lower + rng.choice([0.0, 0.1, 0.3, 9.0])).astype(np.float32)
-        mask = np.asarray(trns.mid_zone_mask(delta, lower, upper, forbidden))
-        indices, valid = draw(
-            delta,
-            mask,
-            num,
-            key=case,
-            forbidden=forbidden,
-            lower=lower,
-            sample_temperature=sample_temperature,
-        )
-        for b in range(num_queries):
-            check_row(indices[b], valid[b], delta[b], mask[b], num, forbidden[b], lower[b])
+    mask = np.asarray(trns.mid_zone_mask(delta, lower, lower + np.float32(width), forbidden))
+    options = {"forbidden": forbidden, "lower": lower, "sample_temperature": sample_temperature}
+    indices, valid = draw(delta, mask, num, key=key, **options)
+    for b in range(ROWS):
+        check_row(indices[b], valid[b], delta[b], mask[b], num, forbidden[b], lower[b])
 
 
 def test_a_forbidden_candidate_is_not_drawn_even_if_the_mask_holds_it():
