@@ -19,46 +19,57 @@ from dqe_jax.training.accumulate import make_accumulation
 from dqe_jax.training.optimizer import make_schedule
 from dqe_jax.training.step import make_step
 
-BATCHES = 3
+BATCHES, DEVICES = 3, 2
+# No rule draws, and nothing is clipped: gradients depend on nothing but the batch.
+FIELDS = {"batch.references": 4, "negatives.rule": "in_batch", "optimizer.clip_norm": 1e6}
+STOP = np.zeros((DEVICES, 1), np.int32)
 
 
-def moments(made, state, devices):
+@pytest.fixture(scope="module")
+def apart():
+    """Three batches, and the first moments and the loss of a step on each of them alone."""
+    config = small_model_config("tiny", **FIELDS)
+    model = build_small_model(config)
+    params = setup.init_params(model, config.model, config.data, 0)
+    made, own = states.make_optimizer(config, params, DEVICES), mesh.devices_of(DEVICES)
+    first, batches, found, losses = random_batch(config, model, params), [], [], []
+    for index in range(BATCHES):
+        text = (first.text + index) % (VOCAB - 1) + 1
+        images = np.roll(first.target_image, index, axis=0)
+        batches.append(mesh.shard(first.replace(text=text, target_image=images), DEVICES))
+    step = make_step(config, model, made, own)
+    for batch in batches:
+        output = step(start(config, made, params), batch, STOP)
+        found.append(moments(made, output.state))
+        losses.append(float(output.metrics["loss"]))
+    return model, params, batches, found, losses
+
+
+def start(config, made, params):
+    params = jax.tree.map(np.array, params)  # a step donates them
+    return states.init_state(config, made, params, mesh.devices_of(DEVICES))
+
+
+def moments(made, state):
     """The first moments after one step: 1 - b1 of the gradients."""
-    saved = states.state_to_save(made, state.opt_state, mesh.devices_of(devices))
+    saved = states.state_to_save(made, state.opt_state, mesh.devices_of(DEVICES))
     return jax.device_get(saved.inner_state[1][0].mu)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_gradients_are_the_mean_of_those_of_the_batches(sharded, monkeypatch):
+def test_gradients_are_the_mean_of_those_of_the_batches(apart, sharded, monkeypatch):
     monkeypatch.setattr(zero, "LEAST", 1)
-    devices = 2
-    config = small_model_config(
-        "tiny",
-        **{"batch.references": 4, "negatives.rule": "in_batch", "optimizer.clip_norm": 1e6},
-        **{"batch.accumulate": BATCHES, "optimizer.shard_state": sharded},
-    )
-    model = build_small_model(config)
-    params = setup.init_params(model, config.model, config.data, 0)
-    made, own = states.make_optimizer(config, params, devices), mesh.devices_of(devices)
-    first = random_batch(config, model, params)
-    batches = []
-    for index in range(BATCHES):
-        text = (first.text + index) % (VOCAB - 1) + 1
-        images = np.roll(first.target_image, index, axis=0)
-        batches.append(mesh.shard(first.replace(text=text, target_image=images), devices))
-    stop = np.zeros((devices, 1), np.int32)
-    step, each, losses = make_step(config, model, made, own), [], []
-    for batch in batches:
-        output = step(states.init_state(config, made, params, own), batch, stop)
-        each.append(moments(made, output.state, devices))
-        losses.append(float(output.metrics["loss"]))
-    accumulated = make_accumulation(config, model, made, own)
-    state, waiting = states.init_state(config, made, params, own), iter(batches)
-    output = accumulated.run(state, lambda busy: next(waiting), stop)
+    model, params, batches, each, losses = apart
+    changes = {"batch.accumulate": BATCHES, "optimizer.shard_state": sharded}
+    config = small_model_config("tiny", **FIELDS, **changes)
+    made = states.make_optimizer(config, params, DEVICES)
+    accumulated = make_accumulation(config, model, made, mesh.devices_of(DEVICES))
+    waiting = iter(batches)
+    output = accumulated.run(start(config, made, params), lambda busy: next(waiting), STOP)
     mean = jax.tree.map(lambda *xs: sum(xs) / BATCHES, *each)
     size = max(np.abs(x).max() for x in jax.tree.leaves(mean))
     assert size > 0
-    found = moments(made, output.state, devices)
+    found = moments(made, output.state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * size), found, mean)
     assert float(output.metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
     assert max(losses) - min(losses) > 1e-4
@@ -96,8 +107,8 @@ def test_steps_are_updates_and_a_resumed_run_is_the_same(tmp_path, prepared):
     one, other = (flatten_dict(store.restore_params(m, 4), sep="/") for m in managers)
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    # The optimiser counts updates, and the data batches.
-    opt_state = managers[0].restore(4)["opt_state"]
+    # The optimiser counts updates.
+    opt_state = store.restore_params(managers[0], 4, "opt_state")
     counts = [x for x in jax.tree.leaves(opt_state) if np.ndim(x) == 0]
     assert 4 in counts
     assert BATCHES * 4 not in counts

@@ -16,8 +16,8 @@ from dqe_jax.training import loop, zero
 from dqe_jax.training import state as states
 from dqe_jax.training.average import moved
 
-DECAY = 0.6  # above those of the first updates, (1 + n) / (10 + n), up to the twelfth
-STEPS = 14
+DECAY = 0.3  # above those of the first two updates, (1 + n) / (10 + n)
+STEPS = 5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,13 +102,6 @@ def test_a_resumed_run_has_the_same(base, straight):
     assert_same(read(workdir, STEPS, "params"), read(straight[0], STEPS, "params"))
 
 
-def test_parameters_are_trained_as_without_it(base, straight):
-    config = config_of(base, **{"optimizer.ema_decay": 0.0, "eval_every": 0})
-    loop.train_and_evaluate(config, base / "without")
-    one, other = (read(path, STEPS, "params") for path in (base / "without", straight[0]))
-    assert_close(one, other, 1e-6)
-
-
 def test_it_is_what_is_evaluated_opened_and_exported(base, straight):
     workdir, metrics = straight
     average = read(workdir, STEPS)
@@ -132,12 +125,13 @@ def test_it_is_what_is_evaluated_opened_and_exported(base, straight):
     assert not np.array_equal(other.scores, result.scores)
 
 
-def test_a_checkpoint_without_it_starts_one(base, caplog):
-    """As those of an older version are."""
+def test_a_checkpoint_without_it_starts_one(base, straight, caplog):
+    """As those of an older version are; parameters are trained as with it."""
     workdir = base / "older"
     without = config_of(base, **{"optimizer.ema_decay": 0.0, "eval_every": 0})
     loop.train_and_evaluate(without, workdir, stop_at=2)
     assert not (workdir / "checkpoints" / "2" / "average").exists()
+    assert_close(read(workdir, 2, "params"), read(straight[0], 2, "params"), 1e-6)
     with caplog.at_level("INFO"):
         loop.train_and_evaluate(config_of(base, eval_every=0), workdir, stop_at=3)
     assert "no moving average of the parameters: it starts from them at step 2" in caplog.text
@@ -150,16 +144,15 @@ def test_a_checkpoint_without_it_starts_one(base, caplog):
 
 def test_it_is_sharded_as_the_moments_are(base, straight, monkeypatch):
     monkeypatch.setattr(zero, "LEAST", 1)  # the models of tests have nothing that is worth it
-    changes = {"optimizer.shard_state": True, "num_devices": 8, "checkpoint_every": STEPS}
-    config = config_of(base, **changes)
+    config = config_of(base, **{"optimizer.shard_state": True, "checkpoint_every": STEPS})
     found = loop.train_and_evaluate(config, base / "sharded")
-    assert_close(read(base / "sharded", STEPS), read(straight[0], STEPS), 1e-4)
-    assert found.keys() == straight[1].keys()
+    assert_close(read(base / "sharded", STEPS), read(straight[0], STEPS), 1e-5)
+    assert found == pytest.approx(straight[1], abs=0.05)
     params = trained.open_trained(config, base / "sharded").params
     sizes = [
-        states.make_optimizer(config.with_changes({"optimizer.ema_decay": d}), params, 8)
+        states.make_optimizer(config.with_changes({"optimizer.ema_decay": d}), params, 2)
         for d in (0.0, DECAY)
     ]
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     more = sizes[1].bytes_of_device() - sizes[0].bytes_of_device()
-    assert size / 8 <= more < size / 4
+    assert size / 2 <= more < 0.6 * size
