@@ -46,12 +46,14 @@ AnyConfig: TypeAlias = "RunConfig | ConfigDict | Mapping[str, Any]"
 MOST_STEPS = 1_000_000_000
 # Newer sections, which copied configs may lack. Their fields then have the defaults.
 YOUNGER = (
+    "batch.accumulate",
     "batch.chunks",
     "data.image_format",
     "features.",
     "model.features.",
     "model.attributes.form",
     "model.attributes.parts",
+    "optimizer.ema_decay",
 )
 
 
@@ -73,6 +75,13 @@ class OptimizerConfig:
         False,
         "Shard the moments over the devices (ZeRO-1): less memory, the same communication.",
         flag(),
+        "free",
+    )
+    ema_decay: float = field(
+        0.0,
+        "Decay of a moving average of the parameters (EMA), which is evaluated, searched with and "
+        "exported in their place; 0 keeps none.",
+        rate(),
         "free",
     )
 

@@ -48,8 +48,9 @@ def export_run(
             f"--output: cannot write to {written} ({error.strerror}); name a writable directory."
         ) from error
     logging.info(
-        "%s, step %d: %d tensors for transformers, and %d of our own. Fingerprint: %s.",
-        *(written, step, *counts, fingerprint),
+        "%s, step %d%s: %d tensors for transformers, and %d of our own. Fingerprint: %s.",
+        *(written, step, ", moving average" if store.has_average(meta) else "", *counts),
+        fingerprint,
     )
     return written
 
@@ -62,4 +63,5 @@ def _read(manager: ocp.CheckpointManager, step: int) -> tuple[JsonObject, Params
         if meta["sizes"] is not None:
             size_files.from_json(backbone, meta["sizes"])
         exported.config_of(meta["config"])
-    return meta, store.restore_params(manager, step)
+    params = store.restore_params(manager, step)
+    return meta, store.with_average(manager, step, meta, params)

@@ -3,7 +3,8 @@
 A checkpoint has the items `params` and `opt_state`, and `meta`: a JSON with the run's config, the
 tokenizer, the position of the data iterator, the step of the bank and the time trained so far. One
 saved between two refreshes of the bank has also `bank_params`, the trained parameters that the bank
-is of. Evaluation reads `params` and `meta` alone.
+is of. With `config.optimizer.ema_decay` there is also `average`, the moving average of the trained
+parameters. Evaluation reads `params`, `average` and `meta`.
 
 A checkpoint appears under its name when it is complete; what a killed run has left half-written is
 removed when the run goes on. One that was damaged later, on the disk or while it was copied, is set
@@ -24,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -34,7 +36,7 @@ from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, read_json
 from dqe_jax.utils.paths import whole_path
 
-ITEMS = ("params", "opt_state", "bank_params", "meta")
+ITEMS = ("params", "opt_state", "bank_params", "average", "meta")
 # Bytes from which Orbax may take an array from several devices at once.
 SLICED = 2**20
 # What `meta` holds in every checkpoint, and of which types.
@@ -167,6 +169,7 @@ def save(
     meta: JsonObject,
     *,
     bank_params: Params | None = None,
+    average: Params | None = None,
     metrics: dict[str, float] | None = None,
 ) -> None:
     """Saves a checkpoint, asynchronously: device memory is copied before this returns.
@@ -178,6 +181,7 @@ def save(
       opt_state: replicated, or NumPy arrays.
       meta: what JSON can hold.
       bank_params: what the bank is of, as NumPy arrays, if it is not of `params`.
+      average: of the trained parameters, replicated or NumPy arrays, where the config asks for one.
       metrics: of this step, to choose the best by.
     """
     items = {
@@ -187,6 +191,8 @@ def save(
     }
     if bank_params is not None:
         items["bank_params"] = ocp.args.StandardSave(bank_params)
+    if average is not None:
+        items["average"] = ocp.args.StandardSave(_global(average))
     manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
@@ -341,9 +347,48 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Tree) -> dict[str
         return {name: jax.tree.map(np.asarray, found[name]) for name in like}
 
 
-def restore_params(manager: ocp.CheckpointManager, step: int) -> Params:
-    """The parameters of a checkpoint as NumPy arrays, whatever their shapes and devices."""
+def restore_params(manager: ocp.CheckpointManager, step: int, item: str = "params") -> Params:
+    """The parameters of a checkpoint as NumPy arrays, whatever their shapes and devices.
+
+    Args:
+      manager: of the run.
+      step: one of its steps.
+      item: "params", or another item that holds parameters.
+
+    Raises:
+      DamagedError: they cannot be read.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(fallback_sharding=here)})
     with told_damaged(manager, step):
-        return jax.tree.map(np.asarray, manager.restore(step, args=args)["params"])
+        return jax.tree.map(np.asarray, manager.restore(step, args=args)[item])
+
+
+def has_average(meta: JsonObject) -> bool:
+    """Whether a checkpoint has a moving average of the trained parameters, by its meta."""
+    return meta["config"].get("optimizer", {}).get("ema_decay", 0.0) > 0
+
+
+def with_average(
+    manager: ocp.CheckpointManager, step: int, meta: JsonObject, params: Params
+) -> Params:
+    """The parameters that are evaluated: with the average of those that trained, if there is one.
+
+    Args:
+      manager: of the run.
+      step: of the checkpoint.
+      meta: of the checkpoint.
+      params: of the checkpoint, NumPy arrays.
+
+    Raises:
+      DamagedError: the average cannot be read, or is not one of these parameters.
+    """
+    with told_damaged(manager, step):
+        if not has_average(meta):
+            return params
+        flat = flatten_dict(params, sep="/")
+        for path, x in flatten_dict(restore_params(manager, step, "average"), sep="/").items():
+            if flat[path].shape != x.shape:
+                raise ValueError(f"the average of {path} has shape {x.shape}")
+            flat[path] = x.astype(flat[path].dtype)
+        return unflatten_dict(flat, sep="/")

@@ -34,7 +34,9 @@ class Trained:
       model: as the config and the checkpoint say.
       tokenizer: of the checkpoint.
       devices: to run on.
-      params: of the model, as NumPy arrays.
+      params: of the model, as NumPy arrays; with the moving average of those that trained, if the
+        run kept one.
+      averaged: whether it did.
       data: digests of the data that the run was trained on, by split; None if they are not known.
     """
 
@@ -46,6 +48,7 @@ class Trained:
     tokenizer: Tokenizer
     devices: list[jax.Device]
     params: Params
+    averaged: bool
     data: dict[str, str] | None
 
     @property
@@ -93,6 +96,7 @@ def _open(
         sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
         model = model_of(config.model, config.data, words, sizes)
     shapes = param_shapes(model, config.model, config.data)
+    params = store.restore(manager, step, params=shapes)["params"]
     return Trained(
         config=config,
         trained_by=meta["config"],
@@ -101,6 +105,7 @@ def _open(
         model=model,
         tokenizer=words,
         devices=devices,
-        params=store.restore(manager, step, params=shapes)["params"],
+        params=store.with_average(manager, step, meta, params),
+        averaged=store.has_average(meta),
         data=meta.get("data"),
     )

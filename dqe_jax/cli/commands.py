@@ -28,6 +28,7 @@ COMMANDS = {
     "benchmark step": ("benchmark_step", "Times the training step of a config."),
     "benchmark data": ("benchmark_data", "Times the way of images to the devices."),
     "benchmark mine": ("benchmark_mine", "Times the mining of negatives from a bank."),
+    "benchmark evaluate": ("benchmark_evaluate", "Times the ranking of an evaluation."),
     "convert": ("convert", "Converts pretrained weights to a directory that a config can name."),
     "export": ("export", "Exports a model to files that need no run, for search or PyTorch."),
     "describe": ("describe", "Prints the parameters and the cost of a config's model."),

@@ -119,6 +119,12 @@ class BatchConfig:
     queries_per_reference: int = field(
         4, "Queries of a reference in a batch, at the most.", integer(1, 10_000)
     )
+    accumulate: int = field(
+        1,
+        "Batches whose gradients are averaged before an update, which is a step. Each has only its "
+        "own negatives; chunks keeps those of one large batch.",
+        integer(1, 1_000_000),
+    )
     chunks: int = field(
         1,
         "Parts in which a device computes its share of a batch, one after the other (GradCache): "

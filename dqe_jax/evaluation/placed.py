@@ -86,6 +86,7 @@ class PlacedGallery:
                 mesh.pad_rows(excluded[here], size),
                 self._placed,
                 np.int32(self._count),
+                np.int32(len(queries[here])),
                 masks,
             )
             results.append((np.asarray(rows)[:, :k], np.asarray(scores)[:, :k]))
@@ -106,7 +107,7 @@ def _program(
         functools.partial(
             ranking.rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries
         ),
-        in_axes=(None, None, 0, None, 0),
+        in_axes=(None, None, 0, None, None, 0),
         out_axes=(None, None),
         devices=devices,
     )

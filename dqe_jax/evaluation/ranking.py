@@ -27,7 +27,12 @@ from dqe_jax.method.arrays import Array
 from dqe_jax.method.similarity import listed_similarity, ranking_similarity
 from dqe_jax.utils.errors import UserError
 
-_Best = tuple[jax.Array, jax.Array]  # scores and rows, `[C, n]`
+CHUNK_ROWS, CHUNK_QUERIES = 512, 256
+# Chunks of queries that a call ranks at the most: a chunk of the gallery is read once for all.
+QUERY_CHUNKS = 4
+# Chunks of the gallery whose scores are searched at once.
+GROUP = 8
+_Best = tuple[jax.Array, jax.Array]  # scores and rows, `[parts, C, k]`
 
 
 class RankFn(Protocol):
@@ -57,8 +62,8 @@ class RankFn(Protocol):
 def make_rank_fn(
     k: int,
     *,
-    chunk_rows: int = 512,
-    chunk_queries: int = 256,
+    chunk_rows: int = CHUNK_ROWS,
+    chunk_queries: int = CHUNK_QUERIES,
     devices: Sequence[jax.Device] | None = None,
 ) -> RankFn:
     """Makes a function that ranks.
@@ -95,15 +100,17 @@ def make_rank_fn(
 
         placed = place(own_chunks(gallery, chunk_rows, devices))
         num_rows, results = np.int32(len(gallery)), []
-        for start in range(0, len(queries), chunk_queries):
-            chunk = slice(start, start + chunk_queries)
+        size = QUERY_CHUNKS * chunk_queries
+        for start in range(0, len(queries), size):
+            here = slice(start, start + size)
             part = rank_chunk(
-                mesh.pad_rows(queries[chunk], chunk_queries),
-                mesh.pad_rows(excluded[chunk], chunk_queries),
+                mesh.pad_rows(queries[here], size),
+                mesh.pad_rows(excluded[here], size),
                 placed,
                 num_rows,
+                np.int32(len(queries[here])),
             )
-            # Waits for the chunk: collectives in flight can starve each other on few CPU cores.
+            # Waits for the call: collectives in flight can starve each other on few CPU cores.
             results.append([np.asarray(x) for x in part])
         rows, scores = (np.concatenate(parts)[: len(queries)] for parts in zip(*results))
         return rows, scores
@@ -117,7 +124,7 @@ def _rank_program(
 ) -> mesh.Program[..., tuple[jax.Array, jax.Array]]:
     return mesh.pmap(
         functools.partial(rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries),
-        in_axes=(None, None, 0, None),
+        in_axes=(None, None, 0, None, None),
         out_axes=(None, None),
         devices=devices,
     )
@@ -135,53 +142,76 @@ def rank_shard(
     excluded: Array,
     gallery: Array,
     num_rows: Array | np.int32,
+    num_queries: Array | np.int32,
     allowed: Array | None = None,
     *,
     k: int,
     chunk_rows: int,
     chunk_queries: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Per device: `[C, d]`, `[C, E]`, its `[S, rows, M, d]`, `[]` to the global top-k.
+    """Per device: `[Q, d]`, `[Q, E]`, its `[S, rows, M, d]`, `[]`, `[]` to the global top-k.
 
-    With `allowed`, bool `[S, rows]`, the other rows are left out.
+    `Q` is a multiple of `chunk_queries`; chunks of queries beyond `num_queries` cost nothing. With
+    `allowed`, bool `[S, rows]`, the other rows are left out.
     """
     steps = gallery.shape[0]
     first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * (steps * chunk_rows)
-    offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
+    parts = queries.reshape(-1, chunk_queries, queries.shape[-1])
+    left_out = excluded.reshape(len(parts), chunk_queries, -1)
+    needed = -(-num_queries // chunk_queries)
     query_index = jnp.arange(chunk_queries)[:, None]
 
-    def step(best: _Best, chunk: tuple[Array, ...]) -> tuple[_Best, None]:
-        tokens, start, *masks = chunk
-        scores = ranking_similarity(queries, tokens)
-        # Sorting would order -0 before 0, but as scores they are equal.
-        scores = jnp.where(scores == 0, 0.0, scores)
-        scores = jnp.where(start + offsets < num_rows, scores, -jnp.inf)
-        for mask in masks:
-            scores = jnp.where(mask, scores, -jnp.inf)
-        # A negative index would wrap around: send whatever is not in this chunk past its end,
-        # where `drop` ignores it.
-        place = excluded - start
-        place = jnp.where(place < 0, chunk_rows, place)
-        scores = scores.at[query_index, place].set(-jnp.inf, mode="drop")
-        rows = jnp.broadcast_to(start + offsets, scores.shape)
-        return _top_k(
-            jnp.concatenate([best[0], scores], axis=1),
-            jnp.concatenate([best[1], rows], axis=1),
-            k,
-        ), None
+    def score(chunk: Array, column: Array, held: Array) -> Array:
+        """Scores of all queries with one chunk, which is read once, from that column on."""
+        tokens = gallery[chunk]
+
+        def of_part(i: Array, held: Array) -> Array:
+            scores = ranking_similarity(parts[i], tokens)
+            # Sorting would order -0 before 0, but as scores they are equal.
+            scores = jnp.where(scores == 0, 0.0, scores)
+            if allowed is not None:
+                scores = jnp.where(allowed[chunk], scores, -jnp.inf)
+            return lax.dynamic_update_slice(held, scores[None], (i, 0, column))
+
+        return lax.fori_loop(0, needed, of_part, held)
+
+    def search(first: Array | int, number: int, best: _Best) -> _Best:
+        """The best so far and those of a number of chunks: one search for all of these."""
+        start, size = first_row + first * chunk_rows, number * chunk_rows
+        held = jnp.zeros((len(parts), chunk_queries, size), jnp.float32)
+        held = lax.fori_loop(
+            0, number, lambda i, held: score(first + i, i * chunk_rows, held), held
+        )
+
+        def of_part(i: Array, best: _Best) -> _Best:
+            scores, rows = (x[i] for x in best)
+            found = jnp.where(start + jnp.arange(size) < num_rows, held[i], -jnp.inf)
+            # A negative index would wrap around: send whatever is not in this group past its end,
+            # where `drop` ignores it.
+            place = left_out[i] - start
+            place = jnp.where(place < 0, size, place)
+            found = found.at[query_index, place].set(-jnp.inf, mode="drop")
+            scores, index = lax.top_k(jnp.concatenate([scores, found], axis=1), k)
+            kept = jnp.take_along_axis(rows, jnp.minimum(index, k - 1), axis=1)
+            rows = jnp.where(index < k, kept, start + index - k)
+            return best[0].at[i].set(scores), best[1].at[i].set(rows)
+
+        return lax.fori_loop(0, needed, of_part, best)
 
     # These come first, so that at a score of -inf they are kept and not the masked rows.
-    nothing = (
-        jnp.full((chunk_queries, k), -jnp.inf, jnp.float32),
-        jnp.full((chunk_queries, k), -1, jnp.int32),
+    best: _Best = (
+        jnp.full((len(parts), chunk_queries, k), -jnp.inf, jnp.float32),
+        jnp.full((len(parts), chunk_queries, k), -1, jnp.int32),
     )
-    starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
-    chunks = (gallery, starts) if allowed is None else (gallery, starts, allowed)
-    best, _ = lax.scan(step, nothing, chunks)
-    # [C, devices * k], devices in order, hence equal scores in row order.
+    groups, rest = divmod(steps, GROUP)
+    best = lax.fori_loop(0, groups, lambda g, best: search(g * GROUP, GROUP, best), best)
+    if rest:
+        best = search(groups * GROUP, rest, best)
+    best = jax.tree.map(lambda x: x.reshape(-1, k), best)
+    # [Q, devices * k], devices in order, hence equal scores in row order.
     scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
-    scores, rows = _top_k(scores, rows, k)
-    return rows, scores
+    scores, index = lax.top_k(scores, k)
+    return jnp.take_along_axis(rows, index, axis=1), scores
 
 
 ScoreFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -231,12 +261,6 @@ def order_subset(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Rows `[Q, S]` of small sets, best first, equal scores by row, padding (-1) last."""
     order = np.lexsort((rows, np.where(rows >= 0, -scores, np.inf)), axis=1)
     return np.take_along_axis(rows, order, axis=1)
-
-
-def _top_k(scores: jax.Array, rows: jax.Array, k: int) -> _Best:
-    """The `k` best of `[C, n]` scores and their rows; equal scores keep their order."""
-    scores, index = lax.top_k(scores, k)
-    return scores, jnp.take_along_axis(rows, index, axis=1)
 
 
 def check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:

@@ -39,6 +39,7 @@ def write_report(
     step: int,
     attributes: Sequence[str],
     sheet_queries: int,
+    averaged: bool = False,
 ) -> None:
     """Writes the files of the module's table and logs what they say.
 
@@ -51,6 +52,7 @@ def write_report(
       step: of the checkpoint.
       attributes: names of the model's attributes.
       sheet_queries: how many queries are drawn.
+      averaged: whether the parameters are a moving average of those that trained.
 
     Raises:
       UserError: the directory is not writable, or the benchmark's server would refuse the
@@ -62,6 +64,7 @@ def write_report(
         "dataset": dataset,
         "split": split.name,
         "step": step,
+        "averaged": averaged,
         "protocol": protocol.name,
         "data": split.digest,
         "queries": {"used": coverage.queries, "official": coverage.official_queries},
@@ -74,7 +77,9 @@ def write_report(
     # Before anything is written: a full disk must not cost the figures.
     ranked = "" if result.embedded == coverage.gallery else f"; {result.embedded:,} images ranked"
     logging.info(
-        "%s, step %d: %s%s.\n%s", split.name, step, coverage, ranked, table(result, protocol)
+        "%s, step %d%s: %s%s.\n%s",
+        *(split.name, step, ", moving average of the parameters" if averaged else ""),
+        *(coverage, ranked, table(result, protocol)),
     )
     if behind := behind_reference(result, protocol):
         logging.info("%s", behind)

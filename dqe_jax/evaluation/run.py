@@ -69,7 +69,9 @@ def evaluate_checkpoint(
     make_directory(place)
     params = trained.place_params()
     features.fill(params)
-    result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
+    result = evaluate_and_report(
+        config, evaluator, params, step=step, directory=place, averaged=trained.averaged
+    )
     if judged is not None and judged_texts is not None:
         path = place / f"hp_fashioniq-{step}.json"
         measure_preferences(evaluator, judged_texts, params, judged, path)
@@ -116,6 +118,7 @@ def evaluate_and_report(
     *,
     step: int,
     directory: epath.Path,
+    averaged: bool = False,
 ) -> Result:
     """Evaluates, writes the files of `report.py`, and logs the table and the queries drawn.
 
@@ -125,6 +128,7 @@ def evaluate_and_report(
       params: of the model.
       step: of the checkpoint.
       directory: where the files go.
+      averaged: whether the parameters are a moving average of those that trained.
 
     Raises:
       UserError: the directory is not writable, or a submission would be refused.
@@ -141,6 +145,7 @@ def evaluate_and_report(
         step=step,
         attributes=config.model.attributes.names if config.model.attributes.enabled else (),
         sheet_queries=config.eval.sheet_queries,
+        averaged=averaged,
     )
     return result
 

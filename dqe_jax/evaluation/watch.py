@@ -82,7 +82,14 @@ def watch(
                 evaluator = make_evaluator(config, trained.model, words, opened, devices, features)
             features.fill(params)
             if step >= _total_steps(root):
-                result = evaluate_and_report(config, evaluator, params, step=step, directory=place)
+                result = evaluate_and_report(
+                    config,
+                    evaluator,
+                    params,
+                    step=step,
+                    directory=place,
+                    averaged=trained.averaged,
+                )
             else:
                 result = evaluator.run(params)
             found[step] = result.metrics

@@ -29,28 +29,35 @@ def _product(form: str, *arrays: Array) -> jax.Array:
 # ------------------------------------------------------------------------------------ in the batch
 
 
+# Products `<q, T_m>` that are held at a time, for a part of the candidates: 16 MiB.
+AT_ONCE = 2**22
+
+
+def _part(query: Array, gallery: Array) -> int:
+    """How many candidates are compared at a time: one product for all of them and their tokens."""
+    return min(len(gallery), max(1, AT_ONCE // (len(query) * gallery.shape[1])))
+
+
 def _best_token(
     query: Float[Array, "B d"], gallery: Float[Array, "N M d"]
-) -> tuple[Float[Array, "B N"], Int[Array, "B N"]]:
-    """Score and index of the best token, both `[B, N]`: one product a token, a running maximum."""
-    tokens = jnp.moveaxis(gallery, 1, 0)  # [M, N, d]
-    first = _product("bd,nd->bn", query, tokens[0])
+) -> tuple[Float[Array, "N B"], Int[Array, "N B"]]:
+    """Score and index of the best token, candidates first; the first of equal ones."""
 
-    def step(carry: _Pair, item: _Pair) -> tuple[_Pair, None]:
-        (best, index), (m, token) = carry, item
-        scores = _product("bd,nd->bn", query, token)
-        return (jnp.maximum(best, scores), jnp.where(scores > best, m, index)), None
+    def of_one(tokens: Array) -> _Pair:
+        scores = _product("md,bd->mb", tokens, query)
+        best, number = scores.max(axis=0), jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
+        # As argmax, but a plain minimum is quicker.
+        return best, jnp.where(scores == best, number, len(tokens)).min(axis=0)
 
-    start = first, jnp.zeros(first.shape, jnp.int32)
-    return lax.scan(step, start, (jnp.arange(1, len(tokens)), tokens[1:]))[0]
+    return lax.map(of_one, gallery, batch_size=_part(query, gallery))
 
 
 @jax.custom_vjp
 def similarity(query: Float[Array, "B d"], gallery: Float[Array, "N M d"]) -> Float[Array, "B N"]:
     """`s(q, T)` of every query with every candidate of a batch, with gradients.
 
-    No `[B, N, M]` array, in the backward pass neither: it keeps the index of the best token (the
-    first of equals, which gets the whole gradient).
+    No more than `AT_ONCE` products are held, in the backward pass neither: it keeps the index of
+    the best token (the first of equals, which gets the whole gradient).
 
     Args:
       query: `[B, d]`.
@@ -59,27 +66,35 @@ def similarity(query: Float[Array, "B d"], gallery: Float[Array, "N M d"]) -> Fl
     Returns:
       float32 `[B, N]`.
     """
-    return _best_token(query, gallery)[0]
+    return _best_token(query, gallery)[0].T
 
 
 def _similarity_forward(query: Array, gallery: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     best, index = _best_token(query, gallery)
-    return best, (query, gallery, index)
+    return best.T, (query, gallery, index)
 
 
 def _similarity_backward(saved: tuple[Array, Array, Array], cotangent: Array) -> _Pair:
     query, gallery, index = saved
+    part, wide = _part(query, gallery), query.astype(jnp.float32)
+    number = jnp.arange(gallery.shape[1], dtype=jnp.int32)[:, None]
 
-    def step(query_grad: jax.Array, item: _Pair) -> _Pair:
-        m, token = item
-        own = jnp.where(index == m, cotangent, 0)  # [B, N], what this token was the best for
-        query_grad += _product("bn,nd->bd", own, token.astype(jnp.float32))
-        token_grad = _product("bn,bd->nd", own, query.astype(jnp.float32))
-        return query_grad, token_grad.astype(token.dtype)
+    def step(query_grad: jax.Array, item: tuple[Array, Array, Array]) -> _Pair:
+        tokens, best, own = item
+        # [part, M, B]: each gradient at the token that scored best.
+        own = jnp.where(best[:, None] == number, own[:, None], 0)
+        query_grad += _product("nmb,nmd->bd", own, tokens.astype(jnp.float32))
+        return query_grad, _product("nmb,bd->nmd", own, wide).astype(tokens.dtype)
 
-    items = jnp.arange(gallery.shape[1]), jnp.moveaxis(gallery, 1, 0)
-    query_grad, token_grads = lax.scan(step, jnp.zeros(query.shape, jnp.float32), items)
-    return query_grad.astype(query.dtype), jnp.moveaxis(token_grads, 0, 1)
+    items, whole = (gallery, index, cotangent.T), len(gallery) // part * part
+    parts = jax.tree.map(lambda x: x[:whole].reshape(-1, part, *x.shape[1:]), items)
+    query_grad, token_grads = lax.scan(step, jnp.zeros(query.shape, jnp.float32), parts)
+    token_grads = token_grads.reshape(-1, *gallery.shape[1:])
+    if whole < len(gallery):
+        rest = jax.tree.map(lambda x: x[whole:], items)
+        query_grad, last = step(query_grad, rest)
+        token_grads = jnp.concatenate([token_grads, last])
+    return query_grad.astype(query.dtype), token_grads
 
 
 similarity.defvjp(_similarity_forward, _similarity_backward)

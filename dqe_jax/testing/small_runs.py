@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import jax
@@ -24,8 +25,8 @@ from dqe_jax.method.arrays import Params
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import session
 from dqe_jax.training.state import Optimizer
-from dqe_jax.training.step import Step
 
+_Step = TypeVar("_Step")
 # Pixels a side of the images of `small_benchmark_config`.
 BENCHMARK_SIZE = 16
 
@@ -140,13 +141,18 @@ def compiled_once(*, alike: bool = False) -> Iterator[None]:
       alike: whether they share them even if seed and length of the run differ: for tests that do
         not look at what is learnt.
     """
-    with mock.patch.object(session, "make_step", _remembered(session.make_step, alike)):
+    with (
+        mock.patch.object(session, "make_step", _remembered(session.make_step, alike)),
+        mock.patch.object(
+            session, "make_accumulation", _remembered(session.make_accumulation, alike)
+        ),
+    ):
         yield
 
 
-def _remembered(make_step: Callable[..., Step], alike: bool) -> Callable[..., Step]:
-    """`make_step`, which gives an earlier run's step again if nothing that it needs differs."""
-    steps: dict[str, Step] = {}
+def _remembered(make_step: Callable[..., _Step], alike: bool) -> Callable[..., _Step]:
+    """`make_step` or its like, which gives an earlier run's step again if nothing differs."""
+    steps: dict[str, _Step] = {}
 
     def remembered(
         config: RunConfig,
@@ -155,7 +161,7 @@ def _remembered(make_step: Callable[..., Step], alike: bool) -> Callable[..., St
         devices: Sequence[jax.Device],
         *,
         bank: bool = False,
-    ) -> Step:
+    ) -> _Step:
         # The loop decides when a bank is made, so the step does not depend on it.
         negatives = dataclasses.replace(config.negatives, first_refresh=0, refresh_every=1)
         parts = (config.model, config.optimizer, negatives, config.loss, config.batch)

@@ -19,9 +19,12 @@ from dqe_jax.data import datasets
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
 from dqe_jax.evaluation.run import evaluate_and_report
+from dqe_jax.method.arrays import Tree
+from dqe_jax.method.batch import Batch
 from dqe_jax.method.objective import Metrics
 from dqe_jax.models import freeze, setup, summary
 from dqe_jax.models.build import parts_of
+from dqe_jax.training.accumulate import Accumulation
 from dqe_jax.training.data_wait import DataWait
 from dqe_jax.training.faults import Guard, in_sentences
 from dqe_jax.training.optimizer import make_schedule
@@ -155,6 +158,12 @@ def _train(
         if start == 0:
             logging.info("Devices: %s", ", ".join(str(device) for device in session.devices))
             logging.info("%s", summary.parameter_table(state.params, config.model))
+        if state.average is not None:
+            logging.info(
+                "Evaluation is of a moving average of the parameters: config.optimizer.ema_decay "
+                "is %g.",
+                config.optimizer.ema_decay,
+            )
         logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
         with Interrupts() as interrupts:
             state, measured = run_steps(session, state, end, manager, log, stopwatch, interrupts)
@@ -188,8 +197,7 @@ def run_steps(
     with reporter.bar:  # also closed by an error, whose sentence has a line of its own
         for step in range(start + 1, end + 1):
             refreshed = keeper is not None and keeper.refresh_if_due(state.params, step - 1)
-            reporter.data_wait.add(session.batches.wait(state))
-            output = take_step(session, state, interrupts.seen)
+            output = take_step(session, state, interrupts.seen, reporter.data_wait)
             state = output.state
             reporter.bar.update()
             stop, last = guard.check(step, output.control), step == end
@@ -213,26 +221,35 @@ def run_steps(
     return state, measured
 
 
-def take_step(session: Session, state: TrainState, stop: int) -> StepOutput:
+def take_step(session: Session, state: TrainState, stop: int, data_wait: DataWait) -> StepOutput:
     """One step, with negatives of the bank as soon as there is one.
 
     Args:
       session: of the run.
       state: which is donated.
       stop: number of the signal that this process saw; 0 for none.
+      data_wait: gets the time that the devices waited for batches.
     """
-    keeper, batch = session.keeper, session.features.resolve(next(session.batches))
+    keeper = session.keeper
+    bank = () if keeper is None or keeper.bank is None else (keeper.bank,)
+
+    def following(busy: Tree) -> Batch:
+        data_wait.add(session.batches.wait(busy))
+        batch = session.features.resolve(next(session.batches))
+        return keeper.add_mined(batch) if keeper is not None and bank else batch
+
     told = np.full((mesh.count_own(session.devices), 1), stop, np.int32)
-    if keeper is None or keeper.bank is None:
-        return session.step(state, batch, told)
-    return session.bank_step(state, keeper.add_mined(batch), told, keeper.bank)
+    step = session.bank_step if bank else session.step
+    if isinstance(step, Accumulation):
+        return step.run(state, following, told, *bank)
+    return step(state, following(state), told, *bank)
 
 
 def _validate(
     session: Session, state: TrainState, log: MetricLog | NoLog, bar: tqdm.tqdm
 ) -> dict[str, float]:
     """Metrics of the validation split, logged."""
-    step, measured = int(state.step), session.validation.run(state.params).metrics
+    step, measured = int(state.step), session.validation.run(session.evaluated(state)).metrics
     log.write(step, {f"validation/{k}": v for k, v in measured.items()})
     if processes.leads():
         bar.write(f"step {step}, {session.validation.describe(measured)}")
@@ -246,7 +263,12 @@ def _final_evaluation(
     config, evaluator, step = session.config, session.last, int(state.step)
     split = evaluator.split
     result = evaluate_and_report(
-        config, evaluator, state.params, step=step, directory=session.workdir / "eval"
+        config,
+        evaluator,
+        session.evaluated(state),
+        step=step,
+        directory=session.workdir / "eval",
+        averaged=state.average is not None,
     )
     # The validation split is logged already.
     if split.name != "validation":

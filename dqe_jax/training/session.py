@@ -31,7 +31,9 @@ from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
+from dqe_jax.training import average as averages
 from dqe_jax.training import state as states
+from dqe_jax.training.accumulate import Accumulation, make_accumulation
 from dqe_jax.training.bank import BankKeeper, make_bank_keeper
 from dqe_jax.training.prefetch import DeviceBatches, send
 from dqe_jax.training.state import Optimizer, TrainState
@@ -55,11 +57,11 @@ class Session:
       model: of the config.
       params: shapes of the parameters.
       optimizer: of the config.
-      step: the mapped step, with negatives of the batch.
-      bank_step: the mapped step, with negatives of the bank.
+      step: the mapped step, of a batch or of several, with negatives of the batch.
+      bank_step: likewise, with negatives of the bank.
       keeper: of the bank; None without one.
       batches: those of training, on the devices.
-      examples: of a batch without its padding, on average.
+      examples: of a step without padding, on average.
       validation: the evaluator of the validation split.
       last: the evaluator of the split of the last evaluation.
       features: what frozen towers make of images and texts; filled by `restore_or_init`.
@@ -76,8 +78,8 @@ class Session:
     model: DQE
     params: Params
     optimizer: Optimizer
-    step: Step
-    bank_step: Step
+    step: Step | Accumulation
+    bank_step: Step | Accumulation
     keeper: BankKeeper | None
     batches: DeviceBatches
     examples: float
@@ -85,6 +87,10 @@ class Session:
     last: RetrievalEvaluator
     features: Features
     data: dict[str, str]
+
+    def evaluated(self, state: TrainState) -> Params:
+        """The parameters that are evaluated: replicated, with the average if there is one."""
+        return averages.evaluated(self.config, self.optimizer, state, self.devices)
 
 
 def open_session(
@@ -133,6 +139,8 @@ def open_session(
     if last.name != held_out.name:
         final = make_evaluator(config, model, tokenizer, last, devices, features)
     _check_best(config, validation)
+    step_of = make_step if config.batch.accumulate == 1 else make_accumulation
+    shape, padding = own.packing.shape, own.packing.padding
     return Session(
         config=config,
         workdir=workdir,
@@ -144,11 +152,11 @@ def open_session(
         model=model,
         params=params,
         optimizer=optimizer,
-        step=make_step(config, model, optimizer, devices),
-        bank_step=make_step(config, model, optimizer, devices, bank=True),
+        step=step_of(config, model, optimizer, devices),
+        bank_step=step_of(config, model, optimizer, devices, bank=True),
         keeper=keeper,
         batches=batches,
-        examples=own.packing.shape.queries * (1 - own.packing.padding.queries),
+        examples=config.batch.accumulate * shape.queries * (1 - padding.queries),
         validation=validation,
         last=final,
         features=features,
@@ -241,7 +249,7 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
         params = session.features.standardize(params)
         state = states.init_state(config, session.optimizer, params, session.devices)
         session.features.fill(state.params)
-        return state, 0.0
+        return averages.begun(config, session.optimizer, state, session.devices), 0.0
     newest, (meta, items) = store.read_chosen(
         manager, None, lambda step: _read(session, manager, step)
     )
@@ -256,6 +264,14 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
     state = states.place_state(
         session.optimizer, newest, items["params"], items["opt_state"], session.devices
     )
+    if config.optimizer.ema_decay and "average" not in items:
+        logging.info(
+            "The checkpoint has no moving average of the parameters: it starts from them at step "
+            "%d (config.optimizer.ema_decay).",
+            newest,
+        )
+    saved = items.get("average")
+    state = averages.begun(config, session.optimizer, state, session.devices, saved)
     return state, meta["train_seconds"]
 
 
@@ -275,6 +291,8 @@ def _read(
     # snapshot.
     if keeper is not None and meta["bank_step"] is not None and not keeper.scheduled(step):
         like["bank_params"] = states.splitter(session.config.model)(session.params)[0]
+    if session.optimizer.average is not None and store.has_average(meta):
+        like["average"] = session.optimizer.average
     return meta, store.restore(manager, step, **like)
 
 
@@ -332,4 +350,11 @@ def save(
         "version": __version__,
     }
     moments = states.state_to_save(session.optimizer, state.opt_state, session.devices)
-    store.save(manager, step, state.params, moments, meta, bank_params=snapshot, metrics=metrics)
+    average = averages.average_to_save(session.optimizer, state, session.devices)
+    store.save(
+        manager,
+        *(step, state.params, moments, meta),
+        bank_params=snapshot,
+        average=average,
+        metrics=metrics,
+    )

@@ -37,11 +37,13 @@ class TrainState:
       step: int32 scalar, the steps taken.
       params: of the model, those that do not train included.
       opt_state: of the optimiser, for those that train; see `zero.py` for a sharded one.
+      average: moving average of those that train, see `average.py`; None without one.
     """
 
     step: Array
     params: Params
     opt_state: Tree
+    average: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +55,23 @@ class Optimizer:
       saved: shapes of its state in a checkpoint, whether it is sharded or not.
       shapes: on the devices, with a leading axis of devices where it is sharded.
       axes: for `mesh.pmap`; None if nothing is sharded.
+      average: shapes of the moving average in a checkpoint; None without one (`average.py`).
+      average_shapes: on the devices, with a leading axis of devices where it is sharded.
     """
 
     tx: optax.GradientTransformation
     saved: Tree
     shapes: Tree
     axes: Tree
+    average: Params | None = None
+    average_shapes: Params | None = None
 
     def bytes_of_device(self) -> int:
-        """Bytes of the state on a device."""
-        shapes = self.shapes if self.axes is None else zero.shapes_of_device(self.shapes, self.axes)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        """Bytes of the state on a device, and of the moving average."""
+        held = self.shapes, self.average_shapes
+        if self.axes is not None:
+            held = zero.shapes_of_device(held, (self.axes, 0))
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held))
 
 
 def make_optimizer(config: RunConfig, params: Params, num_devices: int) -> Optimizer:
@@ -80,9 +88,14 @@ def make_optimizer(config: RunConfig, params: Params, num_devices: int) -> Optim
         config.optimizer, config.total_steps, decay=optimizer.matrices(training)
     )
     saved = jax.eval_shape(tx.init, training)
+    average = None
+    if config.optimizer.ema_decay:
+        average = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), training)
     if not config.optimizer.shard_state:
-        return Optimizer(tx, saved, saved, None)
-    return Optimizer(tx, saved, *zero.state_shapes(tx, training, num_devices))
+        return Optimizer(tx, saved, saved, None, average, average)
+    shapes, axes = zero.state_shapes(tx, training, num_devices)
+    held = None if average is None else zero.slice_shapes(average, num_devices)
+    return Optimizer(tx, saved, shapes, axes, average, held)
 
 
 def init_state(

@@ -5,6 +5,7 @@ Training, the benchmark and the planner compile the same program.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -25,6 +26,7 @@ from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models import freeze
 from dqe_jax.models.dqe import DQE
 from dqe_jax.training import zero
+from dqe_jax.training.average import moved
 from dqe_jax.training.chunks import in_chunks
 from dqe_jax.training.optimizer import largest
 from dqe_jax.training.state import Optimizer, Splitter, TrainState, splitter
@@ -109,61 +111,136 @@ def batch_spec(config: RunConfig, shape: BatchShape) -> Batch:
     )
 
 
-def make_train_step(
-    *,
-    loss_fn: Loss,
-    tx: optax.GradientTransformation,
-    seed: int,
-    split: Splitter = lambda params: (params, {}),
-    shard_state: bool = False,
-) -> DeviceStep:
-    """Makes the per-device step `(state, batch, stop, bank=None) -> StepOutput`.
+def _all_train(params: Params) -> tuple[Params, Params]:
+    return params, {}
 
-    All that it closes over is here. A step whose loss, gradients or new parameters are not finite
-    changes no parameter (`optimizer.make_optimizer`); `bad_steps` counts them.
 
-    Args:
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+    """A step of one device in its two parts; all that they close over is here.
+
+    A step whose loss, gradients or new parameters are not finite changes no parameter
+    (`optimizer.make_optimizer`); `bad_steps` counts them.
+
+    Attributes:
       loss_fn: as `method.objective.Objective`, over `mesh.AXIS`.
       tx: the optimiser.
       seed: of everything random in the step.
       split: parameters to those that train and those that do not, as `freeze.split`; the optimiser
         and the backward pass see the first alone.
       shard_state: whether the optimiser's state is of the device's slices (`zero.py`).
+      ema_decay: of the moving average; 0 for none (`average.py`).
     """
-    tx = optax.with_extra_args_support(tx)
+
+    loss_fn: Loss
+    tx: optax.GradientTransformationExtraArgs
+    seed: int
+    split: Splitter = _all_train
+    shard_state: bool = False
+    ema_decay: float = 0.0
+
+    def gradients(
+        self,
+        step: Array,
+        params: Params,
+        batch: Batch,
+        bank: Bank | None = None,
+        index: Array | None = None,
+    ) -> tuple[Params, Metrics]:
+        """This device's part of the gradients, and metrics that are global means.
+
+        Args:
+          step: int32 scalar, steps taken before.
+          params: all of the model.
+          batch: of this device.
+          bank: this device's part.
+          index: of the batch among those of a step; None where it is the only one.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        if index is not None:
+            key = jax.random.fold_in(key, index)
+        training, frozen = self.split(params)
+
+        def loss_of(training: Params) -> tuple[Array, Metrics]:
+            return self.loss_fn(freeze.merge(training, frozen), batch, key, bank)
+
+        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
+        return grads, metrics
+
+    def added_up(self, grads: Params) -> Params:
+        """Gradients of all devices: of large ones the own slice if the state is sharded."""
+        # A sum: the losses of the devices add up to the global mean.
+        return zero.scatter(grads) if self.shard_state else lax.psum(grads, mesh.AXIS)
+
+    def update(self, state: TrainState, grads: Params, metrics: Metrics, stop: Array) -> StepOutput:
+        """The step's result, from gradients as `added_up` gives them."""
+        training, frozen = self.split(state.params)
+        # A loss that is not finite may have finite gradients, which are just as useless.
+        sound = jnp.isfinite(metrics["loss"])
+        norm = zero.global_norm(grads, training) if self.shard_state else optax.tree.norm(grads)
+        held = zero.own(training) if self.shard_state else training
+        size = largest(training)
+        updates, opt_state = self.tx.update(
+            grads, state.opt_state, held, sound=sound, norm=norm, size=size
+        )
+        bad, applied = jnp.zeros((), jnp.int32), jnp.array(True)
+        if isinstance(opt_state, optax.ApplyIfFiniteState):
+            metrics["bad_steps"] = opt_state.total_notfinite
+            bad, applied = opt_state.notfinite_count, opt_state.last_finite
+        average = state.average
+        if average is not None:
+            new = optax.apply_updates(held, updates)
+            average = moved(average, new, self.ema_decay, state.step, applied)
+        if self.shard_state:
+            updates = zero.gather(updates, training)
+        params = freeze.merge(optax.apply_updates(training, updates), frozen)
+        metrics["grad_norm"] = norm
+        control = Control(lax.pmax(stop.max(), mesh.AXIS), bad, jnp.isfinite(size))
+        return StepOutput(TrainState(state.step + 1, params, opt_state, average), metrics, control)
+
+
+def make_train_step(parts: StepParts) -> DeviceStep:
+    """The per-device step `(state, batch, stop, bank=None) -> StepOutput` of one batch."""
 
     def step(
         state: TrainState, batch: Batch, stop: Array, bank: Bank | None = None, /
     ) -> StepOutput:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        training, frozen = split(state.params)
-
-        def loss_of(training: Params) -> tuple[Array, Metrics]:
-            return loss_fn(freeze.merge(training, frozen), batch, key, bank)
-
-        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(training)
-        # A sum: the losses of the devices add up to the global mean.
-        grads = zero.scatter(grads) if shard_state else lax.psum(grads, mesh.AXIS)
-        # A loss that is not finite may have finite gradients, which are just as useless.
-        sound = jnp.isfinite(metrics["loss"])
-        norm = zero.global_norm(grads, training) if shard_state else optax.tree.norm(grads)
-        held = zero.own(training) if shard_state else training
-        size = largest(training)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, held, sound=sound, norm=norm, size=size
-        )
-        if shard_state:
-            updates = zero.gather(updates, training)
-        params = freeze.merge(optax.apply_updates(training, updates), frozen)
-        metrics["grad_norm"] = norm
-        bad = jnp.zeros((), jnp.int32)
-        if isinstance(opt_state, optax.ApplyIfFiniteState):
-            metrics["bad_steps"] = opt_state.total_notfinite
-            bad = opt_state.notfinite_count
-        control = Control(lax.pmax(stop.max(), mesh.AXIS), bad, jnp.isfinite(size))
-        return StepOutput(TrainState(state.step + 1, params, opt_state), metrics, control)
+        grads, metrics = parts.gradients(state.step, state.params, batch, bank)
+        return parts.update(state, parts.added_up(grads), metrics, stop)
 
     return step
+
+
+def parts_of_step(config: RunConfig, model: DQE, made: Optimizer, *, bank: bool) -> StepParts:
+    """The parts of a config's step; arguments as of `make_step`."""
+    apply_fn = cast(TrainForward, model.apply)  # Flax' hints name no result
+    if config.batch.chunks > 1:
+        apply_fn = in_chunks(apply_fn, config.batch.chunks)
+    objective = Objective(
+        apply_fn=apply_fn,
+        rule=MiningRule.of(config.negatives) if bank else warmup_rule(config.negatives),
+        oracle=config.negatives.oracle,
+        weights=config.loss,
+        axis=mesh.AXIS,
+    )
+    return StepParts(
+        loss_fn=objective,
+        tx=optax.with_extra_args_support(made.tx),
+        seed=config.seed,
+        split=splitter(config.model),
+        shard_state=config.optimizer.shard_state,
+        ema_decay=config.optimizer.ema_decay,
+    )
+
+
+def axes_of(made: Optimizer) -> tuple[TrainState | None, StepOutput]:
+    """Axes of a state and of a step's output, for `mesh.pmap`."""
+    # These hold axes where the types say arrays.
+    state_axes: Callable[..., TrainState] = TrainState
+    output_axes: Callable[..., StepOutput] = StepOutput
+    average = None if made.average is None else 0
+    axes = None if made.axes is None else state_axes(None, None, made.axes, average)
+    return axes, output_axes(axes, None, None)
 
 
 def make_step(
@@ -174,7 +251,9 @@ def make_step(
     *,
     bank: bool = False,
 ) -> Step:
-    """The mapped step, which donates the state.
+    """The mapped step of one batch, which donates the state.
+
+    `accumulate.py` makes that of several (`config.batch.accumulate`).
 
     Args:
       config: of the run.
@@ -188,31 +267,11 @@ def make_step(
       and control are replicated; arrays of the batch, of the bank, of `stop` and of an optimiser's
       state that is sharded have a leading axis of devices.
     """
-    apply_fn = cast(TrainForward, model.apply)  # Flax' hints name no result
-    if config.batch.chunks > 1:
-        apply_fn = in_chunks(apply_fn, config.batch.chunks)
-    objective = Objective(
-        apply_fn=apply_fn,
-        rule=MiningRule.of(config.negatives) if bank else warmup_rule(config.negatives),
-        oracle=config.negatives.oracle,
-        weights=config.loss,
-        axis=mesh.AXIS,
-    )
-    step = make_train_step(
-        loss_fn=objective,
-        tx=made.tx,
-        seed=config.seed,
-        split=splitter(config.model),
-        shard_state=config.optimizer.shard_state,
-    )
-    # These hold axes where the types say arrays.
-    state_axes: Callable[..., TrainState] = TrainState
-    output_axes: Callable[..., StepOutput] = StepOutput
-    axes = None if made.axes is None else state_axes(None, None, made.axes)
+    state_axes, output_axes = axes_of(made)
     return mesh.pmap(
-        step,
-        in_axes=(axes, 0, 0, 0) if bank else (axes, 0, 0),
-        out_axes=output_axes(axes, None, None),
+        make_train_step(parts_of_step(config, model, made, bank=bank)),
+        in_axes=(state_axes, 0, 0, 0) if bank else (state_axes, 0, 0),
+        out_axes=output_axes,
         donate_argnums=(0,),
         devices=devices,
     )

@@ -117,6 +117,13 @@ def _held(x: Shaped, num_devices: int) -> tuple[int, ...]:
     return _shape(x, num_devices)[1:] if is_sharded(x, num_devices) else x.shape
 
 
+def slice_shapes(training: Params, num_devices: int) -> Params:
+    """What the devices hold of arrays: slices `[D, r, 128]`; small arrays `[D, ...]`, all alike."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((num_devices, *_held(x, num_devices)), x.dtype), training
+    )
+
+
 def state_shapes(
     tx: optax.GradientTransformation, training: Params, num_devices: int
 ) -> tuple[Tree, Tree]:
@@ -134,11 +141,7 @@ def state_shapes(
       Two trees. The second ends where the moments begin (it must be hashable), with 0, and has None
       for what is replicated.
     """
-
-    def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((num_devices, *_held(x, num_devices)), x.dtype)
-
-    shapes = jax.eval_shape(tx.init, jax.tree.map(shape, training))
+    shapes = jax.eval_shape(tx.init, slice_shapes(training, num_devices))
     kind: object = jax.tree.structure(training)
 
     def are_moments(part: Tree) -> bool:

@@ -126,6 +126,7 @@ OLD = {
 }
 # What has been added since: an older config lacks it, and it has its default.
 YOUNGER = {
+    "batch.accumulate": 1,
     "batch.chunks": 1,
     "data.image_format": "png",
     "features.place": "auto",
@@ -145,6 +146,7 @@ YOUNGER = {
     "model.features.token_dim": 64,
     "model.features.embed_dim": 256,
     "model.features.dropout": 0.1,
+    "optimizer.ema_decay": 0.0,
 }
 # And the lists of that version.
 OLD_FREE = {

@@ -62,15 +62,17 @@ def spoil(monkeypatch, bad):
     """Gives the steps that are `bad` weights of intent that are no numbers."""
     take, count = loop.take_step, iter(range(1, 100))
 
-    def spoilt(session, state, stop):
+    def spoilt(session, state, stop, data_wait):
         class Batches:
+            wait = session.batches.wait
+
             def __next__(self):
                 batch = next(session.batches)
                 if bad(next(count)):
                     batch = batch.replace(mentions=np.full_like(batch.mentions, np.nan))
                 return batch
 
-        return take(dataclasses.replace(session, batches=Batches()), state, stop)
+        return take(dataclasses.replace(session, batches=Batches()), state, stop, data_wait)
 
     monkeypatch.setattr(loop, "take_step", spoilt)
 
@@ -246,7 +248,7 @@ def test_a_data_directory_that_vanishes(base, monkeypatch):
 
 
 def test_an_error_of_the_code_stays_what_it_is(base, monkeypatch):
-    def broken(session, state, stop):
+    def broken(session, state, stop, data_wait):
         raise ZeroDivisionError
 
     monkeypatch.setattr(loop, "take_step", broken)
@@ -310,10 +312,10 @@ def test_a_signal_saves_and_ends(base, number, every, monkeypatch):
     workdir = base / f"signal-{number}-{every}"
     take, handler = loop.take_step, signal.getsignal(number)
 
-    def sends(session, state, stop):
+    def sends(session, state, stop, data_wait):
         if int(state.step) == 3:
             signal.raise_signal(number)
-        return take(session, state, stop)
+        return take(session, state, stop, data_wait)
 
     monkeypatch.setattr(loop, "take_step", sends)
     with pytest.raises(interrupts.Interrupted) as ended:

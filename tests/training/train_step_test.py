@@ -17,7 +17,7 @@ from dqe_jax.method.objective import Objective
 from dqe_jax.models.build import build_model
 from dqe_jax.training.optimizer import make_optimizer
 from dqe_jax.training.state import TrainState
-from dqe_jax.training.step import make_train_step
+from dqe_jax.training.step import StepParts, make_train_step
 
 # Eight units of two references, of which the first has two queries and the second has one.
 R, B, L, P, SIZE, VOCAB, PHOTOS = 16, 24, 6, 3, 32, 20, 14
@@ -126,7 +126,7 @@ def make_step(config, tx, num_devices, wrap=lambda f: f):
     devices = jax.devices("cpu")[:num_devices]
     if len(devices) < num_devices:
         pytest.skip(f"needs {num_devices} devices")
-    step = make_train_step(loss_fn=objective_of(config), tx=tx, seed=7)
+    step = make_train_step(StepParts(objective_of(config), tx, seed=7))
     mapped = mesh.pmap(
         wrap(step), in_axes=(None, 0, 0), out_axes=None, donate_argnums=(0,), devices=devices
     )

@@ -75,6 +75,7 @@ def audit_checkpoint(
         "dataset": config.data.dataset,
         "split": opened.name,
         "step": trained.step,
+        "averaged": trained.averaged,
         "queries": len(rows),
         "seed": config.seed,
         "negatives": config.to_dict()["negatives"],

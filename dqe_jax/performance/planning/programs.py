@@ -25,6 +25,7 @@ from dqe_jax.models.build import DTYPES, build_model
 from dqe_jax.models.features import StoredText
 from dqe_jax.performance.planning.stores import Counts, Kind, Machines, Stored, kind_of, place_all
 from dqe_jax.training import bank_programs
+from dqe_jax.training.accumulate import make_accumulation
 from dqe_jax.training.state import TrainState, make_optimizer
 from dqe_jax.training.step import batch_spec, make_step, uses_bank
 
@@ -123,7 +124,7 @@ class _Maker:
         params = setup.param_shapes(self.model, config.model, config.data)
         self.optimizer = make_optimizer(config, params, self.num_devices)
         moments = self.optimizer.shapes
-        self.state = TrainState(_spec(jnp.int32), params, moments)
+        self.state = TrainState(_spec(jnp.int32), params, moments, self.optimizer.average_shapes)
         self.weights = {"parameters": size_of(params)}
         self.moments = {"optimiser": self.optimizer.bytes_of_device()}
         shape = expected_shape(config.data.dataset, config.batch)
@@ -180,10 +181,21 @@ class _Maker:
                 rows, filled = self._sharded(jnp.int32, *drawn), self._sharded(bool, *drawn)
                 batch = dataclasses.replace(batch, mined=MinedNegatives(rows, filled))
         inputs |= {"batch": size_of(batch) // self.num_devices}
-        step = make_step(config, self.model, self.optimizer, self.devices, bank=bank is not None)
-        stop = self._sharded(jnp.int32, 1)
-        taken = (self.state, batch, stop, *([] if bank is None else [bank]))
-        return Program(name, step, taken, inputs, 0, batch.query.size)
+        stop, held = self._sharded(jnp.int32, 1), [] if bank is None else [bank]
+        sections = (config, self.model, self.optimizer, self.devices)
+        if config.batch.accumulate == 1:
+            step = make_step(*sections, bank=bank is not None)
+            taken = (self.state, batch, stop, *held)
+            return Program(name, step, taken, inputs, 0, batch.query.size)
+        # One batch of several: the update, which follows them, needs less.
+        parts = make_accumulation(*sections, bank=bank is not None)
+        sums = jax.eval_shape(parts.zeros, self.state.params, stop)
+        inputs = {k: x for k, x in inputs.items() if k not in self.moments}
+        inputs |= {"batch": inputs["batch"] + size_of(sums) // self.num_devices}
+        index = _spec(jnp.int32)
+        added = (sums, self.state.step, self.state.params, batch, index, *held)
+        resident = sum(self.moments.values())
+        return Program(name, parts.add, added, inputs, resident, batch.query.size)
 
     def _of_bank(self, bank: Bank | None) -> dict[str, int]:
         return {} if bank is None else {"bank": size_of(bank) // self.num_devices}
@@ -242,6 +254,8 @@ class _Maker:
         taken = (self.state.params, self._images(count))
         inputs = self.weights | {"batch": size_of(taken[1]) // self.num_devices}
         resident = sum((self.moments | self._of_bank(bank)).values())
+        if self.optimizer.axes is not None:  # of a sharded average the whole is made
+            resident += size_of(self.optimizer.average)
         return Program(
             "gallery embedding", embed, taken, inputs, resident, count * self.num_devices
         )
