@@ -63,6 +63,7 @@ setup(
         # Features from Parquet files; older ones do not know NumPy 2.
         "pyarrow>=16.1",
         "safetensors>=0.4.1",
+        "scipy>=1.13",
         "tensorboardX>=2.6.1",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.20",
@@ -90,7 +91,7 @@ setup(
         "milvus": ["pymilvus>=3.0", "milvus-lite>=3.2"],
         "test": [
             "beartype>=0.18",
-            "hypothesis>=6.100",
+            "hypothesis>=6.112",
             "import-linter>=2.3",
             "ipykernel>=7",
             "mypy>=1.15",

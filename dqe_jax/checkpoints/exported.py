@@ -48,6 +48,7 @@ class Exported:
       tokenizer: its JSON.
       params: by path, layers stacked where the config says so; dtypes are those of the files.
       fingerprint: that the export says.
+      probability: curve of `evaluation/probability.py`, as JSON; None without one.
     """
 
     config: RunConfig
@@ -56,6 +57,7 @@ class Exported:
     tokenizer: str
     params: dict[str, np.ndarray]
     fingerprint: str
+    probability: JsonObject | None
 
 
 def config_of(held: JsonObject) -> RunConfig:
@@ -107,6 +109,7 @@ def write(
         "step": step,
         "fingerprint": fingerprint,
         "sizes": meta["sizes"],
+        "probability": meta.get("probability"),
         "config": _json_of(config),
     }
     write_json(epath.Path(directory / FACTS), facts)
@@ -152,7 +155,8 @@ def read(directory: epath.Path) -> Exported:
         flat |= _backbone(directory, config, cast(PretrainedSizes, sizes), flat)
     if config.model.scan_layers:
         flat = flatten_dict(stack_layers(unflatten_dict(flat, sep="/")), sep="/")
-    return Exported(config, step, sizes, read_text(directory / TOKENIZER), flat, fingerprint)
+    words, probability = read_text(directory / TOKENIZER), facts.get("probability")
+    return Exported(config, step, sizes, words, flat, fingerprint, probability)
 
 
 def _backbone(

@@ -43,6 +43,7 @@ class Opened:
       devices: to run on.
       params: of the model, as NumPy arrays.
       fingerprint: see `fingerprint.py`.
+      probability: of a score, as `evaluation/probability.py` writes it; None without one.
     """
 
     origin: str
@@ -53,6 +54,7 @@ class Opened:
     devices: list[jax.Device]
     params: Params
     fingerprint: str
+    probability: JsonObject | None
 
 
 def open_model(
@@ -103,6 +105,7 @@ def _of_run(directory: epath.Path, step: int | None, num_devices: int) -> Opened
         devices=trained.devices,
         params=trained.params,
         fingerprint=fingerprint_of(config, sizes, trained.params),
+        probability=trained.probability,
     )
 
 
@@ -147,6 +150,7 @@ def _of_export(directory: epath.Path, num_devices: int) -> Opened:
         devices=mesh.devices_of(num_devices),
         params=params,
         fingerprint=fingerprint,
+        probability=held.probability,
     )
 
 

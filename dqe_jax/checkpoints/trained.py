@@ -37,6 +37,7 @@ class Trained:
       params: of the model, as NumPy arrays; with the moving average of those that trained, if the
         run kept one.
       averaged: whether it did.
+      probability: of a score, fitted on validation data, as JSON; None without one.
       data: digests of the data that the run was trained on, by split; None if they are not known.
     """
 
@@ -49,6 +50,7 @@ class Trained:
     devices: list[jax.Device]
     params: Params
     averaged: bool
+    probability: JsonObject | None
     data: dict[str, str] | None
 
     @property
@@ -107,5 +109,6 @@ def _open(
         devices=devices,
         params=store.with_average(manager, step, meta, params),
         averaged=store.has_average(meta),
+        probability=meta.get("probability"),
         data=meta.get("data"),
     )

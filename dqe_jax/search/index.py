@@ -163,7 +163,8 @@ class Index:
                         photos.name_of(one, n + 1) for n, one in enumerate(query.images)
                     ),
                     results=tuple(
-                        self._result(row, float(score)) for row, score in zip(places, scores[i])
+                        self._result(row, float(score), not query.text.strip())
+                        for row, score in zip(places, scores[i])
                     ),
                     attribute_weights=embedded.weights(i),
                     warnings=warnings,
@@ -194,9 +195,11 @@ class Index:
                 rows[i, place], scores[i, place] = row, score
         return rows, scores
 
-    def _result(self, row: int, score: float) -> Result:
+    def _result(self, row: int, score: float, similar: bool) -> Result:
         metadata = {name: column[row] for name, column in self.columns.items()}
-        return Result(self.ids[row], self._root / self.ids[row], score, None, metadata)
+        curve = self.model.probability
+        probability = None if curve is None or similar else float(curve.of(np.array(score)))
+        return Result(self.ids[row], self._root / self.ids[row], score, probability, metadata)
 
     def _thumbnails(
         self, references: Sequence[AnyImage], rows: Sequence[int]

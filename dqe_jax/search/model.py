@@ -15,6 +15,7 @@ from dqe_jax.checkpoints.opened import Opened
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders, weighted_query
 from dqe_jax.embedding.rows import RowEmbedder
+from dqe_jax.evaluation.probability import Probability
 from dqe_jax.method.arrays import Tree
 from dqe_jax.search import images as photos
 from dqe_jax.search.images import AnyImage, Preprocessing
@@ -86,6 +87,8 @@ class Model:
       fingerprint: tells models apart: an index takes queries of the model that made it alone.
       attribute_names: the K attributes that queries weigh; none for a plain composer.
       preprocessing: how photos become what the model sees.
+      probability: gives the probability that an image is valid from its score, as fitted on
+        validation data; None where none was fitted.
     """
 
     def __init__(
@@ -104,12 +107,18 @@ class Model:
             most `GALLERY_BATCH`.
 
         Raises:
-          UserError: an encoder that it needs is not there.
+          UserError: an encoder that it needs is not there, or the model is damaged.
         """
         config = opened.config
         self.origin, self.step, self.fingerprint = opened.origin, opened.step, opened.fingerprint
         self.config, self.tokenizer, self.devices = config, opened.tokenizer, opened.devices
         self.attribute_names = tuple(opened.model.attribute_names)
+        try:
+            self.probability = Probability.from_json(opened.probability)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the model in {opened.origin} is damaged ({error}): copy it again."
+            ) from error
         self.preprocessing = Preprocessing.of(config)
         self._inputs = Inputs(opened.model, encoder_names or {})
         self._params = mesh.replicate(opened.params, opened.devices)

@@ -21,7 +21,8 @@ class Result:
       id: of the image: its path from the folder of the index.
       path: of its file.
       score: of the query with it, -1 to 1.
-      probability: of being what was asked for; None, since no model has been fitted for that yet.
+      probability: of being what was asked for, as fitted on the validation data of the run; None
+        where none was fitted, and for an empty text.
       metadata: values of the index's columns; None where there is none.
     """
 
@@ -80,10 +81,12 @@ class Results(Sequence[Result]):
         if not self.results:
             return "\n".join([*lines, "nothing is found"])
         columns = list(self.results[0].metadata)
-        rows = [["image", "score", *columns]]
+        likely = any(one.probability is not None for one in self.results)
+        rows = [["image", "score", *(["probability"] if likely else []), *columns]]
         for one in self.results:
             values = [_shown(one.metadata[name]) for name in columns]
-            rows.append([one.id, f"{one.score:.3f}", *values])
+            chance = [] if one.probability is None else [f"{one.probability:.0%}"]
+            rows.append([one.id, f"{one.score:.3f}", *chance, *values])
         return "\n".join([*lines, text_table(rows)])
 
     def _repr_html_(self) -> str:

@@ -17,6 +17,7 @@ from dqe_jax.models import setup
 from dqe_jax.models.weights import sizes as size_files
 
 STEP = 1
+PROBABILITY = {"slope": 10.0, "offset": -6.0}  # fitted to nothing
 
 
 def save_untrained(
@@ -53,6 +54,7 @@ def save_untrained(
         "bank_step": None,
         "train_seconds": 0.0,
         "data": None,
+        "probability": PROBABILITY,
     }
     manager = store.open_for_training(epath.Path(workdir), config)
     store.save(manager, STEP, params, {"none": np.zeros(1, np.float32)}, meta)

@@ -18,6 +18,7 @@ from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.data import datasets
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
+from dqe_jax.evaluation.evaluator import Result
 from dqe_jax.evaluation.run import evaluate_and_report
 from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch
@@ -211,7 +212,7 @@ def run_steps(
                 jax.block_until_ready(state)
                 with stopwatch.pause() as seconds:
                     found = _validate(session, state, log, reporter.bar) if evaluate else None
-                    measured = measured if found is None else found
+                    measured = measured if found is None else found.metrics
                     if saving:
                         stop = max(stop, guard.check_all())  # nothing unsound is saved
                         save(session, manager, state, seconds, found)
@@ -247,13 +248,13 @@ def take_step(session: Session, state: TrainState, stop: int, data_wait: DataWai
 
 def _validate(
     session: Session, state: TrainState, log: MetricLog | NoLog, bar: tqdm.tqdm
-) -> dict[str, float]:
-    """Metrics of the validation split, logged."""
-    step, measured = int(state.step), session.validation.run(session.evaluated(state)).metrics
-    log.write(step, {f"validation/{k}": v for k, v in measured.items()})
+) -> Result:
+    """What the validation split gives; its metrics are logged."""
+    step, result = int(state.step), session.validation.run(session.evaluated(state))
+    log.write(step, {f"validation/{k}": v for k, v in result.metrics.items()})
     if processes.leads():
-        bar.write(f"step {step}, {session.validation.describe(measured)}")
-    return measured
+        bar.write(f"step {step}, {session.validation.describe(result.metrics)}")
+    return result
 
 
 def _final_evaluation(

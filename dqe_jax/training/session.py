@@ -21,7 +21,8 @@ from dqe_jax.data.pipeline import Images, Texts
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import Wordings, encode_wordings
 from dqe_jax.distributed import mesh
-from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
+from dqe_jax.evaluation.probability import fit
 from dqe_jax.evaluation.run import make_evaluator
 from dqe_jax.feature_store.features import Features, sizes_of
 from dqe_jax.method.arrays import Params, Tree
@@ -323,7 +324,7 @@ def save(
     manager: ocp.CheckpointManager,
     state: TrainState,
     seconds: float,
-    metrics: dict[str, float] | None,
+    validation: Result | None,
 ) -> None:
     """Saves a checkpoint, with all that the run needs to go on exactly.
 
@@ -332,13 +333,17 @@ def save(
       manager: of its checkpoints.
       state: to save.
       seconds: of training so far.
-      metrics: of the validation split at this step, if there are any.
+      validation: what the validation split gave at this step, if it was evaluated.
     """
     keeper, step = session.keeper, int(state.step)
     bank_step, snapshot = None, None
     if keeper is not None and keeper.bank is not None:
         bank_step = keeper.refreshed_at
         snapshot = None if keeper.scheduled(step) else keeper.snapshot
+    probability = None
+    if validation is not None:
+        queries = session.validation.split.queries
+        probability = fit(validation.rows, validation.scores, queries)
     meta = {
         "config": session.config.to_dict(),
         "tokenizer": session.tokenizer.to_str(),
@@ -347,6 +352,7 @@ def save(
         "bank_step": bank_step,
         "train_seconds": seconds,
         "data": session.data,
+        "probability": probability and probability.to_json(),
         "version": __version__,
     }
     moments = states.state_to_save(session.optimizer, state.opt_state, session.devices)
@@ -356,5 +362,5 @@ def save(
         *(step, state.params, moments, meta),
         bank_params=snapshot,
         average=average,
-        metrics=metrics,
+        metrics=None if validation is None else validation.metrics,
     )

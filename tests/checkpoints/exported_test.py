@@ -16,7 +16,7 @@ from dqe_jax.checkpoints.opened import open_model
 from dqe_jax.config import RunConfig
 from dqe_jax.testing.pretrained import copy_weights
 from dqe_jax.testing.small_runs import small_config
-from dqe_jax.testing.untrained import save_untrained
+from dqe_jax.testing.untrained import PROBABILITY, save_untrained
 from dqe_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -63,6 +63,7 @@ def test_run_and_export_are_the_same_model(run, tmp_path):
     assert one.model == other.model
     assert one.fingerprint == other.fingerprint
     assert one.step == other.step == 1
+    assert one.probability == other.probability == PROBABILITY
     assert one.tokenizer.to_str() == other.tokenizer.to_str()
     mine, theirs = flatten_dict(one.params, sep="/"), flatten_dict(other.params, sep="/")
     assert mine.keys() == theirs.keys()

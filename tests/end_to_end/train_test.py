@@ -15,6 +15,7 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets
 from dqe_jax.data.builders import shapes as shapes_builder
+from dqe_jax.evaluation.probability import Probability
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.metric_log import NoLog
@@ -104,6 +105,12 @@ def test_what_a_run_writes(base, straight):
         sheet.load()
         assert 400 < sheet.width < 4000
         assert 300 < sheet.height < 4000
+
+
+def test_checkpoints_of_a_validation_hold_the_probability_of_a_score(straight):
+    manager = store.open_for_reading(epath.Path(straight[0]))
+    curve = Probability.from_json(store.read_meta(manager, 40)["probability"])
+    assert curve.slope > 0
 
 
 def test_resuming_is_bit_equal_to_going_on(straight, resumed):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 
 import numpy as np
@@ -212,7 +213,9 @@ def test_search(shop):
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     first = found[0]
     assert first.path.is_file()
-    assert first.probability is None
+    chance = 1 / (1 + np.exp(-(10 * first.score - 6)))
+    assert first.probability == pytest.approx(chance)
+    assert re.search(rf"{first.id} +{first.score:.3f} +{chance:.0%} ", repr(found))
     assert set(first.metadata) == {"brand", "price", "code"}
     assert first.metadata["code"].startswith("0")
     assert first.id in repr(found)
