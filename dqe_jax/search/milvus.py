@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from dqe_jax.search.tables import Column, Filter
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.progress import progress
 
+WRITTEN = "milvus.npz"  # what the store holds, in the directory of the index
 ROWS = 2000  # token rows that are sent at a time
 READ = 10_000  # rows that are read at a time
 EF, LINKS, BUILD = 128, 16, 200  # of HNSW: search width, links of a node, width of building
@@ -83,6 +85,7 @@ class Engine:
         self._facts, self._client = facts, _client(facts.store)
         place = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
         self._name = f"dqe_{facts.fingerprint[:16]}_{place}"
+        self._written = directory / WRITTEN
 
     def close(self) -> None:
         """Lets go of the store."""
@@ -107,9 +110,11 @@ class Engine:
         ids = list(listing.entries)
         versions = [_version(listing, row, id_) for row, id_ in enumerate(ids)]
         wanted = {number_of(id_): version for id_, version in zip(ids, versions)}
-        held: dict[int, list[str]] = {}
-        for row in self._rows():
-            held.setdefault(int(row["image"]), []).append(row["version"])
+        held = self._remembered()
+        if held is None:
+            held = {}
+            for row in self._rows():
+                held.setdefault(int(row["image"]), []).append(row["version"])
         whole = {
             number
             for number, found in held.items()
@@ -121,9 +126,11 @@ class Engine:
             if number not in wanted
             for token in range(self._facts.tokens)
         ]
+        todo = [row for row, id_ in enumerate(ids) if number_of(id_) not in whole]
+        if gone or todo:
+            self._written.unlink(missing_ok=True)  # true again when all is written
         for start in range(0, len(gone), ROWS):
             self._client.delete(self._name, ids=gone[start : start + ROWS])
-        todo = [row for row, id_ in enumerate(ids) if number_of(id_) not in whole]
         size = max(1, ROWS // self._facts.tokens)
         starts = range(0, len(todo), size)
         for start in progress(starts, len(todo), "Writing to Milvus", size, 2 * size):
@@ -146,7 +153,42 @@ class Engine:
             )
         if gone or todo:
             self._client.flush(self._name)
+        self._remember(wanted)
         return len(todo)
+
+    def _remembered(self) -> dict[int, list[str]] | None:
+        """Versions of the images' rows as of the last sync; None if the store must be read.
+
+        Reading all rows takes longer than all else of an update that changes little.
+        """
+        try:
+            with np.load(self._written, allow_pickle=False) as file:
+                same = (str(file["store"]), str(file["name"])) == (self._facts.store, self._name)
+                numbers, versions = file["numbers"].tolist(), file["versions"].tolist()
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            return None
+        tokens = self._facts.tokens
+        if not same or self._count() != tokens * len(numbers):
+            return None
+        return {number: [version] * tokens for number, version in zip(numbers, versions)}
+
+    def _remember(self, written: Mapping[int, str]) -> None:
+        """Says in the directory of the index what the store holds."""
+        aside = self._written.with_name(f"{WRITTEN}.partial")
+        with aside.open("wb") as file:
+            np.savez(
+                file,
+                store=self._facts.store,
+                name=self._name,
+                numbers=np.array(list(written), np.int64),
+                versions=np.array(list(written.values()), str),
+            )
+        aside.replace(self._written)
+
+    def _count(self) -> int:
+        """Rows in the store."""
+        (found,) = self._client.query(self._name, filter="", output_fields=["count(*)"])
+        return int(found["count(*)"])
 
     def rank(
         self,

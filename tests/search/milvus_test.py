@@ -92,6 +92,17 @@ def test_it_follows_the_folder_and_survives_kills(model, photos, places, monkeyp
     assert index.report.embedded == 2
     assert found_by(index) == found_by(model.index(photos))
     index._engine.close()
+    with monkeypatch.context() as patch:  # what is unchanged is not read from the store again
+        patch.setattr(milvus.Engine, "_rows", None)
+        (photos / "added.png").unlink()
+        assert model.index(photos, output=place).report.embedded == 0
+        index = model.index(photos, output=place)
+    assert found_by(index) == found_by(model.index(photos))
+    index._engine._client.delete(index._engine._name, filter="image > 0")  # somebody else did it
+    index._engine.close()
+    index = model.index(photos, output=place)
+    assert found_by(index) == found_by(model.index(photos))
+    index._engine.close()
     opened = open_index(place, model=model)
     assert found_by(opened) == found_by(model.index(photos))
 
