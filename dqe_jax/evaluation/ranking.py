@@ -81,8 +81,8 @@ def make_rank_fn(
     """Makes a function that ranks.
 
     Reuse the function: it compiles once for each `(d, M, E)`. A device holds a chunk or two of the
-    gallery, and `SEARCHED * chunk_rows` scores of each of `QUERY_CHUNKS[-1] * chunk_queries`
-    queries.
+    gallery, `SEARCHED` at the most, and as many chunks of scores of each of
+    `QUERY_CHUNKS[-1] * chunk_queries` queries.
 
     Args:
         k: length of the ranked lists.
@@ -131,9 +131,11 @@ def make_rank_fn(
                 *(np.int32(place * chunk_rows), held),
             )
             if place == SEARCHED - 1 or number == each - 1:
-                numbers = (each * chunk_rows, (number - place) * chunk_rows)
-                numbers = (*numbers, (place + 1) * chunk_rows, len(gallery), parts)
-                best = programs.search(best, held, left_out, np.asarray(numbers, np.int32))
+                starts = (each * chunk_rows, (number - place) * chunk_rows)
+                counts = ((place + 1) * chunk_rows, len(gallery), parts)
+                numbers = np.asarray((*starts, *counts), np.int32)
+                best = programs.search(best, held, left_out, numbers)
+                jax.block_until_ready(best)  # no more than these chunks wait on a device
         rows, scores = programs.finish(best)
         return np.asarray(rows)[: len(queries)], np.asarray(scores)[: len(queries)]
 
@@ -178,11 +180,13 @@ def _programs(
 ) -> _Programs:
     on_cpu = devices[0].platform == "cpu"
 
-    def begin(anything: Array) -> tuple[_Best, Array]:
+    def begin(anything: jax.Array) -> tuple[_Best, jax.Array]:
         return _nothing(shape, k), jnp.full((*shape, SEARCHED * chunk_rows), anything[0])
 
-    def score(queries: Array, parts: Array, tokens: Array, column: Array, held: Array) -> Array:
-        def of_part(i: Array, held: Array) -> Array:
+    def score(
+        queries: jax.Array, parts: jax.Array, tokens: jax.Array, column: jax.Array, held: jax.Array
+    ) -> jax.Array:
+        def of_part(i: jax.Array, held: jax.Array) -> jax.Array:
             found = _scores(queries[i], tokens, on_cpu=on_cpu)
             return lax.dynamic_update_slice(held, found[None], (i, 0, column))
 
@@ -239,7 +243,7 @@ def _nothing(shape: Sequence[int], k: int) -> _Best:
     return jnp.full((*shape, k), -jnp.inf, jnp.float32), jnp.full((*shape, k), -1, jnp.int32)
 
 
-def _merged(best: _Best, scores: Array, start: Array, excluded: Array) -> _Best:
+def _merged(best: _Best, scores: jax.Array, start: Array, excluded: Array) -> _Best:
     """The best so far `[C, k]` and those of scores `[C, n]` of rows from `start` on."""
     count, size = scores.shape
     k = best[0].shape[1]
