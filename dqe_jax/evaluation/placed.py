@@ -77,7 +77,7 @@ class PlacedGallery:
             allowed = np.ones(self._count, bool)
         masks = ranking.own_chunks(np.asarray(allowed, bool), self._chunk_rows, self._devices)
         size = next((size for size in QUERIES if size >= len(queries)), QUERIES[-1])
-        program = _program(_at_least(k, LENGTHS), self._chunk_rows, size, tuple(self._devices))
+        program = _program(_at_least(k, LENGTHS), tuple(self._devices))
         results = [(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))]
         for start in range(0, len(queries), size):
             here = slice(start, start + size)
@@ -86,7 +86,6 @@ class PlacedGallery:
                 mesh.pad_rows(excluded[here], size),
                 self._placed,
                 np.int32(self._count),
-                np.int32(len(queries[here])),
                 masks,
             )
             results.append((np.asarray(rows)[:, :k], np.asarray(scores)[:, :k]))
@@ -101,13 +100,12 @@ def _at_least(count: int, sizes: Sequence[int]) -> int:
 
 @functools.lru_cache(mesh.REMEMBERED)
 def _program(
-    k: int, chunk_rows: int, chunk_queries: int, devices: tuple[jax.Device, ...]
+    k: int, devices: tuple[jax.Device, ...]
 ) -> mesh.Program[..., tuple[jax.Array, jax.Array]]:
+    on_cpu = devices[0].platform == "cpu"
     return mesh.pmap(
-        functools.partial(
-            ranking.rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries
-        ),
-        in_axes=(None, None, 0, None, None, 0),
+        functools.partial(ranking.rank_shard, k=k, on_cpu=on_cpu),
+        in_axes=(None, None, 0, None, 0),
         out_axes=(None, None),
         devices=devices,
     )

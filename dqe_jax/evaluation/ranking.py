@@ -2,20 +2,27 @@
 
 The score of a gallery image is `s(q, T) = max_m <q, T_m>`, computed in float32 at the highest
 precision of matrix products. The gallery is cut into chunks of `chunk_rows` rows, in row order;
-every device holds a run of consecutive chunks and scans them with a running top-k, so that no array
-of all scores, let alone `[Q, N, M]`, ever exists. Only the `k` best of each device are exchanged.
+every device takes a run of consecutive chunks, one after the other, and keeps a running top-k, so
+that no array of all scores, let alone `[Q, N, M]`, ever exists. Only the `k` best of each device
+are exchanged.
 
 **Order.** Higher scores first, equal scores by gallery row. `lax.top_k` is stable, and candidates
-always meet it in row order: those kept from earlier chunks before the chunk's own, those of earlier
+always meet it in row order: those kept from earlier chunks before the chunks' own, those of earlier
 devices before later ones. A row's place inside its chunk, and so the shape and position of the
 matrix product that scores it, does not depend on the number of devices: neither does the result.
+
+**Speed.** A chunk is sent to its device when it is needed, and once for all queries: a copy of the
+whole gallery would take longer than a tenth of its scores. On a CPU a chunk is scored in blocks
+whose products fit a core's cache, where their maximum is taken before they leave it. A search costs
+more than its part of a chunk, so that several chunks wait for one.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +35,16 @@ from dqe_jax.method.similarity import listed_similarity, ranking_similarity
 from dqe_jax.utils.errors import UserError
 
 CHUNK_ROWS, CHUNK_QUERIES = 512, 256
-# Chunks of queries that a call ranks at the most: a chunk of the gallery is read once for all.
-QUERY_CHUNKS = 4
+# Chunks of queries that are ranked together, for which a chunk of the gallery is sent once.
+# Programs are compiled for each of these numbers.
+QUERY_CHUNKS = (1, 4, 16)
 # Chunks of the gallery whose scores are searched at once.
-GROUP = 8
-_Best = tuple[jax.Array, jax.Array]  # scores and rows, `[parts, C, k]`
+SEARCHED = 8
+# Products `<q, T_m>` of a block on a CPU: 1 MiB.
+BLOCK = 2**18
+_Best = tuple[jax.Array, jax.Array]  # scores and rows, `[..., C, k]`
+_Ranking = tuple[np.ndarray, np.ndarray]  # rows and scores, `[Q, k]`
+_T = TypeVar("_T")
 
 
 class RankFn(Protocol):
@@ -68,14 +80,15 @@ def make_rank_fn(
 ) -> RankFn:
     """Makes a function that ranks.
 
-    Reuse the function: it compiles once for each `(d, M, E)` and number of gallery chunks. A device
-    holds its share of the gallery and `chunk_queries * chunk_rows * M` scores at a time.
+    Reuse the function: it compiles once for each `(d, M, E)`. A device holds a chunk or two of the
+    gallery, `SEARCHED` at the most, and as many chunks of scores of each of
+    `QUERY_CHUNKS[-1] * chunk_queries` queries.
 
     Args:
         k: length of the ranked lists.
-        chunk_rows: gallery rows scored at once on a device; the gallery is padded (and the padding
-            masked) to a multiple of `chunk_rows` times the number of devices.
-        chunk_queries: queries ranked at once; the last chunk is padded.
+        chunk_rows: gallery rows sent to a device at once; the last ones are padded, and the padding
+            is masked.
+        chunk_queries: queries scored at once; the last chunk is padded.
         devices: the devices to use, of all processes; by default all.
 
     Raises:
@@ -84,12 +97,51 @@ def make_rank_fn(
     if min(k, chunk_rows, chunk_queries) < 1:
         raise ValueError(f"{k=}, {chunk_rows=} and {chunk_queries=} must be positive")
     devices = mesh.all_devices() if devices is None else list(devices)
-    rank_chunk = _rank_program(k, chunk_rows, chunk_queries, tuple(devices))
-    place = mesh.placer(devices)
+    most = QUERY_CHUNKS[-1] * chunk_queries
+    own = devices[mesh.own_devices(devices)]
+
+    def chunks_of(gallery: np.ndarray, number: int, each: int) -> jax.Array:
+        """The `number`-th chunk of each own device, which has `each`: `[devices, rows, M, d]`."""
+        first, parts = mesh.own_devices(devices).start, []
+        for i, device in enumerate(own):
+            start = ((first + i) * each + number) * chunk_rows
+            part = gallery[min(start, len(gallery) - 1) : start + chunk_rows]
+            part = mesh.pad_rows(part, chunk_rows)[:chunk_rows]
+            parts.append(jax.device_put(part[None], device))
+        return mesh.joined(parts, devices)
+
+    def rank_some(queries: np.ndarray, gallery: np.ndarray, excluded: np.ndarray) -> _Ranking:
+        """Ranks for at most `most` queries."""
+        parts = -(-len(queries) // chunk_queries)
+        each = -(-len(gallery) // (chunk_rows * len(devices)))
+        shape = (next(size for size in QUERY_CHUNKS if size >= parts), chunk_queries)
+        programs = _programs(k, chunk_rows, shape, tuple(devices))
+        held_queries, left_out = mesh.replicate(
+            tuple(
+                mesh.pad_rows(x, math.prod(shape)).reshape(*shape, x.shape[1])
+                for x in (queries, excluded)
+            ),
+            devices,
+        )
+        best, held = programs.begin(np.zeros((len(own), 1), np.float32))
+        for number in range(each):
+            place = number % SEARCHED
+            held = programs.score(
+                *(held_queries, np.int32(parts), chunks_of(gallery, number, each)),
+                *(np.int32(place * chunk_rows), held),
+            )
+            if place == SEARCHED - 1 or number == each - 1:
+                starts = (each * chunk_rows, (number - place) * chunk_rows)
+                counts = ((place + 1) * chunk_rows, len(gallery), parts)
+                numbers = np.asarray((*starts, *counts), np.int32)
+                best = programs.search(best, held, left_out, numbers)
+                jax.block_until_ready(best)  # no more than these chunks wait on a device
+        rows, scores = programs.finish(best)
+        return np.asarray(rows)[: len(queries)], np.asarray(scores)[: len(queries)]
 
     def rank(
         queries: np.ndarray, gallery: np.ndarray, *, excluded: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> _Ranking:
         """As `RankFn` says."""
         queries = np.asarray(queries, np.float32)
         gallery = np.asarray(gallery, np.float32)
@@ -97,37 +149,120 @@ def make_rank_fn(
         excluded = check_excluded(excluded, len(queries), len(gallery))
         if not len(queries):
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-
-        placed = place(own_chunks(gallery, chunk_rows, devices))
-        num_rows, results = np.int32(len(gallery)), []
-        size = QUERY_CHUNKS * chunk_queries
-        for start in range(0, len(queries), size):
-            here = slice(start, start + size)
-            part = rank_chunk(
-                mesh.pad_rows(queries[here], size),
-                mesh.pad_rows(excluded[here], size),
-                placed,
-                num_rows,
-                np.int32(len(queries[here])),
-            )
-            # Waits for the call: collectives in flight can starve each other on few CPU cores.
-            results.append([np.asarray(x) for x in part])
-        rows, scores = (np.concatenate(parts)[: len(queries)] for parts in zip(*results))
+        some = [slice(start, start + most) for start in range(0, len(queries), most)]
+        # One after the other: collectives in flight can starve each other on few CPU cores.
+        results = [rank_some(queries[part], gallery, excluded[part]) for part in some]
+        rows, scores = (np.concatenate(parts) for parts in zip(*results))
         return rows, scores
 
     return rank
 
 
+class _Programs(NamedTuple):
+    """The programs of `make_rank_fn`, mapped over devices.
+
+    Attributes:
+      begin: anything to (an empty best, scores `[P, C, n]` to be held).
+      score: of a chunk of the gallery, into the held scores.
+      search: the best so far and those of the held scores.
+      finish: the best of all devices: rows and scores `[P * C, k]`.
+    """
+
+    begin: mesh.Program[..., tuple[_Best, jax.Array]]
+    score: mesh.Program[..., jax.Array]
+    search: mesh.Program[..., _Best]
+    finish: mesh.Program[..., _Best]
+
+
 @functools.lru_cache(mesh.REMEMBERED)
-def _rank_program(
-    k: int, chunk_rows: int, chunk_queries: int, devices: tuple[jax.Device, ...]
-) -> mesh.Program[..., tuple[jax.Array, jax.Array]]:
-    return mesh.pmap(
-        functools.partial(rank_shard, k=k, chunk_rows=chunk_rows, chunk_queries=chunk_queries),
-        in_axes=(None, None, 0, None, None),
-        out_axes=(None, None),
-        devices=devices,
+def _programs(
+    k: int, chunk_rows: int, shape: tuple[int, int], devices: tuple[jax.Device, ...]
+) -> _Programs:
+    on_cpu = devices[0].platform == "cpu"
+
+    def begin(anything: jax.Array) -> tuple[_Best, jax.Array]:
+        return _nothing(shape, k), jnp.full((*shape, SEARCHED * chunk_rows), anything[0])
+
+    def score(
+        queries: jax.Array, parts: jax.Array, tokens: jax.Array, column: jax.Array, held: jax.Array
+    ) -> jax.Array:
+        def of_part(i: jax.Array, held: jax.Array) -> jax.Array:
+            found = _scores(queries[i], tokens, on_cpu=on_cpu)
+            return lax.dynamic_update_slice(held, found[None], (i, 0, column))
+
+        return lax.fori_loop(0, parts, of_part, held)
+
+    def search(best: _Best, held: Array, excluded: Array, numbers: Array) -> _Best:
+        of_device, offset, filled, num_rows, parts = numbers
+        start = lax.axis_index(mesh.AXIS).astype(jnp.int32) * of_device + offset
+        column = jnp.arange(held.shape[-1])
+        counts = (column < filled) & (start + column < num_rows)
+
+        def of_part(i: Array, best: _Best) -> _Best:
+            scores = jnp.where(counts, held[i], -jnp.inf)
+            found = _merged((best[0][i], best[1][i]), scores, start, excluded[i])
+            return best[0].at[i].set(found[0]), best[1].at[i].set(found[1])
+
+        return lax.fori_loop(0, parts, of_part, best)
+
+    def finish(best: _Best) -> _Best:
+        scores, rows = best
+        return _best_of_devices((scores.reshape(-1, k), rows.reshape(-1, k)))
+
+    def mapped(
+        fn: Callable[..., _T],
+        in_axes: Sequence[int | None],
+        donated: Sequence[int] = (),
+        out: int | None = 0,
+    ) -> mesh.Program[..., _T]:
+        return mesh.pmap(fn, in_axes=in_axes, out_axes=out, donate_argnums=donated, devices=devices)
+
+    return _Programs(
+        begin=mapped(begin, (0,)),
+        score=mapped(score, (None, None, 0, None, 0), (4,)),
+        search=mapped(search, (0, 0, None, None), (0,)),
+        finish=mapped(finish, (0,), (), None),
     )
+
+
+def _scores(queries: Array, tokens: Array, *, on_cpu: bool) -> jax.Array:
+    """Scores `[C, rows]` of queries `[C, d]` and a chunk of the gallery `[rows, M, d]`."""
+    rows, number = tokens.shape[:2]
+    size = max(1, BLOCK // (len(queries) * number)) if on_cpu else rows
+    if size >= rows:
+        scores = ranking_similarity(queries, tokens)
+    else:
+        one = lambda image: ranking_similarity(queries, image[None])[:, 0]  # noqa: E731
+        scores = lax.map(one, tokens, batch_size=size).T
+    # Sorting would order -0 before 0, but as scores they are equal.
+    return jnp.where(scores == 0, 0.0, scores)
+
+
+def _nothing(shape: Sequence[int], k: int) -> _Best:
+    """No rows yet: these come first, so that at a score of -inf they are kept, not masked rows."""
+    return jnp.full((*shape, k), -jnp.inf, jnp.float32), jnp.full((*shape, k), -1, jnp.int32)
+
+
+def _merged(best: _Best, scores: jax.Array, start: Array, excluded: Array) -> _Best:
+    """The best so far `[C, k]` and those of scores `[C, n]` of rows from `start` on."""
+    count, size = scores.shape
+    k = best[0].shape[1]
+    # A negative index would wrap around: send whatever is not among these rows past their end,
+    # where `drop` ignores it.
+    place = excluded - start
+    place = jnp.where(place < 0, size, place)
+    scores = scores.at[jnp.arange(count)[:, None], place].set(-jnp.inf, mode="drop")
+    found, index = lax.top_k(jnp.concatenate([best[0], scores], axis=1), k)
+    kept = jnp.take_along_axis(best[1], jnp.minimum(index, k - 1), axis=1)
+    return found, jnp.where(index < k, kept, start + index - k)
+
+
+def _best_of_devices(best: _Best) -> _Best:
+    """Rows and scores `[Q, k]` of all devices, of the best of each."""
+    # [Q, devices * k], devices in order, hence equal scores in row order.
+    scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
+    scores, index = lax.top_k(scores, best[0].shape[1])
+    return jnp.take_along_axis(rows, index, axis=1), scores
 
 
 def own_chunks(gallery: np.ndarray, chunk_rows: int, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -142,76 +277,38 @@ def rank_shard(
     excluded: Array,
     gallery: Array,
     num_rows: Array | np.int32,
-    num_queries: Array | np.int32,
-    allowed: Array | None = None,
+    allowed: Array,
     *,
     k: int,
-    chunk_rows: int,
-    chunk_queries: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Per device: `[Q, d]`, `[Q, E]`, its `[S, rows, M, d]`, `[]`, `[]` to the global top-k.
+    on_cpu: bool,
+) -> _Best:
+    """Ranks a gallery that lies on the devices; per device.
 
-    `Q` is a multiple of `chunk_queries`; chunks of queries beyond `num_queries` cost nothing. With
-    `allowed`, bool `[S, rows]`, the other rows are left out.
+    Args:
+        queries: `[C, d]`.
+        excluded: int `[C, E]`, as for `RankFn`.
+        gallery: this device's chunks `[S, rows, M, d]`.
+        num_rows: of the gallery, without padding.
+        allowed: bool `[S, rows]`; the other rows are left out.
+        k: length of the lists.
+        on_cpu: whether the devices are processors.
+
+    Returns:
+        Rows and scores `[C, k]`, over all devices.
     """
-    steps = gallery.shape[0]
+    steps, chunk_rows = gallery.shape[:2]
     first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * (steps * chunk_rows)
-    parts = queries.reshape(-1, chunk_queries, queries.shape[-1])
-    left_out = excluded.reshape(len(parts), chunk_queries, -1)
-    needed = -(-num_queries // chunk_queries)
-    query_index = jnp.arange(chunk_queries)[:, None]
+    offsets = jnp.arange(chunk_rows, dtype=jnp.int32)
 
-    def score(chunk: Array, column: Array, held: Array) -> Array:
-        """Scores of all queries with one chunk, which is read once, from that column on."""
-        tokens = gallery[chunk]
+    def step(best: _Best, chunk: tuple[Array, Array, Array]) -> tuple[_Best, None]:
+        tokens, start, mask = chunk
+        scores = _scores(queries, tokens, on_cpu=on_cpu)
+        scores = jnp.where((start + offsets < num_rows) & mask, scores, -jnp.inf)
+        return _merged(best, scores, start, excluded), None
 
-        def of_part(i: Array, held: Array) -> Array:
-            scores = ranking_similarity(parts[i], tokens)
-            # Sorting would order -0 before 0, but as scores they are equal.
-            scores = jnp.where(scores == 0, 0.0, scores)
-            if allowed is not None:
-                scores = jnp.where(allowed[chunk], scores, -jnp.inf)
-            return lax.dynamic_update_slice(held, scores[None], (i, 0, column))
-
-        return lax.fori_loop(0, needed, of_part, held)
-
-    def search(first: Array | int, number: int, best: _Best) -> _Best:
-        """The best so far and those of a number of chunks: one search for all of these."""
-        start, size = first_row + first * chunk_rows, number * chunk_rows
-        held = jnp.zeros((len(parts), chunk_queries, size), jnp.float32)
-        held = lax.fori_loop(
-            0, number, lambda i, held: score(first + i, i * chunk_rows, held), held
-        )
-
-        def of_part(i: Array, best: _Best) -> _Best:
-            scores, rows = (x[i] for x in best)
-            found = jnp.where(start + jnp.arange(size) < num_rows, held[i], -jnp.inf)
-            # A negative index would wrap around: send whatever is not in this group past its end,
-            # where `drop` ignores it.
-            place = left_out[i] - start
-            place = jnp.where(place < 0, size, place)
-            found = found.at[query_index, place].set(-jnp.inf, mode="drop")
-            scores, index = lax.top_k(jnp.concatenate([scores, found], axis=1), k)
-            kept = jnp.take_along_axis(rows, jnp.minimum(index, k - 1), axis=1)
-            rows = jnp.where(index < k, kept, start + index - k)
-            return best[0].at[i].set(scores), best[1].at[i].set(rows)
-
-        return lax.fori_loop(0, needed, of_part, best)
-
-    # These come first, so that at a score of -inf they are kept and not the masked rows.
-    best: _Best = (
-        jnp.full((len(parts), chunk_queries, k), -jnp.inf, jnp.float32),
-        jnp.full((len(parts), chunk_queries, k), -1, jnp.int32),
-    )
-    groups, rest = divmod(steps, GROUP)
-    best = lax.fori_loop(0, groups, lambda g, best: search(g * GROUP, GROUP, best), best)
-    if rest:
-        best = search(groups * GROUP, rest, best)
-    best = jax.tree.map(lambda x: x.reshape(-1, k), best)
-    # [Q, devices * k], devices in order, hence equal scores in row order.
-    scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
-    scores, index = lax.top_k(scores, k)
-    return jnp.take_along_axis(rows, index, axis=1), scores
+    starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
+    best, _ = lax.scan(step, _nothing((len(queries),), k), (gallery, starts, allowed))
+    return _best_of_devices(best)
 
 
 ScoreFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -273,11 +370,19 @@ def check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:
     if not gallery.shape[1]:
         raise ValueError("the gallery has no tokens: M = 0")
     for name, array in (("query", queries), ("gallery", gallery)):
-        if not np.isfinite(array).all():
+        if not _is_finite(array):
             raise UserError(
                 f"the {name} embeddings hold values that are not finite: "
                 "evaluate a checkpoint from before training diverged"
             )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers are finite."""
+    flat = array.reshape(-1)
+    # Their squares add up to a finite number, as a rule: that takes no array of bool.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(array).all())
 
 
 def check_excluded(excluded: np.ndarray | None, num_queries: int, num_rows: int) -> np.ndarray:

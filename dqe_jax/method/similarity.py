@@ -158,7 +158,8 @@ def ranking_similarity(
     query: Float[Array, "B d"], gallery: Float[Array, "C M d"]
 ) -> Float[Array, "B C"]:
     """`s(q, T)` with a chunk of a gallery, float32."""
-    return _product("cd,rmd->crm", query, gallery).max(axis=-1)
+    # Tokens first: the maximum is then one of whole rows.
+    return _product("rmd,cd->rmc", gallery, query).max(axis=1).T
 
 
 def listed_similarity(

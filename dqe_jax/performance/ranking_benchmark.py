@@ -163,8 +163,10 @@ def compare_ranking(
         products[TORCH] = lambda: _products_in_torch(queries, gallery, sizes, kind)
     try:
         _check_alike({name: run() for name, run in rankers.items()})
-        sides = {("rank", name): run for name, run in rankers.items()}
-        sides |= {("product", name): run for name, run in products.items()}
+        sides: dict[tuple[str, str], Callable[[], object]] = {
+            **{("rank", name): run for name, run in rankers.items()},
+            **{("product", name): run for name, run in products.items()},
+        }
         memory = {key: _memory_of(run) for key, run in sides.items()}  # which also warms up
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in sides}
         for _ in range(rounds):
@@ -271,11 +273,11 @@ def rank_in_numpy(queries: np.ndarray, gallery: np.ndarray, sizes: Sizes) -> _Ra
       gallery: float32 `[N, M, d]`.
       sizes: of lists and chunks.
     """
-    parts = []
+    parts: list[_Ranking] = []
     for some in _chunks(len(queries), sizes.chunk_queries):
         query = queries[some]
-        best = np.full((len(query), 0), -np.inf, np.float32)
-        rows = np.zeros((len(query), 0), np.int64)
+        best: np.ndarray = np.full((len(query), 0), -np.inf, np.float32)
+        rows: np.ndarray = np.zeros((len(query), 0), np.int64)
         for here in _chunks(len(gallery), sizes.chunk_rows):
             tokens = gallery[here]
             products = query @ tokens.reshape(-1, tokens.shape[-1]).T
@@ -285,18 +287,23 @@ def rank_in_numpy(queries: np.ndarray, gallery: np.ndarray, sizes: Sizes) -> _Ra
             rows = np.concatenate([rows, own], axis=1)
             if best.shape[1] > sizes.k:
                 kept = np.argpartition(-best, sizes.k - 1, axis=1)[:, : sizes.k]
-                best, rows = (np.take_along_axis(x, kept, axis=1) for x in (best, rows))
+                best = np.take_along_axis(best, kept, axis=1)
+                rows = np.take_along_axis(rows, kept, axis=1)
         order = np.argsort(-best, axis=1)
-        parts.append([np.take_along_axis(x, order, axis=1) for x in (rows, best)])
-    rows, best = (np.concatenate(columns) for columns in zip(*parts))
-    return rows, best
+        parts.append((np.take_along_axis(rows, order, 1), np.take_along_axis(best, order, 1)))
+    return _joined(parts)
+
+
+def _joined(parts: list[_Ranking]) -> _Ranking:
+    rows, scores = (np.concatenate(columns) for columns in zip(*parts))
+    return rows, scores
 
 
 def rank_in_torch(queries: np.ndarray, gallery: np.ndarray, sizes: Sizes, device: str) -> _Ranking:
     """As `rank_in_numpy`, in PyTorch on a device."""
     import torch
 
-    parts = []
+    parts: list[_Ranking] = []
     with torch.inference_mode():
         images = torch.from_numpy(gallery).to(device)
         for some in _chunks(len(queries), sizes.chunk_queries):
@@ -313,8 +320,7 @@ def rank_in_torch(queries: np.ndarray, gallery: np.ndarray, sizes: Sizes, device
                 best, kept = best.topk(min(sizes.k, best.shape[1]), dim=1)
                 rows = rows.gather(1, kept)
             parts.append((rows.cpu().numpy(), best.cpu().numpy()))
-    rows, best = (np.concatenate(columns) for columns in zip(*parts))
-    return rows, best
+    return _joined(parts)
 
 
 def _products_in_numpy(queries: np.ndarray, gallery: np.ndarray, sizes: Sizes) -> None:

@@ -150,7 +150,22 @@ def test_one_compilation_serves_galleries_and_query_counts_of_a_size(caplog):
 
     assert compilations(5, 15) > 0
     assert compilations(11, 12) == 0
-    assert compilations(5, 17) > 0  # one more chunk of the gallery
+    assert compilations(5, 170) == 0  # many more chunks of the gallery
+
+
+def test_blocks_change_nothing(monkeypatch):
+    """Products that fit a cache: the same scores to the last bit, on one and eight devices."""
+    queries, gallery = unit(12, 21, 48), unit(13, 400, 4, 48)
+    found = []
+    for block, number in ((ranking.BLOCK, 1), (4 * 16 * 7, 1), (4 * 16 * 7, 8)):
+        monkeypatch.setattr(ranking, "BLOCK", block)
+        ranking._programs.cache_clear()
+        rank = ranking.make_rank_fn(30, chunk_rows=40, chunk_queries=16, devices=devices(number))
+        found.append(rank(queries, gallery))
+    ranking._programs.cache_clear()
+    for rows, scores in found[1:]:
+        np.testing.assert_array_equal(rows, found[0][0])
+        np.testing.assert_array_equal(scores, found[0][1])
 
 
 def test_no_queries():
