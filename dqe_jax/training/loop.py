@@ -155,7 +155,7 @@ def _train(
         if start == 0:
             logging.info("Devices: %s", ", ".join(str(device) for device in session.devices))
             logging.info("%s", summary.parameter_table(state.params, config.model))
-        logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
+        logging.info("Ready after %.1f s; the first step compiles.", time.time() - began)
         with Interrupts() as interrupts:
             state, measured = run_steps(session, state, end, manager, log, stopwatch, interrupts)
         manager.wait_until_finished()
@@ -189,8 +189,12 @@ def run_steps(
         for step in range(start + 1, end + 1):
             refreshed = keeper is not None and keeper.refresh_if_due(state.params, step - 1)
             reporter.data_wait.add(session.batches.wait(state))
+            began = time.time()
             output = take_step(session, state, interrupts.seen)
             state = output.state
+            if step == start + 1:
+                jax.block_until_ready(state)
+                logging.info("The first step was done %.1f s later.", time.time() - began)
             reporter.bar.update()
             stop, last = guard.check(step, output.control), step == end
             # Log before and after a refresh, to show how stale the bank had become.
