@@ -91,7 +91,7 @@ def test_gradients_agree(case):
     assert len(found) > 30
     for name, grad in found.items():
         expected = ours[name].numpy()
-        scale = max(np.abs(expected).max(), 1e-3)
+        scale = max(np.abs(expected).max(), 1e-2)  # of biases of keys it is 0
         np.testing.assert_allclose(grad.numpy(), expected, atol=1e-4 * scale, err_msg=name)
     for name in ours.keys() - found.keys():  # what has none has none in ours either
         assert not ours[name].any(), name
