@@ -6,10 +6,10 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 from absl import logging
 
@@ -31,6 +31,9 @@ from dqe_jax.training.step import StepOutput
 from dqe_jax.training.workdir import claim_workdir, write_config
 from dqe_jax.utils import progress
 from dqe_jax.utils.metric_log import MetricLog, NoLog
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 
 def train_and_evaluate(
