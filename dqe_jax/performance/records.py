@@ -64,15 +64,27 @@ def threads() -> int:
 
 
 def machine(devices: Sequence[jax.Device]) -> JsonObject:
-    """The hardware."""
+    """The hardware; `load` is the mean number of threads that wanted it in the last minute."""
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "platform": devices[0].platform,
         "processor": processor(),
         "cores": threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load": round(psutil.getloadavg()[0], 1),
         "system": platform.platform(),
     }
+
+
+def busy() -> str | None:
+    """A sentence where other programs wanted the processors too; None where they hardly did."""
+    load, own = psutil.getloadavg()[0], threads()
+    if load < 1.5 * own:
+        return None
+    return (
+        f"Other programs were running (load {load:.1f} on {own} processors): take the ratios, not "
+        "the times, and those with care."
+    )
 
 
 def processor() -> str:

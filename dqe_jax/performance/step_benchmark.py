@@ -113,6 +113,7 @@ class StepReport:
       settings: what decides the figures, of the config.
       devices: that were used, in words.
       num_devices: how many.
+      platform: of them, "cpu", "gpu" or "tpu".
       references: slots of references of a batch, over all devices.
       queries: rows of queries of a batch.
       ceiling: FLOP a second of one device in a large matrix product.
@@ -124,6 +125,7 @@ class StepReport:
     settings: JsonObject
     devices: str
     num_devices: int
+    platform: str
     references: int
     queries: int
     ceiling: float
@@ -199,6 +201,7 @@ def benchmark_step(
         settings=settings_of(config, tower_layers),
         devices=f"{len(devices)} x {devices[0].device_kind}",
         num_devices=len(devices),
+        platform=devices[0].platform,
         references=shape.references,
         queries=shape.queries,
         ceiling=ceiling_of(config, devices),
@@ -538,6 +541,8 @@ def table(report: StepReport) -> str:
             f"Stored features make a step {computed.seconds / stored.seconds:.2f} times faster; by "
             f"the count of FLOP it is {computed.flop / max(stored.flop, 1):.2f} times cheaper."
         )
+    if report.platform == "cpu" and (busy := records.busy()):
+        lines.append(busy)
     return "\n".join(lines)
 
 

@@ -198,6 +198,7 @@ def compare_with_torch(
         settings=steps_of.settings_of(config, tower_layers),
         devices=f"1 x {devices[0].device_kind}",
         num_devices=1,
+        platform=devices[0].platform,
         references=shape.references,
         queries=shape.queries,
         ceiling=steps_of.ceiling_of(config, devices),
@@ -381,4 +382,5 @@ def table(comparison: Comparison) -> str:
             f"({ratio.lowest:.2f} to {ratio.highest:.2f} in a round), "
             f"{1 / ratio.median:.2f} times as fast."
         )
-    return "\n".join([*lines, *comparison.notes])
+    busy = records.busy() if ours.platform == "cpu" else None
+    return "\n".join([*lines, *comparison.notes, *([busy] if busy else [])])
