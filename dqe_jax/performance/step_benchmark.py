@@ -386,12 +386,17 @@ class Maker:
         stop = np.zeros((len(devices), 1), np.int32)
         jax.block_until_ready(holder[0])
         built = time.perf_counter()
-        lowered = self._lower(config, holder[0], batch, stop)
+        made = states.make_optimizer(config, holder[0].params, len(devices))
+        lowered = make_step(config, model, made, devices).lower(holder[0], batch, stop)
         compiled = lowered.compile()
         done = time.perf_counter()
         counted = config.with_changes(COUNTED)
-        if counted != config:
-            lowered = self._lower(counted, holder[0], batch, stop)
+        if counted != config:  # its parameters may be others: layers one by one
+            model = model_of(counted, self._layers)
+            shapes = setup.param_shapes(model, counted.model, counted.data)
+            made = states.make_optimizer(counted, shapes, len(devices))
+            state = TrainState(jax.ShapeDtypeStruct((), np.int32), shapes, made.shapes)
+            lowered = make_step(counted, model, made, devices).lower(state, batch, stop)
         flop = flop_of(lowered) * len(devices)
         runner = Runner(compiled, batch, stop, holder, flop, FirstStep(None, 0, 0, 0))
         start = time.perf_counter()
@@ -399,14 +404,6 @@ class Maker:
         ran = time.perf_counter() - start
         runner.first = FirstStep(self._started, built - began, done - built, ran)
         return runner
-
-    def _lower(
-        self, config: RunConfig, state: TrainState, batch: Batch, stop: np.ndarray
-    ) -> jax.stages.Lowered:
-        model = model_of(config, self._layers)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
-        made = states.make_optimizer(config, params, len(self._devices))
-        return make_step(config, model, made, self._devices).lower(state, batch, stop)
 
 
 def flop_of(lowered: jax.stages.Lowered) -> float:

@@ -64,6 +64,7 @@ def test_several_configs_are_named_and_their_figures_written(tmp_path):
         *("dqe_jax", "benchmark", "step", "shapes:smoke", "shapes:coarse,smoke"),
         *(*SMALLER, "--variants=config", f"--json={tmp_path}/a/found.json"),
         *(f"--trace={tmp_path}/trace", "--config.batch.references=4"),
+        "--config.num_devices=2",
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
