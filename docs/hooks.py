@@ -77,6 +77,9 @@ OBJECTS = {
         "dqe_jax.performance.planning.run.plan_config",
         "dqe_jax.performance.describe.describe_model",
         "dqe_jax.performance.step_benchmark.benchmark_step",
+        "dqe_jax.performance.torch_comparison.compare_with_torch",
+        "dqe_jax.performance.features_benchmark.benchmark_features",
+        "dqe_jax.performance.data_benchmark.benchmark_data",
         "dqe_jax.performance.mining_benchmark.benchmark_mining",
     ),
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
-import orbax.checkpoint as ocp
 from absl import logging
 
 from dqe_jax.checkpoints import exported, store
@@ -15,6 +15,9 @@ from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.paths import is_remote
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 
 def export_run(

@@ -6,10 +6,10 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
@@ -28,6 +28,9 @@ from dqe_jax.utils import quiet
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.paths import is_remote, whole_path
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 
 @dataclasses.dataclass(frozen=True)

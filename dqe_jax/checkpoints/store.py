@@ -18,16 +18,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
-from typing import Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dqe_jax.config import RunConfig
 from dqe_jax.distributed import processes
@@ -35,6 +33,9 @@ from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, read_json
 from dqe_jax.utils.paths import whole_path
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 ITEMS = ("params", "opt_state", "bank_params", "average", "meta")
 # Bytes from which Orbax may take an array from several devices at once.
@@ -81,7 +82,10 @@ def open_for_training(workdir: epath.Path, config: RunConfig) -> ocp.CheckpointM
     Kept are the newest, the newest `keep_checkpoints` of those on schedule, those of every
     `keep_period` steps, and the best by the metric `keep_best`.
     """
-    best, policies = config.keep_best, preservation_policy
+    import orbax.checkpoint as ocp  # slow
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+    best = config.keep_best
     rules = [
         policies.LatestN(1),
         OnSchedule(config.keep_checkpoints, config.checkpoint_every),
@@ -111,6 +115,8 @@ def _set_metrics_aside(root: epath.Path, best: str) -> None:
 
     Without them a checkpoint is not the best one; with them Orbax would not open the directory.
     """
+    import orbax.checkpoint as ocp  # slow
+
     if processes.leads() and root.is_dir():
         for step in ocp.utils.checkpoint_steps(root):
             held = root / str(step) / "metrics"
@@ -143,6 +149,8 @@ def open_for_reading(directory: str | os.PathLike[str]) -> ocp.CheckpointManager
     Raises:
       UserError: there is no checkpoint.
     """
+    import orbax.checkpoint as ocp  # slow
+
     root = whole_path(directory)
     nested = root / "checkpoints"
     root = nested if nested.is_dir() else root
@@ -157,6 +165,8 @@ def open_for_reading(directory: str | os.PathLike[str]) -> ocp.CheckpointManager
 
 def steps_of(workdir: epath.Path) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending; none if there is no such directory."""
+    import orbax.checkpoint as ocp  # slow
+
     root = workdir / "checkpoints"
     return sorted(ocp.utils.checkpoint_steps(root)) if root.is_dir() else []
 
@@ -184,6 +194,8 @@ def save(
       average: of the trained parameters, replicated or NumPy arrays, where the config asks for one.
       metrics: of this step, to choose the best by.
     """
+    import orbax.checkpoint as ocp  # slow
+
     items = {
         "params": ocp.args.StandardSave(_global(params)),
         "opt_state": ocp.args.StandardSave(_global(opt_state)),
@@ -306,6 +318,8 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> JsonObject:
     Raises:
       DamagedError: it cannot be read, or is not what was saved.
     """
+    import orbax.checkpoint as ocp  # slow
+
     with told_damaged(manager, step):
         restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         meta = restored["meta"]
@@ -331,6 +345,8 @@ def restore(manager: ocp.CheckpointManager, step: int, **like: Tree) -> dict[str
     Raises:
       DamagedError: they cannot be read.
     """
+    import orbax.checkpoint as ocp  # slow
+
     # One copy in each process.
     devices = jax.devices() if jax.process_count() > 1 else jax.local_devices()[:1]
     mesh = jax.sharding.Mesh(np.asarray(devices), ("all",))
@@ -358,6 +374,8 @@ def restore_params(manager: ocp.CheckpointManager, step: int, item: str = "param
     Raises:
       DamagedError: they cannot be read.
     """
+    import orbax.checkpoint as ocp  # slow
+
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(fallback_sharding=here)})
     with told_damaged(manager, step):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import TYPE_CHECKING
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from tokenizers import Tokenizer
 
@@ -20,6 +20,9 @@ from dqe_jax.models.setup import model_of, param_shapes
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,10 +48,13 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     if _DATA_DIR.value is not None:
         config.data.data_dir = _DATA_DIR.value
+    # After the flags: importing JAX takes seconds.
+    from dqe_jax.distributed import compiled
+
+    compiled.keep_programs()
     if _LOWERS.value:
         _run_curve(config)
         return
-    # After the flags: importing JAX takes seconds.
     from dqe_jax.experiments.ablation.record import EQUAL
     from dqe_jax.experiments.ablation.runs import run_ablation
 

@@ -45,8 +45,10 @@ def main(argv: Sequence[str]) -> None:
     if directory is None:
         raise UserError("name what to audit: --workdir=DIR or --checkpoint=DIR.")
     lowers = None if _SWEEP.value is None else _read_numbers(_SWEEP.value)
-    from dqe_jax.experiments.audit.run import audit_checkpoint  # importing JAX takes seconds
+    from dqe_jax.distributed import compiled  # importing JAX takes seconds
+    from dqe_jax.experiments.audit.run import audit_checkpoint
 
+    compiled.keep_programs()
     audit_checkpoint(
         config,
         directory,

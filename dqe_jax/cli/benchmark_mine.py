@@ -1,6 +1,6 @@
 """Times one refresh's mining against a plain matrix product and QuRe's rule in NumPy.
 
-python -m dqe_jax.mining_benchmark [--queries=18000 --gallery=18000 --tokens=32 --width=256]
+dqe-jax benchmark mine [--queries=18000 --gallery=18000 --tokens=32 --width=256 --json=FILE]
 
 It uses random embeddings; the defaults are the size of FashionIQ with BLIP-2.
 `dqe_jax/performance/mining_benchmark.py` says what is timed and what the table means.
@@ -25,6 +25,7 @@ _TIMED = flags.DEFINE_integer("timed_queries", 1024, "Queries of one call.", 1)
 _BASELINE = flags.DEFINE_integer(
     "baseline_queries", 64, "Queries that NumPy mines, scaled up to all; 0 leaves NumPy out.", 0
 )
+_JSON = flags.DEFINE_string("json", None, "File that gets the figures as JSON.")
 REQUIRED = ()
 
 
@@ -36,8 +37,10 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         raise UserError(f"--gallery={','.join(_GALLERY.value)}: give whole numbers.") from error
     # After the flags: importing JAX takes seconds.
+    from dqe_jax.distributed import compiled
     from dqe_jax.performance.mining_benchmark import Workload, benchmark_mining
 
+    compiled.keep_programs()
     workload = Workload(
         queries=_QUERIES.value,
         tokens=_TOKENS.value,
@@ -47,4 +50,4 @@ def main(argv: Sequence[str]) -> None:
         bounds=_BOUNDS.value,
         timed_queries=_TIMED.value,
     )
-    benchmark_mining(sizes, workload, baseline_queries=_BASELINE.value)
+    benchmark_mining(sizes, workload, baseline_queries=_BASELINE.value, json_file=_JSON.value)

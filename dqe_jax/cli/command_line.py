@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging as python_logging
 import math
 import os
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dqe_jax import __version__
 from dqe_jax.cli import config_files
@@ -69,6 +70,8 @@ def run(module: ModuleType, argv: Sequence[str]) -> None:
             end(str(error))
 
     _answer(module, argv)
+    if getattr(module, "CONFIGS", False):
+        argv = _named_configs(argv)
     config_files.provide()
     flags.mark_flags_as_required(module.REQUIRED)
     app.run(guarded, argv=_with_config(argv), flags_parser=_parse_flags)
@@ -111,6 +114,58 @@ def _with_config(argv: Sequence[str]) -> list[str]:
         elif name in ("--config", "-config") and i + 1 < len(found):
             found[i + 1] = config_files.find(found[i + 1])
     return found
+
+
+def _named_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments with configs that are named before the flags as `--config` and `--and_config`.
+
+    What is named behind them stays, and is refused as an argument that is not expected.
+    """
+    program, *words = argv
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    flags_of = ("config", *["and_config"] * (len(names) - 1))
+    named = [f"--{flag}={name}" for flag, name in zip(flags_of, names)]
+    return [program, *named, *words[len(names) :]]
+
+
+def all_configs(first: ConfigDict, more: Sequence[str]) -> dict[str, ConfigDict]:
+    """The configs of a command that takes several, by name; `--config.field=value` is for all.
+
+    Args:
+      first: the value of `--config`.
+      more: names of the others.
+    """
+    found = {_label(config_flags.get_config_filename(flags.FLAGS["config"])): first}
+    for name in more:
+        value, own = config_files.find(name), flags.FlagValues()
+        words = ["dqe-jax", f"--config={value}", *_overrides(sys.argv)]
+        holder = config_flags.DEFINE_config_file(
+            "config", None, "", lock_config=True, flag_values=own, sys_argv=words
+        )
+        try:
+            own(words)
+            holder.value.to_dict()  # a missing file is reported only when it is asked
+        except (Exception, SystemExit) as error:  # a config file can raise anything
+            end(_flag_sentence(error, value))
+        found[_label(value)] = holder.value
+    return found
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+    """The words of `--config.field=value`, and of `--config.field value`."""
+    found = []
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if re.match(r"--?(no)?config\.", word):
+            found.append(word)
+            if "=" not in word and following and not following.startswith("-"):
+                found.append(following)
+    return found
+
+
+def _label(value: str) -> str:
+    """`shapes:hard` for `configs/shapes.py:hard`."""
+    path, colon, variants = value.partition(":")
+    return f"{pathlib.Path(path).stem}{colon}{variants}"
 
 
 def log_plainly() -> None:

@@ -7,9 +7,8 @@ negatives, and each reference is encoded once. `packing.py` says which queries a
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import grain
 import jax
 import numpy as np
 from absl import logging
@@ -20,6 +19,9 @@ from dqe_jax.data.splits import Split, image_ids_of, known_positive_ids
 from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.utils.files import JsonObject
+
+if TYPE_CHECKING:
+    import grain  # slow to import
 
 # At most so many batches in a run: Grain has no data set that is truly endless.
 ENDLESS = 2**48
@@ -194,6 +196,8 @@ def train_batches(
       process: which part of the batch is read.
       num_processes: parts; they divide the units of a batch.
     """
+    import grain  # slow
+
     packing = Packing(split.queries.reference, references, queries_per_reference, seed)
     shape, few = packing.shape, tuple[int, ...]()
     if needed is not None:

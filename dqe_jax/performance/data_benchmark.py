@@ -38,7 +38,6 @@ from dqe_jax.performance.made_data import made_split
 from dqe_jax.training.prefetch import send
 from dqe_jax.training.session import open_batches
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import make_directory, write_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:
@@ -148,7 +147,6 @@ def benchmark_data(
     images: int = 256,
     batches: int = 20,
     rounds: int = 5,
-    json_file: str | os.PathLike[str] | None = None,
 ) -> DataReport:
     """Measures the input path of a config, and logs a table.
 
@@ -157,16 +155,13 @@ def benchmark_data(
       images: to decode in a round, at least 1.
       batches: of the loader, each time, at least 1.
       rounds: over the formats, at least 1.
-      json_file: gets the report too.
 
     Raises:
-      UserError: the config is not sound, or the file cannot be written.
+      UserError: the config is not sound.
     """
     config = RunConfig.of(config)
     devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices))
-    if json_file is not None:
-        make_directory(epath.Path(json_file).parent)
     builder = _prepared(config)
     split = _open(config, builder, images, cache=False)
     rows = np.random.default_rng(0).permutation(len(split.gallery))[:images]
@@ -192,8 +187,6 @@ def benchmark_data(
         devices=f"{len(devices)} x {devices[0].device_kind}",
     )
     logging.info("%s", table(report))
-    if json_file is not None:
-        write_json(epath.Path(json_file), dataclasses.asdict(report))
     return report
 
 

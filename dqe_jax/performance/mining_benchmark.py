@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import resource
 import sys
 import time
@@ -27,6 +28,7 @@ from dqe_jax.method.arrays import Array
 from dqe_jax.method.mining import Bank, Mined, MiningRule
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.models.build import DTYPES
+from dqe_jax.performance import records
 from dqe_jax.training.bank_programs import rows_of_device
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.text_table import text_table
@@ -88,6 +90,7 @@ def benchmark_mining(
     workload: Workload | None = None,
     *,
     baseline_queries: int = 64,
+    json_file: str | os.PathLike[str] | None = None,
 ) -> list[MiningTime]:
     """Times mining from banks of these sizes on all devices of this process, and logs a table.
 
@@ -95,10 +98,12 @@ def benchmark_mining(
       sizes: images of each bank, rising, at least 2.
       workload: what is mined; None for FashionIQ's.
       baseline_queries: queries that NumPy mines from the first; 0 leaves NumPy out.
+      json_file: gets the figures too.
 
     Raises:
-      UserError: a size is too small.
+      UserError: a size is too small, or the file cannot be written.
     """
+    records.claim(json_file)
     workload = workload or Workload()
     if min(sizes, default=0) < 2:
         raise UserError(f"--gallery={','.join(map(str, sizes))}: give at least 2 images.")
@@ -109,12 +114,20 @@ def benchmark_mining(
         *(len(devices), devices[0].device_kind, jax.__version__, f"{workload.queries:,}"),
         *(workload.tokens, workload.width, workload.dtype, workload.rule, table(sizes, times)),
     )
+    in_numpy = None
     if baseline_queries:
-        seconds = time_numpy(sizes[0], workload, baseline_queries)
+        in_numpy = seconds = time_numpy(sizes[0], workload, baseline_queries)
         logging.info(
             "QuRe in NumPy and Python, %s images: %.0f s (from %d queries), %.1f times that.",
             *(f"{sizes[0]:,}", seconds, baseline_queries, seconds / times[0].seconds),
         )
+    records.write(
+        json_file,
+        "mine",
+        {f"{size:,} images": dataclasses.asdict(one) for size, one in zip(sizes, times)},
+        devices=devices,
+        settings=dataclasses.asdict(workload) | {"numpy_seconds": in_numpy},
+    )
     return times
 
 

@@ -1,15 +1,18 @@
 """Times the training step of a config on random data, beside simpler baselines in the same process.
 
 Rounds take turns among the variants of a step, so that a busy machine slows all alike; a variant's
-time is its median round, its ratio that to InfoNCE without attribute weights. TFLOP/s are those of
-XLA's cost analysis over that time, beside what one large matrix product reaches on the device.
+time is its median round. FLOP are those of XLA's cost analysis of the step as it is written: before
+it is optimised, without recomputation, each layer counted. Their share of what one large matrix
+product reaches in the same dtype and the same run is the MFU (model FLOP utilisation).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +29,19 @@ from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.models import setup
 from dqe_jax.models.build import DTYPES, build_model
+from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
+from dqe_jax.models.given import GivenSizes
+from dqe_jax.models.weights.sizes import Sizes
+from dqe_jax.performance import records
+from dqe_jax.performance.records import Spread
 from dqe_jax.training import state as states
+from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import batch_spec, make_step
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject
+from dqe_jax.utils.text_table import text_table
 
 VOCABULARY = 100
 BASELINE = "InfoNCE"
@@ -43,6 +54,32 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 # Timed beside them where the output of a frozen tower is stored.
 WITHOUT_STORE = "towers in each step"
+# The step whose FLOP are counted: a loop would count as one pass, recomputation as more work, and
+# cuDNN's attention not at all.
+COUNTED: dict[str, object] = {
+    "model.scan_layers": False,
+    "model.remat": False,
+    "model.attention": "xla",
+    "batch.chunks": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStep:
+    """Seconds until a first step has been taken.
+
+    Attributes:
+      started: from the start of the process to that of the benchmark: Python, imports, the config.
+        None in a program that has done other things before.
+      building: the model, its parameters, the optimiser and a batch.
+      compiling: tracing and compiling, or finding the program in the cache.
+      running: the step.
+    """
+
+    started: float | None
+    building: float
+    compiling: float
+    running: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,64 +87,173 @@ class StepTime:
     """What a step takes.
 
     Attributes:
-      seconds: of one step, in the median round.
+      spread: seconds of one step, over the rounds.
       flop: of one step, on all devices.
+      memory: bytes of a device that the program needs, by XLA's memory analysis.
+      first: how long it took to the first step.
     """
 
-    seconds: float
+    spread: Spread
     flop: float
+    memory: int
+    first: FirstStep
+
+    @property
+    def seconds(self) -> float:
+        """Of one step, in the median round."""
+        return self.spread.median
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What `benchmark_step` measured.
+
+    Attributes:
+      config: its name; "" if it has none.
+      settings: what decides the figures, of the config.
+      devices: that were used, in words.
+      num_devices: how many.
+      platform: of them, "cpu", "gpu" or "tpu".
+      references: slots of references of a batch, over all devices.
+      queries: rows of queries of a batch.
+      ceiling: FLOP a second of one device in a large matrix product.
+      times: by variant.
+      device_peak: the most bytes that a device has held in this process, where devices count them.
+    """
+
+    config: str
+    settings: JsonObject
+    devices: str
+    num_devices: int
+    platform: str
+    references: int
+    queries: int
+    ceiling: float
+    times: Mapping[str, StepTime]
+    device_peak: int | None
+
+    def mfu(self, name: str) -> float:
+        """The share of the ceiling that a variant reaches."""
+        one = self.times[name]
+        return one.flop / one.seconds / (self.ceiling * self.num_devices)
+
+    def as_json(self) -> JsonObject:
+        """All figures, those that follow from others too."""
+        content = dataclasses.asdict(self)
+        for name, one in self.times.items():
+            content["times"][name] |= {
+                "examples_per_second": self.queries / one.seconds,
+                "flop_per_second": one.flop / one.seconds,
+                "mfu": self.mfu(name),
+            }
+        return content
 
 
 def benchmark_step(
-    config: AnyConfig, *, rounds: int = 10, steps: int = 3, names: Sequence[str] = ()
-) -> dict[str, StepTime]:
+    config: AnyConfig,
+    *,
+    rounds: int = 10,
+    steps: int = 3,
+    names: Sequence[str] = (),
+    tower_layers: int = 0,
+    trace: str | os.PathLike[str] | None = None,
+    label: str = "",
+    started: float | None = None,
+) -> StepReport:
     """Times variants of a step on the devices of the config, and logs a table.
 
     Where a frozen tower is stored, a step that computes it is timed too (`WITHOUT_STORE`).
 
     Args:
-      config: of a run; it needs no data.
+      config: of a run; it needs no data and no weights.
       rounds: over the variants, at least 1.
       steps: of a variant in a round, at least 1.
-      names: of `VARIANTS`, or `WITHOUT_STORE`; none for all. Each holds a state of its own.
+      names: of `VARIANTS`, or `WITHOUT_STORE`; none for all. A variant of other parameters holds a
+        state of its own.
+      tower_layers: of the vision tower of a pretrained backbone, which is cut or repeated to them;
+        0 for those that it has.
+      trace: directory for a profile of a few steps of the first variant, taken after the rounds.
+      label: the config's name, for the report.
+      started: seconds in which the process came here, for `FirstStep`.
 
     Raises:
-      UserError: the config is not sound, its layers are scanned, or it has no such variant.
+      UserError: the config is not sound, or it has no such variant.
     """
     config = RunConfig.of(config)
     devices = mesh.devices_of(config.num_devices)
-    check_batch(config, len(devices))
-    shape = expected_shape(config.data.dataset, config.batch)
-    check_parts(shape, len(devices), config.batch.chunks)
-    if config.model.scan_layers:
-        # A loop over layers would be counted as one layer.
-        raise UserError("config.model.scan_layers is True: time with --config.model.scan_layers=0.")
+    shape = check(config, devices)
     variants = dict(VARIANTS)
-    model = _model_of(config)
+    model = model_of(config, tower_layers)
     if set(stored_kinds(config, model)) - set(given_kinds(model)):
         variants[WITHOUT_STORE] = {"features.place": "off"}
     unknown = [name for name in names if name not in variants]
     if unknown:
         raise UserError(f"--variants={unknown[0]}: give some of {', '.join(variants)}.")
+    maker = Maker(devices, tower_layers, started)
     runners = {
-        name: make_runner(config.with_changes(changes), devices)
+        name: maker.make(config.with_changes(changes))
         for name, changes in variants.items()
         if name in (names or variants)
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    seconds = in_turns({name: runner.run for name, runner in runners.items()}, rounds, steps)
+    report = StepReport(
+        config=label,
+        settings=settings_of(config, tower_layers),
+        devices=f"{len(devices)} x {devices[0].device_kind}",
+        num_devices=len(devices),
+        platform=devices[0].platform,
+        references=shape.references,
+        queries=shape.queries,
+        ceiling=ceiling_of(config, devices),
+        times={name: runner.time(seconds[name]) for name, runner in runners.items()},
+        device_peak=records.device_peak(devices),
+    )
+    logging.info("%s", table(report))
+    if trace is not None:
+        write_trace(trace, next(iter(runners.values())).run, steps)
+    return report
+
+
+def check(config: RunConfig, devices: Sequence[jax.Device]) -> Any:
+    """The shape of the batches of a config that can run on the devices; raises a `UserError`."""
+    check_batch(config, len(devices))
+    shape = expected_shape(config.data.dataset, config.batch)
+    check_parts(shape, len(devices), config.batch.chunks)
+    return shape
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[int], None]], rounds: int, steps: int
+) -> dict[str, list[float]]:
+    """Seconds of one step, in each round: all take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, (run, _) in runners.items():
+        for name, run in runs.items():
             start = time.perf_counter()
             run(steps)
             seconds[name].append((time.perf_counter() - start) / steps)
-    times = {
-        name: StepTime(float(np.median(seconds[name])), flop) for name, (_, flop) in runners.items()
-    }
-    ceiling = matrix_product_rate(
-        DTYPES[config.model.dtype], 1024 if devices[0].platform == "cpu" else 8192
+    return seconds
+
+
+def write_trace(directory: str | os.PathLike[str], run: Callable[[int], None], steps: int) -> None:
+    """Writes a profile of some steps, for TensorBoard and, as `perfetto_trace.json.gz`, Perfetto.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        with jax.profiler.trace(os.fspath(directory), create_perfetto_trace=True):
+            run(steps)
+    except OSError as error:
+        raise UserError(
+            f"--trace={os.fspath(directory)} cannot be written ({error.strerror}); name a "
+            "directory that can."
+        ) from error
+    logging.info(
+        "A profile of %d steps is in %s: see it by `tensorboard --logdir` with "
+        "tensorboard-plugin-profile, or open its perfetto_trace.json.gz at ui.perfetto.dev.",
+        *(steps, os.fspath(directory)),
     )
-    logging.info("%s", table(config, devices, times, ceiling))
-    return times
 
 
 def random_batch(config: RunConfig, model: DQE, params: Params) -> Batch:
@@ -143,60 +289,176 @@ def random_batch(config: RunConfig, model: DQE, params: Params) -> Batch:
         )
         return StoredText(inputs, states) if kind == "text" else states
 
+    target_id = count("target_id", shape.references)
+    # The target is known to be positive, and nothing else.
+    known = np.full(spec.known_positives.shape, -1, spec.known_positives.dtype)
+    known[:, 0] = target_id
     return Batch(
         reference_image=stored("image", below("reference_image", 256)),
         reference_id=count("reference_id"),
         reference_mask=np.ones(shape.references, bool),
         reference=None if shape.even else slot.ravel().astype(np.int32),
         query=count("query"),
-        text=stored("text", 1 + below("text", VOCABULARY - 1)),
+        text=stored("text", random_texts(rng, *spec.text.shape, model)),
         target_image=stored("image", below("target_image", 256)),
-        target_id=count("target_id", shape.references),
+        target_id=target_id,
         target_row=count("target_row"),
-        known_positives=below("known_positives", 1) - 1,
+        known_positives=known,
         relevant=count("relevant"),
         mentions=below("mentions", 2),
         query_mask=below("query_mask", 1) == 0,
     )
 
 
-def make_runner(
-    config: RunConfig, devices: list[jax.Device]
-) -> tuple[Callable[[int], None], float]:
-    """A function that takes some steps and waits for them; and the FLOP of one step."""
-    model = _model_of(config)
-    params = setup.init_params(model, config.model, config.data, config.seed)
-    made = states.make_optimizer(config, params, len(devices))
-    # There is no bank here: negatives are mined from the batch.
-    config = config.with_changes({"negatives.pool": "batch"})
-    step = make_step(config, model, made, devices)
-    state = states.init_state(config, made, params, devices)
-    batch = mesh.shard(random_batch(config, model, params), len(devices))
-    stop = np.zeros((len(devices), 1), np.int32)
-    compiled = step.lower(state, batch, stop).compile()
-    analysis = compiled.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    holder = [state]
+def random_texts(rng: np.random.Generator, count: int, length: int, model: DQE) -> np.ndarray:
+    """Token ids int32 `[count, length]` of texts of half to all of the length, padded with 0."""
+    sizes = getattr(model.backbone, "sizes", None)
+    words = min(getattr(sizes, "vocab_size", VOCABULARY), VOCABULARY)
+    ids = rng.integers(1, words - 1, (count, length)).astype(np.int32)
+    last = rng.integers((length - 1) // 2, length, count)
+    ids[np.arange(length) > last[:, None]] = 0
+    if isinstance(sizes, ClipSizes):
+        ids[np.arange(count), last] = sizes.end_id
+    return ids
 
-    def run(steps: int) -> None:
+
+@dataclasses.dataclass
+class Runner:
+    """A compiled step with its batch.
+
+    Attributes:
+      compiled: the program.
+      batch: that it takes.
+      stop: likewise.
+      holder: the state, shared with other steps of the same parameters: each changes it.
+      flop: of a step, on all devices.
+      first: how long it took to the first step.
+    """
+
+    compiled: Any
+    batch: Batch
+    stop: np.ndarray
+    holder: list[TrainState]
+    flop: float
+    first: FirstStep
+
+    def run(self, steps: int) -> None:
+        """Takes some steps and waits for them."""
         for _ in range(steps):
-            holder[0] = compiled(holder[0], batch, stop).state
+            self.holder[0] = self.compiled(self.holder[0], self.batch, self.stop).state
+        jax.block_until_ready(self.holder[0])
+
+    def time(self, seconds: Sequence[float]) -> StepTime:
+        """What the rounds say of it."""
+        return StepTime(Spread.of(seconds), self.flop, memory_of(self.compiled), self.first)
+
+
+class Maker:
+    """Makes steps that share a state where they have the same parameters."""
+
+    def __init__(
+        self, devices: Sequence[jax.Device], tower_layers: int = 0, started: float | None = None
+    ):
+        """Arguments are those of `benchmark_step`."""
+        self._devices, self._layers, self._started = list(devices), tower_layers, started
+        self._held: dict[object, list[TrainState]] = {}
+
+    def make(self, config: RunConfig, params: Params | None = None) -> Runner:
+        """A step of a config that has been taken once.
+
+        Args:
+          config: of a run.
+          params: to start from; random ones by default. A state that is there already stays.
+        """
+        began, devices = time.perf_counter(), self._devices
+        # There is no bank here: negatives are mined from the batch.
+        config = config.with_changes({"negatives.pool": "batch"})
+        model = model_of(config, self._layers)
+        key = config.model, config.optimizer
+        if key not in self._held:
+            if params is None:
+                params = setup.init_params(model, config.model, config.data, config.seed)
+            made = states.make_optimizer(config, params, len(devices))
+            self._held[key] = [states.init_state(config, made, params, devices)]
+        holder = self._held[key]
+        # On the devices already, where a run's batches are ahead of its steps.
+        batch = mesh.place(random_batch(config, model, holder[0].params), devices)
+        stop = np.zeros((len(devices), 1), np.int32)
         jax.block_until_ready(holder[0])
+        built = time.perf_counter()
+        made = states.make_optimizer(config, holder[0].params, len(devices))
+        lowered = make_step(config, model, made, devices).lower(holder[0], batch, stop)
+        compiled = lowered.compile()
+        done = time.perf_counter()
+        counted = config.with_changes(COUNTED)
+        if counted != config:  # its parameters may be others: layers one by one
+            model = model_of(counted, self._layers)
+            shapes = setup.param_shapes(model, counted.model, counted.data)
+            made = states.make_optimizer(counted, shapes, len(devices))
+            state = TrainState(jax.ShapeDtypeStruct((), np.int32), shapes, made.shapes)
+            lowered = make_step(counted, model, made, devices).lower(state, batch, stop)
+        flop = flop_of(lowered) * len(devices)
+        runner = Runner(compiled, batch, stop, holder, flop, FirstStep(None, 0, 0, 0))
+        start = time.perf_counter()
+        runner.run(1)
+        ran = time.perf_counter() - start
+        runner.first = FirstStep(self._started, built - began, done - built, ran)
+        return runner
 
-    run(1)
-    return run, float((analysis or {}).get("flops", 0.0)) * len(devices)
+
+def flop_of(lowered: jax.stages.Lowered) -> float:
+    """FLOP of a program on one device, by XLA's cost analysis before it is optimised."""
+    return float((lowered.cost_analysis() or {}).get("flops", 0.0))
 
 
-def _model_of(config: RunConfig) -> DQE:
-    """The model of a config, over a small vocabulary where it has none of its own."""
+def memory_of(compiled: Any) -> int:
+    """Bytes of a device that a program needs, arguments and results included."""
+    found = compiled.memory_analysis()
+    found = found[0] if isinstance(found, list) else found
+    if found is None:
+        return 0
+    return int(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+        - found.alias_size_in_bytes
+    )
+
+
+def sizes_for(config: RunConfig, tower_layers: int = 0) -> Sizes | None:
+    """The sizes of a config's model, its vision tower cut or repeated to so many layers.
+
+    Raises:
+      UserError: it has no such tower.
+    """
     pretrained = setup.describe_weights(config.model, config.data)
+    sizes = sizes_of(config, pretrained)
+    if not tower_layers:
+        return sizes
+    if sizes is None or isinstance(sizes, GivenSizes):
+        raise UserError(
+            f"--tower_layers={tower_layers}: the backbone {config.model.backbone!r} has no "
+            "pretrained vision tower; leave the flag out."
+        )
+    vision = dataclasses.replace(sizes.vision, depth=tower_layers)
+    return dataclasses.replace(sizes, vision=vision)
+
+
+def model_of(config: RunConfig, tower_layers: int = 0) -> DQE:
+    """The model of a config, over a small vocabulary where it has none of its own."""
     return build_model(
         config.model,
         vocab_size=VOCABULARY,
         max_length=config.data.max_length,
         image_size=config.data.image_size,
-        sizes=sizes_of(config, pretrained),
+        sizes=sizes_for(config, tower_layers),
     )
+
+
+def ceiling_of(config: RunConfig, devices: Sequence[jax.Device]) -> float:
+    """FLOP a second of one device in a large matrix product of the config's dtype."""
+    side = 2048 if devices[0].platform == "cpu" else 8192
+    return matrix_product_rate(DTYPES[config.model.dtype], side)
 
 
 def matrix_product_rate(dtype: DTypeLike, side: int) -> float:
@@ -214,35 +476,82 @@ def matrix_product_rate(dtype: DTypeLike, side: int) -> float:
     return 2 * side**3 / min(times)
 
 
-def table(
-    config: RunConfig, devices: Sequence[jax.Device], times: Mapping[str, StepTime], ceiling: float
-) -> str:
-    """The times of the variants as text.
+def settings_of(config: RunConfig, tower_layers: int = 0) -> JsonObject:
+    """What of a config decides the time of its step."""
+    shown = {
+        "backbone": config.model.backbone,
+        "variant": getattr(getattr(config.model, config.model.backbone), "variant", ""),
+        "dtype": config.model.dtype,
+        "frozen": list(config.model.frozen),
+        "frozen_dtype": config.model.frozen_dtype,
+        "features": config.features.place,
+        "image_size": config.data.image_size,
+        "max_length": config.data.max_length,
+        "negatives": config.negatives.rule,
+        "chunks": config.batch.chunks,
+    }
+    return shown | ({"tower_layers": tower_layers} if tower_layers else {})
 
-    Args:
-      config: of the run.
-      devices: that it was timed on.
-      times: of variants.
-      ceiling: FLOP a second of one device in a large matrix product.
+
+def heading(report: StepReport) -> str:
+    """What was timed, on what."""
+    shown, layers = report.settings, report.settings.get("tower_layers")
+    parts = [str(shown[key]) for key in ("backbone", "variant") if shown[key]]
+    model = " ".join([*parts, *([f"with {layers} tower layers"] if layers else [])])
+    return (
+        f"{report.config + ': ' if report.config else ''}{model}, {shown['dtype']}, "
+        f"{report.queries} queries of {report.references} references a step.\n"
+        f"{report.devices}, jax {jax.__version__}; a matrix product reaches "
+        f"{report.ceiling / 1e12:.3g} TFLOP/s on one device."
+    )
+
+
+def table(report: StepReport) -> str:
+    """A report as text.
+
+    The last column is the time as a share of that of InfoNCE without attribute weights.
     """
-    shape = expected_shape(config.data.dataset, config.batch)
-    queries = shape.queries
-    lines = [
-        f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, {config.model.dtype}, "
-        f"{queries} queries of {shape.references} references a step; a matrix product "
-        f"reaches {ceiling / 1e12:.3g} TFLOP/s on one device.",
-        f"{'step':<22}{'ms':>9}{'queries/s':>11}{'TFLOP/s':>10}{'ratio':>8}",
+    baseline = report.times.get(BASELINE)
+    rows: list[tuple[str, ...]] = [
+        ("step", "ms", "p95", "+-", "examples/s", "TFLOP/s", "MFU", "GiB", "ratio")
     ]
-    for name, found in times.items():
-        ratio = f"{found.seconds / times[BASELINE].seconds:.2f}" if BASELINE in times else ""
-        lines.append(
-            f"{name:<22}{1e3 * found.seconds:>9.1f}{queries / found.seconds:>11.0f}"
-            f"{found.flop / found.seconds / 1e12:>10.3g}{ratio:>8}".rstrip()
+    for name, found in report.times.items():
+        rows.append(
+            (
+                name,
+                f"{1e3 * found.seconds:.1f}",
+                f"{1e3 * found.spread.p95:.1f}",
+                f"{found.spread.relative:.0%}",
+                f"{report.queries / found.seconds:.0f}",
+                f"{found.flop / found.seconds / 1e12:.3g}",
+                f"{report.mfu(name):.0%}",
+                f"{found.memory / 2**30:.2f}",
+                f"{found.seconds / baseline.seconds:.2f}" if baseline else "",
+            )
         )
-    if {"config", WITHOUT_STORE} <= times.keys():
-        stored, computed = times["config"], times[WITHOUT_STORE]
+    lines = [heading(report), text_table(rows), first_step_line(report.times)]
+    if report.device_peak is not None:
+        lines.append(f"A device has held at most {report.device_peak / 2**30:.2f} GiB.")
+    if {"config", WITHOUT_STORE} <= report.times.keys():
+        stored, computed = report.times["config"], report.times[WITHOUT_STORE]
         lines.append(
             f"Stored features make a step {computed.seconds / stored.seconds:.2f} times faster; by "
             f"the count of FLOP it is {computed.flop / max(stored.flop, 1):.2f} times cheaper."
         )
+    if report.platform == "cpu" and (busy := records.busy()):
+        lines.append(busy)
     return "\n".join(lines)
+
+
+def first_step_line(times: Mapping[str, StepTime]) -> str:
+    """How long the first of the steps took to be taken once."""
+    name, found = next(iter(times.items()))
+    one = found.first
+    parts = [
+        *([] if one.started is None else [f"{one.started:.1f} s to start"]),
+        f"{one.building:.1f} s to build",
+        f"{one.compiling:.1f} s to compile",
+        f"{one.running:.2f} s for the step",
+    ]
+    total = (one.started or 0.0) + one.building + one.compiling + one.running
+    return f"First step of {name!r} after {total:.1f} s: {', '.join(parts)}."

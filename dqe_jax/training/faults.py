@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
@@ -16,6 +16,9 @@ from dqe_jax.distributed.interrupts import Interrupted
 from dqe_jax.training.step import Control
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import is_of_disk
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 
 @contextlib.contextmanager

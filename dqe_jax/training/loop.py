@@ -6,10 +6,10 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 from absl import logging
 
@@ -35,6 +35,9 @@ from dqe_jax.training.step import StepOutput
 from dqe_jax.training.workdir import claim_workdir, write_config
 from dqe_jax.utils import progress
 from dqe_jax.utils.metric_log import MetricLog, NoLog
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 
 def train_and_evaluate(
@@ -165,7 +168,7 @@ def _train(
                 "is %g.",
                 config.optimizer.ema_decay,
             )
-        logging.info("Ready after %.0f s; the first step compiles.", time.time() - began)
+        logging.info("Ready after %.1f s; the first step compiles.", time.time() - began)
         with Interrupts() as interrupts:
             state, measured = run_steps(session, state, end, manager, log, stopwatch, interrupts)
         manager.wait_until_finished()
@@ -198,8 +201,12 @@ def run_steps(
     with reporter.bar:  # also closed by an error, whose sentence has a line of its own
         for step in range(start + 1, end + 1):
             refreshed = keeper is not None and keeper.refresh_if_due(state.params, step - 1)
+            began = time.time()
             output = take_step(session, state, interrupts.seen, reporter.data_wait)
             state = output.state
+            if step == start + 1:
+                jax.block_until_ready(state)
+                logging.info("The first step was done %.1f s later.", time.time() - began)
             reporter.bar.update()
             stop, last = guard.check(step, output.control), step == end
             # Log before and after a refresh, to show how stale the bank had become.

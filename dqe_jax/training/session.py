@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
@@ -41,6 +41,9 @@ from dqe_jax.training.state import Optimizer, TrainState
 from dqe_jax.training.step import Step, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import
 
 
 @dataclasses.dataclass(frozen=True)

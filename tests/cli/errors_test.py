@@ -322,3 +322,26 @@ def in_process(*arguments, capsys, name="train"):
 )
 def test_flags_that_no_limit_refuses(name, arguments, words, capsys):
     assert words in in_process(*arguments, capsys=capsys, name=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], "--config: no config at 'nothing'; name a file, or one of circo, "),
+        (["shapes:smoke", "nothing"], "--config: no config at 'nothing'; name a file, or one of"),
+        (["shapes:smoke", "shapes:foo"], "unknown variant foo of the config"),
+        (
+            ["shapes:smoke", "fiq:smoke", "--config.batch.reference=2"],
+            "the config has no field 'reference'; did you mean 'references'?",
+        ),
+        (["--rounds=2", "shapes"], "--config must be given, such as --config=configs/shapes.py."),
+        (
+            ["shapes:smoke", "--rounds=2", "fiq"],
+            "unexpected argument 'fiq': flags start with --.",
+        ),
+        ([], "--config must be given, such as --config=configs/shapes.py."),
+        (["shapes", "--vs=torch", "--variants=config"], "--variants goes without --vs"),
+    ],
+)
+def test_configs_that_are_named_before_the_flags(arguments, words, capsys):
+    assert words in in_process(*arguments, capsys=capsys, name="benchmark_step")

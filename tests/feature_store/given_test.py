@@ -354,8 +354,8 @@ def test_a_version_that_fails_and_a_damaged_store_are_sentences(base, tmp_path, 
 
 
 def test_a_step_on_features_is_timed(base):
-    times = benchmark_step(config_of(base, num_devices=1), rounds=1, steps=1, names=["config"])
-    assert list(times) == ["config"]
+    report = benchmark_step(config_of(base, num_devices=1), rounds=1, steps=1, names=["config"])
+    assert list(report.times) == ["config"]
     with pytest.raises(UserError, match="--variants=towers in each step: give some of config"):
         benchmark_step(config_of(base), rounds=1, steps=1, names=["towers in each step"])
 

@@ -1,14 +1,14 @@
 """The benchmark of the input path: on prepared data, and on made images."""
 
 import json
-
-import pytest
+from pathlib import Path
 
 from dqe_jax.cli.config_files import load_config
 from dqe_jax.performance.data_benchmark import FROM_DISK, IN_MEMORY, NO_IMAGES, benchmark_data
+from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import small_config
-from dqe_jax.utils.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"images": 8, "batches": 2, "rounds": 1}
 
 
@@ -16,7 +16,7 @@ def test_prepared_data(tmp_path, prepared, caplog):
     prepared(tmp_path)
     config = small_config(tmp_path / "prepared")
     with caplog.at_level("INFO"):
-        report = benchmark_data(config, **QUICK, json_file=tmp_path / "report.json")
+        report = benchmark_data(config, **QUICK)
     assert report.prepared
     assert report.decoding.keys() == {"png", "jpeg", "raw"}
     assert [each.difference for each in report.decoding.values()].count(0.0) == 2
@@ -29,8 +29,6 @@ def test_prepared_data(tmp_path, prepared, caplog):
     assert report.batch_bytes > images * 3 * size**2
     rates = [rate for load in report.loading.values() for rate in vars(load).values()]
     assert min(*rates, report.reading.images_per_second, report.reading.by_tfds) > 0
-    held = json.loads((tmp_path / "report.json").read_text())
-    assert held["loading"][IN_MEMORY] == vars(report.loading[IN_MEMORY])
     for words in ("stored as png; 8 prepared images", "images/s a core", "0.0% of the rows"):
         assert words in caplog.text
 
@@ -48,8 +46,18 @@ def test_made_images_where_nothing_is_prepared(tmp_path, caplog):
     assert "8 made images" in caplog.text
 
 
-def test_a_file_that_cannot_be_written(tmp_path):
+def test_the_figures_of_a_command_are_written(tmp_path, prepared):
+    prepared(tmp_path)
+    words = ("dqe_jax", "benchmark", "data", "shapes:smoke", "--images=4", "--batches=1")
+    place = f"--config.data.prepared_dir={tmp_path}/prepared"
+    done = run_module(*words, "--rounds=1", place, f"--json={tmp_path}/found.json", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    held = json.loads((tmp_path / "found.json").read_text())
+    assert (held["benchmark"], held["settings"]["images"]) == ("data", 4)
+    report = held["results"]["shapes:smoke"]
+    assert report["loading"].keys() == {FROM_DISK, IN_MEMORY, NO_IMAGES}
     (tmp_path / "file").write_text("")
-    config = small_config(tmp_path / "prepared")
-    with pytest.raises(UserError, match=r"cannot write to .*file"):
-        benchmark_data(config, **QUICK, json_file=tmp_path / "file" / "report.json")
+    done = run_module(*words, place, f"--json={tmp_path}/file/found.json", cwd=ROOT)
+    assert done.returncode == 2
+    assert "cannot write to" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

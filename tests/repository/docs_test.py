@@ -87,7 +87,7 @@ def words_of(text: str) -> Iterator[tuple[str, list[str]]]:
     joined = re.sub(r"\\\s*\n\s*", " ", text)
     longest = sorted(COMMANDS, key=len, reverse=True)
     joined = re.sub(
-        rf"(?<![\w/.-])dqe-jax ({'|'.join(longest)})(?= --)",
+        rf"(?<![\w/.-])dqe-jax ({'|'.join(longest)})(?=(?: [\w:,./]+)* --)",
         lambda match: f"-m dqe_jax.cli.{COMMANDS[match[1]][0]}",
         joined,
     )
@@ -120,6 +120,8 @@ def commands(text: str) -> Iterator[str]:
 def config_files(text: str) -> Iterator[str]:
     found = re.findall(r"--config[= ]([^\s`\"'\[\])]+)", text)
     found += re.findall(r"\bconfigs/\w+\.py:[\w,]+", text)
+    named = re.findall(r"dqe-jax benchmark (?:step|data|features)((?: [\w:,./]+)+) -", text)
+    found += " ".join(named).split()
     for value in dict.fromkeys(found):
         path, _, variants = value.rstrip(".,;:").partition(":")
         if is_open(path):
@@ -292,6 +294,7 @@ def smoke_runs() -> list[tuple[str, str]]:
                 if command is None or re.search(NEEDS, command[0].replace("benchmark", "")):
                     continue
                 small = re.sub(r"shapes\.py(?!:)", "shapes.py:smoke", command[0])
+                small = re.sub(r"(benchmark \w+) shapes(?!:)", r"\1 shapes:smoke", small)
                 small = re.sub(r"shapes\.py:(hard|coarse)(?!,)", r"shapes.py:\1,smoke", small)
                 small = re.sub(r"(total_steps|eval_every)=\d+", r"\1=4", small)
                 small = re.sub(r"(first_refresh|refresh_every)=\d+", r"\1=2", small)
@@ -374,6 +377,8 @@ ACCEPTED = [
     (config_files, "`configs/shapes.py:hard`, --config=configs/shapes.py[:hard]"),
     (config_files, "--config=shapes:smoke"),
     (commands, "dqe-jax train --config=shapes --workdir=DIR\ndqe-jax benchmark step --rounds=3"),
+    (commands, "dqe-jax benchmark step shapes fiq_clip:vit_b_32 --rounds=3"),
+    (config_files, "dqe-jax benchmark step shapes fiq_clip:vit_b_32 --rounds=3"),
     (fields, "--config.negatives.lower=0.1 --config.seed=3, or `config.optimizer`, `config.json`"),
     (fields, "`config.data.lexicon` names it"),
     (links, "# A b-c: d!\n[x](#a-b-c-d) [y](pyproject.toml) [z](https://a.b/c#d)"),
@@ -392,6 +397,9 @@ REFUSED = [
     (config_files, "--config=configs/none.py"),
     (config_files, "--config=shapes:easy"),
     (commands, "dqe-jax benchmark step --queries=3"),
+    (commands, "dqe-jax benchmark step shapes fiq_clip:vit_b_32 --queries=3"),
+    (config_files, "dqe-jax benchmark step shapes fiq_clip:vit_b_33 --steps=3"),
+    (config_files, "dqe-jax benchmark features none --rounds=3"),
     (config_files, "--config=configs/shapes.py:easy"),
     (config_files, "see `configs/shapes.py:smoke,tiny`"),
     (config_files, "--config shapes.py"),

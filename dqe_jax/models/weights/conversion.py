@@ -7,7 +7,6 @@ import json
 import math
 import os
 
-import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
 
@@ -86,6 +85,8 @@ def write_converted(
     Raises:
       UserError: the directory is not writable, or already holds weights.
     """
+    import orbax.checkpoint as ocp  # slow
+
     if (directory / FACTS).exists() or (directory / PARAMS).exists():
         raise UserError(f"--output: {directory} already holds weights; name another directory.")
     try:

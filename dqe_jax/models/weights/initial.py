@@ -12,7 +12,6 @@ from typing import cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from dqe_jax.method.arrays import Params
@@ -52,6 +51,8 @@ class Pretrained:
         Raises:
           UserError: they do not fit the sizes, or cannot be read.
         """
+        import orbax.checkpoint as ocp  # slow
+
         if self.source is not None:
             return read_backbone(self.source, self.backbone, self.sizes)
         directory = whole_path(self.origin) / PARAMS
