@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from dqe_jax.cli.command_line import use_data_dir
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Directory of the raw data; short for --config.data.data_dir."
@@ -30,8 +32,7 @@ def main(argv: Sequence[str]) -> None:
     from dqe_jax.performance.data_benchmark import benchmark_data  # importing JAX takes seconds
 
     config = _CONFIG.value
-    if _DATA_DIR.value is not None:
-        config.data.data_dir = _DATA_DIR.value
+    use_data_dir(config, _DATA_DIR.value)
     benchmark_data(
         config,
         images=_IMAGES.value,

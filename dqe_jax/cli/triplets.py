@@ -1,0 +1,78 @@
+"""Makes triplets for training without labels, from a table of attributes.
+
+dqe-jax triplets --table=products.csv --images=DIR --attributes=colour,category --output=DIR2
+
+A query changes one or two of the attributes; its text is made by a grammar. Which products are
+valid for it follows from the table, so that all of them are known. Photos are split into train,
+validation and test. Then train with --config=triplets:tiny --data_dir=DIR2.
+
+The table is a CSV file. Separators, quotes, the order of columns and how photos are called do not
+matter. What is lost, missing or doubtful is counted and named. DIR2 also holds the lexicon and the
+queries, to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from dqe_jax.cli.command_line import given
+from dqe_jax.data.preprocess import PREPROCESS
+from dqe_jax.data.settings import IMAGE_FORMATS
+
+_TABLE = flags.DEFINE_string("table", None, "CSV file with a row for each product.")
+_IMAGES = flags.DEFINE_string("images", None, "Folder of the photos, or of folders of them.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for what is made.")
+_IMAGE_COLUMN = flags.DEFINE_string(
+    "image_column",
+    None,
+    "Column that names the photos; default: image, photo, file, filename, path or id.",
+)
+_ATTRIBUTES = flags.DEFINE_list(
+    "attributes",
+    [],
+    "Columns that a query may change, each COLUMN, or COLUMN:NAME to call the attribute NAME.",
+)
+_TEMPLATES = flags.DEFINE_string(
+    "templates", None, "TOML file of texts, see dqe_jax/data/made/wording.py; default: built in."
+)
+_LEXICON = flags.DEFINE_string(
+    "lexicon", None, "File of more words that mention the attributes, as dqe_jax/data/lexicon.txt."
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", 224, "Pixels a side of the stored images; :tiny needs 64.", 8
+)
+_PREPROCESS = flags.DEFINE_enum(
+    "preprocess", "pad", sorted(PREPROCESS), "How photos become square."
+)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "png",
+    IMAGE_FORMATS,
+    "How images are stored; a run then needs the same config.data.image_format.",
+)
+_MAX_LOST = flags.DEFINE_float("max_lost", 0.1, "Share of the rows that may be lost.", 0, 1)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds.")
+REQUIRED = ("table", "images", "output")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Makes the triplets and says what was made."""
+    del argv
+    from dqe_jax.data.made.from_table import triplets_from_table  # TFDS is slow to import
+
+    triplets_from_table(
+        given(_TABLE),
+        given(_IMAGES),
+        given(_OUTPUT),
+        attributes=_ATTRIBUTES.value,
+        image_column=_IMAGE_COLUMN.value,
+        templates=_TEMPLATES.value,
+        lexicon=_LEXICON.value,
+        image_size=_IMAGE_SIZE.value,
+        preprocess=_PREPROCESS.value,
+        image_format=_FORMAT.value,
+        max_lost=_MAX_LOST.value,
+        overwrite=_OVERWRITE.value,
+    )
