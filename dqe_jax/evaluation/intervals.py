@@ -65,7 +65,7 @@ def query_values(
             inside = protocols.without_reference(queries, subset_rows)
             inside = metrics.pad_lists(inside, max(protocols.SUBSET_KS))
             values[key] = metrics.recall_at_k(inside, queries.target, int(k))
-        elif name == "top1_is_reference":
+        elif name == "top1_is_reference" and not _by_category(protocol):  # no mean of means
             values[key] = ((rows[:, 0] >= 0) & (rows[:, 0] == queries.reference)).astype(float)
     for parts in (("R@10", "R@50"), ("R@5", "R_subset@1")):
         fits = (parts[0] == "R@10") == _by_category(protocol)
@@ -115,8 +115,7 @@ def intervals(
         totals, counts = _by_reference(table[members], reference[members])
         whole.append(_ratio(totals.sum(0), counts.sum(0)))
         drawn.append(_draw(totals, counts, rng, draws))
-    found = np.nanmean(whole, axis=0)
-    spread = np.nanmean(drawn, axis=0)
+    found, spread = (_mean_of_known(np.stack(x)) for x in (whole, drawn))
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(spread, [tail, 100 - tail], axis=0)
     return {
@@ -147,6 +146,12 @@ def _draw(
         times = rng.multinomial(number, np.full(number, 1 / number), size).astype(float)
         means.append(_ratio(times @ totals, times @ counts))
     return np.concatenate(means)
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Means over the first axis, NaN left out."""
+    known = ~np.isnan(values)
+    return _ratio(np.where(known, values, 0.0).sum(0), known.sum(0))
 
 
 def _ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
