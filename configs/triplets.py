@@ -32,6 +32,7 @@ def get_config(arg: str = ""):
     if "pretrained" in variants:
         common.use_example_encoders(config)
         config.batch.queries_per_reference = 4
+        config.data.max_length = 32
     elif "tiny" not in variants:
         config.data.image_size = 224
         config.data.max_length = 77

@@ -1,10 +1,13 @@
-"""Makes triplets for training without labels, from a table of attributes.
+"""Makes triplets for training without labels, from a table of attributes or of captions.
 
 dqe-jax triplets --table=products.csv --images=DIR --attributes=colour,category --output=DIR2
 
 A query changes one or two of the attributes; its text is made by a grammar. Which products are
 valid for it follows from the table, so that all of them are known. Photos are split into train,
 validation and test. Then train with --config=triplets:tiny --data_dir=DIR2.
+
+With --caption_column=caption in place of --attributes, pairs of images that are near by an encoder,
+and whose captions differ, become queries. Then only one valid target of a query is known.
 
 The table is a CSV file. Separators, quotes, the order of columns and how photos are called do not
 matter. What is lost, missing or doubtful is counted and named. DIR2 also holds the lexicon and the
@@ -14,12 +17,14 @@ queries, to be read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from dqe_jax.cli.command_line import given
 from dqe_jax.data.preprocess import PREPROCESS
 from dqe_jax.data.settings import IMAGE_FORMATS
+from dqe_jax.utils.errors import UserError
 
 _TABLE = flags.DEFINE_string("table", None, "CSV file with a row for each product.")
 _IMAGES = flags.DEFINE_string("images", None, "Folder of the photos, or of folders of them.")
@@ -33,6 +38,14 @@ _ATTRIBUTES = flags.DEFINE_list(
     "attributes",
     [],
     "Columns that a query may change, each COLUMN, or COLUMN:NAME to call the attribute NAME.",
+)
+_CAPTION_COLUMN = flags.DEFINE_string(
+    "caption_column", None, "Column of captions, in place of --attributes."
+)
+_ENCODER = flags.DEFINE_string(
+    "encoder",
+    "dqe_jax.encoders.efficientnet:images",
+    "Of captions: package.module:function by which images are near.",
 )
 _TEMPLATES = flags.DEFINE_string(
     "templates", None, "TOML file of texts, see dqe_jax/data/made/wording.py; default: built in."
@@ -60,19 +73,40 @@ REQUIRED = ("table", "images", "output")
 def main(argv: Sequence[str]) -> None:
     """Makes the triplets and says what was made."""
     del argv
-    from dqe_jax.data.made.from_table import triplets_from_table  # TFDS is slow to import
+    common: dict[str, Any] = {
+        "image_column": _IMAGE_COLUMN.value,
+        "image_size": _IMAGE_SIZE.value,
+        "preprocess": _PREPROCESS.value,
+        "image_format": _FORMAT.value,
+        "max_lost": _MAX_LOST.value,
+        "overwrite": _OVERWRITE.value,
+    }
+    places = given(_TABLE), given(_IMAGES), given(_OUTPUT)
+    # The imports are below: TFDS is slow to import.
+    if _CAPTION_COLUMN.value is not None:
+        if _ATTRIBUTES.value or _TEMPLATES.value or _LEXICON.value:
+            raise UserError(
+                "--caption_column goes without --attributes, --templates and --lexicon: name the "
+                "captions or the attributes."
+            )
+        from dqe_jax.data.made.from_captions import triplets_from_captions
+        from dqe_jax.feature_store.encoders import open_encoder
+
+        encoder = open_encoder(_ENCODER.value)
+        triplets_from_captions(
+            *places,
+            encode=lambda images: encoder(images, "images"),
+            encoder=f"{encoder.name} {encoder.version}".strip(),
+            caption_column=_CAPTION_COLUMN.value,
+            **common,
+        )
+        return
+    from dqe_jax.data.made.from_table import triplets_from_table
 
     triplets_from_table(
-        given(_TABLE),
-        given(_IMAGES),
-        given(_OUTPUT),
+        *places,
         attributes=_ATTRIBUTES.value,
-        image_column=_IMAGE_COLUMN.value,
         templates=_TEMPLATES.value,
         lexicon=_LEXICON.value,
-        image_size=_IMAGE_SIZE.value,
-        preprocess=_PREPROCESS.value,
-        image_format=_FORMAT.value,
-        max_lost=_MAX_LOST.value,
-        overwrite=_OVERWRITE.value,
+        **common,
     )

@@ -22,16 +22,16 @@ from etils import epath
 from dqe_jax.data.builders.benchmarks import make_config
 from dqe_jax.data.lexicon import load_lexicon
 from dqe_jax.data.made import tables, wording
+from dqe_jax.data.made.folder import Folder, folder_of, listing_digest, warn
 from dqe_jax.data.made.galleries import Row, make_splits, place_products
 from dqe_jax.data.made.grammar import NA
 from dqe_jax.data.made.photos import ImageFile, decode_all
 from dqe_jax.data.made.queries import Rules
 from dqe_jax.data.made.settings import read_facts
 from dqe_jax.data.made.store import Made, open_output, store
-from dqe_jax.data.photos import MAX_BYTES
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import JsonObject, is_regular
+from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.progress import progress
 from dqe_jax.utils.text_table import text_table
@@ -45,8 +45,6 @@ _TRUTH = (
     "All valid targets of a query are known as far as the table is right and complete: a product "
     "is valid if it has all the values that the query asks for."
 )
-_SHOWN = 5
-_NEARLY_ALL = 0.5  # share of rows with a value of their own that makes a column look like names
 
 
 def triplets_from_table(
@@ -88,7 +86,7 @@ def triplets_from_table(
     """
     cells = tables.read_cells(table)
     names = tables.parse_attributes(attributes)
-    files = RawFiles(_folder(images))
+    files = RawFiles(folder_of(images))
     at = tables.image_column(cells, image_column)
     products = tables.read_products(cells, files.image_paths, at, names)
     columns = {column.name: column for column in products.columns}
@@ -104,23 +102,13 @@ def triplets_from_table(
     if not open_output(place, config, source, overwrite=overwrite):
         return read_facts(place) or {}
 
-    photos = _Folder(files.root)
+    photos = Folder(files.root)
     kept = ImageFile(image_size)
     decoded = decode_all(photos, products.paths, image_size, preprocess)
     decoded = progress(decoded, len(products.paths), "Photos")
     galleries, unseen = place_products(_rows(products), decoded, kept, _SPLIT_SALT)
-    lost = {**products.lost, **unseen}
-    total = len(products.paths) + len(products.lost)
-    _warn(cells.path, "rows are lost", [f"{who} {why}" for who, why in lost.items()])
-    _warn(cells.path, "rows are of the photo of an earlier row", products.repeated)
-    _warn(files.root, "photos have no row", products.without_row)
-    if len(lost) > max_lost * total:
-        example = next(iter(lost.items()))
-        raise UserError(
-            f"{cells.path}: {len(lost)} of {total} rows are lost (for example {example[0]} "
-            f"{example[1]}); mend the table, name other --image_column or --images, or accept it "
-            "with --max_lost."
-        )
+    lost = tables.check_lost(cells, products, unseen, max_lost)
+    warn(files.root, "photos have no row", products.without_row)
     rules = Rules(grammar, _QUERY_SALT, ask_unstated=False)
     queries, counts = make_splits(
         rules,
@@ -133,14 +121,8 @@ def triplets_from_table(
         "truth": _TRUTH,
         "source": source,
         "attributes": list(names),
-        "rows": total,
         "products": sum(map(len, galleries.values())),
-        "lost_rows": len(lost),
-        "lost": lost,
-        "repeated_rows": len(products.repeated),
-        "repeated": list(products.repeated),
-        "photos_without_row": len(products.without_row),
-        "photos_without_row_paths": list(products.without_row),
+        **tables.lost_facts(products, lost),
         "columns": {name: column.facts() for name, column in columns.items()},
         "splits": counts,
     }
@@ -171,13 +153,6 @@ def told(facts: JsonObject) -> str:
     return "\n".join(["", text_table(lines), "", text_table(splits), "", facts["truth"]])
 
 
-def _folder(images: PathLike) -> epath.Path:
-    folder = whole_path(images)
-    if not os.fspath(images) or not folder.is_dir():
-        raise UserError(f"--images: there is no folder {os.fspath(images)!r}; name the photos'.")
-    return folder
-
-
 def _check_values(table: epath.Path, values: Mapping[str, Sequence[str]]) -> None:
     """Sees that something can change, and says what looks wrong.
 
@@ -198,7 +173,7 @@ def _check_values(table: epath.Path, values: Mapping[str, Sequence[str]]) -> Non
             of.setdefault(value.casefold(), []).append(name)
     shared = [f"{value!r} of {' and '.join(own)}" for value, own in of.items() if len(own) > 1]
     if shared:
-        _warn(table, "values are of several attributes, which their texts may not tell", shared)
+        warn(table, "values are of several attributes, which their texts may not tell", shared)
 
 
 def _more_words(path: PathLike, names: Sequence[str]) -> dict[str, frozenset[str]]:
@@ -218,25 +193,6 @@ def _rows(products: tables.Products) -> Iterator[Row]:
         yield Row(id=path, values=tuple(values), attributes=tuple(stated))
 
 
-class _Folder:
-    """Photos by their paths below a folder."""
-
-    def __init__(self, root: epath.Path):
-        self._root = root
-
-    def read(self, photo_id: str) -> bytes:
-        """As `photos.PhotoSource`."""
-        file = self._root / photo_id
-        if not is_regular(file):  # a pipe or a device would be read for ever
-            raise ValueError("is no regular file")
-        if (size := file.stat().length) > MAX_BYTES:
-            raise ValueError(f"has {size} bytes")
-        return file.read_bytes()
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def _digest(
     table: epath.Path,
     files: RawFiles,
@@ -250,13 +206,4 @@ def _digest(
     digest.update(json.dumps([names, image, words, _SPLIT_SALT, _QUERY_SALT]).encode())
     if templates is not None:
         digest.update(whole_path(templates).read_bytes())
-    for path in files.image_paths:
-        size = (files.root / path).stat().length
-        digest.update(f"\n{path}:{size}".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _warn(where: object, what: str, names: Sequence[str]) -> None:
-    if names:
-        shown = "; ".join(names[:_SHOWN]) + ("; ..." if len(names) > _SHOWN else "")
-        logging.warning("%s: %d %s: %s", where, len(names), what, shown)
+    return listing_digest(digest, files)

@@ -3,7 +3,7 @@
 | file | |
 | --- | --- |
 | `triplets/` | the prepared data (TFDS), which `--data_dir` of training names by this directory |
-| `lexicon.txt` | words by which texts mention the attributes; change them as you like |
+| `lexicon.txt` | words by which texts mention the attributes, if there are any; may be changed |
 | `triplets.jsonl` | the queries, to be read: one a line, with the number of valid targets |
 | `made.json` | from what they were made, what was lost, counts, and what is known of the truth |
 """
@@ -164,7 +164,8 @@ def store(output: epath.Path, config: BenchmarkConfig, made: Made) -> None:
     builder = MadeTriplets(config=config, data_dir=os.fspath(output), file_format="array_record")
     builder.made = made
     try:
-        (output / LEXICON).write_text(made.lexicon, encoding="utf-8")
+        if made.lexicon:
+            (output / LEXICON).write_text(made.lexicon, encoding="utf-8")
         with (output / QUERIES).open("w", encoding="utf-8") as file:
             for line in _lines(made):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -39,10 +39,11 @@ from absl import logging
 from etils import epath
 
 from dqe_jax.data.csv_rows import read_rows
+from dqe_jax.data.made.folder import warn
 from dqe_jax.data.made.grammar import NA
 from dqe_jax.data.raw_files import ImageNames
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import read_bytes
+from dqe_jax.utils.files import JsonObject, read_bytes
 from dqe_jax.utils.paths import whole_path
 
 # Columns that are looked for, in this order, if none is named as that of the photos.
@@ -239,7 +240,11 @@ def image_column(cells: Cells, named: str | None) -> int:
 
 
 def read_products(
-    cells: Cells, images: Iterable[str], image: int, attributes: Mapping[str, str]
+    cells: Cells,
+    images: Iterable[str],
+    image: int,
+    attributes: Mapping[str, str],
+    longest: int = LONGEST,
 ) -> Products:
     """The products of a table, in its order; see the rules.
 
@@ -248,6 +253,7 @@ def read_products(
       images: paths of all photos, below their folder.
       image: place of the column that names photos.
       attributes: columns by the names of their attributes, as `parse_attributes` gives them.
+      longest: characters of a value.
 
     Raises:
       UserError: there is no such column, or no row has a photo.
@@ -279,7 +285,7 @@ def read_products(
     return Products(
         list(kept),
         [
-            read_column(cells.columns[at], name, [row[at] for row in kept.values()])
+            read_column(cells.columns[at], name, [row[at] for row in kept.values()], longest)
             for name, at in places.items()
         ],
         lost,
@@ -288,12 +294,12 @@ def read_products(
     )
 
 
-def read_column(column: str, name: str, cells: Sequence[str]) -> Column:
+def read_column(column: str, name: str, cells: Sequence[str], longest: int = LONGEST) -> Column:
     """The values of an attribute from its cells; see the rules."""
     texts = [unicodedata.normalize("NFC", " ".join(cell.split())) for cell in cells]
     unstated = [not text or text.casefold() in MISSING for text in texts]
     no_text = [any(not c.isprintable() or c == "\ufffd" for c in text) for text in texts]
-    too_long = [len(text) > LONGEST for text in texts]
+    too_long = [len(text) > longest for text in texts]
     bad = [any(flags) for flags in zip(unstated, no_text, too_long)]
     written: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for text, skip in zip(texts, bad):
@@ -311,6 +317,46 @@ def read_column(column: str, name: str, cells: Sequence[str]) -> Column:
         no_text=sum(a and not b for a, b in zip(no_text, too_long)),
         respelled=sum(not skip and a != b for skip, a, b in zip(bad, texts, values)),
     )
+
+
+def check_lost(
+    cells: Cells, products: Products, unseen: Mapping[str, str], most: float
+) -> dict[str, str]:
+    """Why rows are lost, by what they are called; says so in the log.
+
+    Args:
+      cells: of the table.
+      products: of its rows.
+      unseen: why photos cannot be used, by their paths.
+      most: share of the rows that may be lost.
+
+    Raises:
+      UserError: more are lost.
+    """
+    lost = {**products.lost, **unseen}
+    total = len(products.paths) + len(products.lost)
+    warn(cells.path, "rows are lost", [f"{who} {why}" for who, why in lost.items()])
+    warn(cells.path, "rows are of the photo of an earlier row", products.repeated)
+    if len(lost) > most * total:
+        who, why = next(iter(lost.items()))
+        raise UserError(
+            f"{cells.path}: {len(lost)} of {total} rows are lost (for example {who} {why}); mend "
+            "the table, name other --image_column or --images, or accept it with --max_lost."
+        )
+    return lost
+
+
+def lost_facts(products: Products, lost: Mapping[str, str]) -> JsonObject:
+    """What is lost, for the report."""
+    return {
+        "rows": len(products.paths) + len(products.lost),
+        "lost_rows": len(lost),
+        "lost": dict(lost),
+        "repeated_rows": len(products.repeated),
+        "repeated": list(products.repeated),
+        "photos_without_row": len(products.without_row),
+        "photos_without_row_paths": list(products.without_row),
+    }
 
 
 class Finder:
