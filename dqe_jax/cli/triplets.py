@@ -9,6 +9,8 @@ validation and test. Then train with --config=triplets:tiny --data_dir=DIR2.
 With --caption_column=caption in place of --attributes, pairs of images that are near by an encoder,
 and whose captions differ, become queries. Then only one valid target of a query is known.
 
+With --guess and --values in place of a table, a zero-shot model of yours guesses the attributes.
+
 The table is a CSV file. Separators, quotes, the order of columns and how photos are called do not
 matter. What is lost, missing or doubtful is counted and named. DIR2 also holds the lexicon and the
 queries, to be read.
@@ -47,6 +49,14 @@ _ENCODER = flags.DEFINE_string(
     "dqe_jax.encoders.efficientnet:images",
     "Of captions: package.module:function by which images are near.",
 )
+_GUESS = flags.DEFINE_string(
+    "guess",
+    None,
+    "Without a table: package.module:function, a zero-shot model that guesses the attributes.",
+)
+_VALUES = flags.DEFINE_string(
+    "values", None, "Of --guess: TOML file of the values, see dqe_jax/data/made/guessing.py."
+)
 _TEMPLATES = flags.DEFINE_string(
     "templates", None, "TOML file of texts, see dqe_jax/data/made/wording.py; default: built in."
 )
@@ -67,7 +77,7 @@ _FORMAT = flags.DEFINE_enum(
 )
 _MAX_LOST = flags.DEFINE_float("max_lost", 0.1, "Share of the rows that may be lost.", 0, 1)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds.")
-REQUIRED = ("table", "images", "output")
+REQUIRED = ("images", "output")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,7 +91,12 @@ def main(argv: Sequence[str]) -> None:
         "max_lost": _MAX_LOST.value,
         "overwrite": _OVERWRITE.value,
     }
-    places = given(_TABLE), given(_IMAGES), given(_OUTPUT)
+    if _GUESS.value is not None:
+        _make_of_guesses(_GUESS.value, common)
+        return
+    if _TABLE.value is None:
+        raise UserError("--table must be given, such as --table=products.csv, or --guess.")
+    places = _TABLE.value, given(_IMAGES), given(_OUTPUT)
     # The imports are below: TFDS is slow to import.
     if _CAPTION_COLUMN.value is not None:
         if _ATTRIBUTES.value or _TEMPLATES.value or _LEXICON.value:
@@ -109,4 +124,37 @@ def main(argv: Sequence[str]) -> None:
         templates=_TEMPLATES.value,
         lexicon=_LEXICON.value,
         **common,
+    )
+
+
+def _make_of_guesses(name: str, common: dict[str, Any]) -> None:
+    if _TABLE.value is not None or _ATTRIBUTES.value or _CAPTION_COLUMN.value is not None:
+        raise UserError(
+            "--guess goes without --table, --attributes and --caption_column: name one or the "
+            "other."
+        )
+    if _VALUES.value is None:
+        raise UserError("--guess needs --values=FILE, which names the attributes and values.")
+    from dqe_jax.data.made.from_table import triplets_from_table
+    from dqe_jax.data.made.guessing import guess_table
+    from dqe_jax.feature_store.encoders import open_encoder
+
+    table, attributes = guess_table(
+        given(_IMAGES),
+        _VALUES.value,
+        given(_OUTPUT),
+        guess=open_encoder(name).function,
+        image_size=_IMAGE_SIZE.value,
+        preprocess=_PREPROCESS.value,
+        overwrite=_OVERWRITE.value,
+    )
+    triplets_from_table(
+        table,
+        given(_IMAGES),
+        given(_OUTPUT),
+        attributes=attributes,
+        templates=_TEMPLATES.value,
+        lexicon=_LEXICON.value,
+        guessed_by=name,
+        **{**common, "image_column": "image"},
     )

@@ -11,6 +11,7 @@ makes a valid target invalid, which `made.json` helps to judge by its counts.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -45,6 +46,10 @@ _TRUTH = (
     "All valid targets of a query are known as far as the table is right and complete: a product "
     "is valid if it has all the values that the query asks for."
 )
+_GUESSED = (
+    "The attributes are guesses. Only the target of a query counts as valid, and even that only as "
+    "far as its guess is right; which others fit is not known."
+)
 
 
 def triplets_from_table(
@@ -61,6 +66,7 @@ def triplets_from_table(
     image_format: str = "png",
     max_lost: float = 0.1,
     overwrite: bool = False,
+    guessed_by: str | None = None,
 ) -> JsonObject:
     """Makes triplets from a table of attributes, and prepares them for training.
 
@@ -77,6 +83,8 @@ def triplets_from_table(
       image_format: how images are stored, of `settings.IMAGE_FORMATS`.
       max_lost: share of the rows that may be lost.
       overwrite: whether to make again what is made.
+      guessed_by: what has guessed the attributes; the data then do not claim to know which targets
+        are valid. None for a table that is to be trusted.
 
     Returns:
       What `made.json` holds.
@@ -97,7 +105,7 @@ def triplets_from_table(
     if lexicon is not None:
         words = wording.add_entries(words, _more_words(lexicon, tuple(values)))
     config = make_config(image_size=image_size, preprocess=preprocess, image_format=image_format)
-    source = _digest(cells.path, files, names, at, templates, words)
+    source = _digest(cells.path, files, names, at, templates, words, guessed_by)
     place = whole_path(output)
     if not open_output(place, config, source, overwrite=overwrite):
         return read_facts(place) or {}
@@ -116,9 +124,15 @@ def triplets_from_table(
         table=str(cells.path),
         advice="add products, or name fewer columns in --attributes, so that more of them agree",
     )
+    if guessed_by is not None:
+        for split, own in queries.items():
+            queries[split] = [dataclasses.replace(query, relevant=[]) for query in own]
+            counts[split] |= {"median_valid": None, "mean_valid": None}
     facts = {
-        "made_from": "a table of attributes",
-        "truth": _TRUTH,
+        "made_from": f"attributes that {guessed_by} guessed"
+        if guessed_by
+        else "a table of attributes",
+        "truth": _TRUTH if guessed_by is None else _GUESSED,
         "source": source,
         "attributes": list(names),
         "products": sum(map(len, galleries.values())),
@@ -149,7 +163,8 @@ def told(facts: JsonObject) -> str:
     splits = [("split", "products", "references", "queries", "valid targets, median")]
     for split, counts in facts["splits"].items():
         numbers = (f"{counts[key]:,}" for key in ("products", "references", "queries"))
-        splits.append((split, *numbers, f"{counts['median_valid']:g}"))
+        median = counts["median_valid"]
+        splits.append((split, *numbers, "not known" if median is None else f"{median:g}"))
     return "\n".join(["", text_table(lines), "", text_table(splits), "", facts["truth"]])
 
 
@@ -200,10 +215,12 @@ def _digest(
     image: int,
     templates: PathLike | None,
     words: Mapping[str, Sequence[str]],
+    guessed_by: str | None,
 ) -> str:
     """A digest of all that the queries and the lexicon depend on."""
     digest = hashlib.sha256(table.read_bytes())
     digest.update(json.dumps([names, image, words, _SPLIT_SALT, _QUERY_SALT]).encode())
+    digest.update((guessed_by or "").encode())
     if templates is not None:
         digest.update(whole_path(templates).read_bytes())
     return listing_digest(digest, files)
