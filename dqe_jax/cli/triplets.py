@@ -139,11 +139,12 @@ def _make_of_guesses(name: str, common: dict[str, Any]) -> None:
     from dqe_jax.data.made.guessing import guess_table
     from dqe_jax.feature_store.encoders import open_encoder
 
+    model: Any = open_encoder(name).function  # of images and texts
     table, attributes = guess_table(
         given(_IMAGES),
         _VALUES.value,
         given(_OUTPUT),
-        guess=open_encoder(name).function,
+        guess=model,
         image_size=_IMAGE_SIZE.value,
         preprocess=_PREPROCESS.value,
         overwrite=_OVERWRITE.value,

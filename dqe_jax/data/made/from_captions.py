@@ -157,10 +157,10 @@ def triplets_from_captions(
         "splits": counts,
     }
     store(place, config, Made(galleries, queries, kept, "", facts))
-    table_ = [("split", "images", "references", "queries")]
+    lines: list[tuple[str, ...]] = [("split", "images", "references", "queries")]
     for split, own in counts.items():
-        table_.append((split, *(f"{own[key]:,}" for key in ("products", "references", "queries"))))
-    logging.info("\n%s\n\n%s", text_table(table_), _TRUTH)
+        lines.append((split, *(f"{own[key]:,}" for key in ("products", "references", "queries"))))
+    logging.info("\n%s\n\n%s", text_table(lines), _TRUTH)
     logging.info("Train on it with --config=triplets:tiny --data_dir=%s", place)
     return facts
 

@@ -52,10 +52,18 @@ _NEW_AND_OLD = (
 )
 # Common names of attributes, without spaces and in lower case, and what is known of them.
 _COMMON = {
-    **dict.fromkeys(("color", "colour", "basecolor", "basecolour", "maincolor"), known.COLOR),
-    **dict.fromkeys(
-        ("article", "articletype", "category", "subcategory", "type", "producttype"), known.ARTICLE
-    ),
+    "color": known.COLOR,
+    "colour": known.COLOR,
+    "basecolor": known.COLOR,
+    "basecolour": known.COLOR,
+    "maincolor": known.COLOR,
+    "maincolour": known.COLOR,
+    "article": known.ARTICLE,
+    "articletype": known.ARTICLE,
+    "category": known.ARTICLE,
+    "subcategory": known.ARTICLE,
+    "type": known.ARTICLE,
+    "producttype": known.ARTICLE,
     "gender": known.GENDER,
     "usage": known.USAGE,
     "season": known.SEASON,
