@@ -37,7 +37,7 @@ setup(
     packages=[*find_packages(include=["dqe_jax", "dqe_jax.*"]), "dqe_jax.configs"],
     package_dir={"dqe_jax.configs": "configs"},
     entry_points={"console_scripts": ["dqe-jax = dqe_jax.cli.commands:main"]},
-    package_data={"dqe_jax": ["data/lexicon.txt"]},
+    package_data={"dqe_jax": ["data/lexicon.txt", "evaluation/report_page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=1.4",

@@ -56,6 +56,22 @@ def use_products(config: ConfigDict) -> None:
     config.model.attributes.names = ("color", "article", "gender", "usage", "season")
 
 
+def use_example_encoders(config: ConfigDict) -> None:
+    """A small composer on what frozen example encoders make of photos and texts."""
+    config.data.image_size = 224
+    config.data.cache_images = False  # only the encoders look at them
+    config.model.backbone = "features"
+    config.model.features.images = (
+        "dqe_jax.encoders.efficientnet:images",
+        "dqe_jax.encoders.colors:images",
+    )
+    config.model.features.texts = ("dqe_jax.encoders.minilm:texts",)
+    config.model.attributes.form = "gate"
+    config.model.attributes.parts = 16
+    config.batch.references = 64
+    config.total_steps = 1500
+
+
 def make_smoke(config: ConfigDict) -> None:
     """Shrinks a run to a few steps, and `tiny` to a small model: to see that everything works."""
     config.total_steps = 8

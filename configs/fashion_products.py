@@ -34,23 +34,7 @@ def get_config(arg: str = ""):
         config.data.variant = "coarse"
         config.model.attributes.names = ("color", "article")
     if "pretrained" in variants:
-        use_features(config)
+        common.use_example_encoders(config)
     if "smoke" in variants:
         common.make_smoke(config)
     return config
-
-
-def use_features(config):
-    """A small composer on what frozen encoders make of photos and texts."""
-    config.data.image_size = 224
-    config.data.cache_images = False  # only the encoders look at them
-    config.model.backbone = "features"
-    config.model.features.images = (
-        "dqe_jax.encoders.efficientnet:images",
-        "dqe_jax.encoders.colors:images",
-    )
-    config.model.features.texts = ("dqe_jax.encoders.minilm:texts",)
-    config.model.attributes.form = "gate"
-    config.model.attributes.parts = 16
-    config.batch.references = 64
-    config.total_steps = 1500

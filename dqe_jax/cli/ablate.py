@@ -46,8 +46,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains what is missing and writes the tables."""
     del argv
     config = _CONFIG.value
-    if _DATA_DIR.value is not None:
-        config.data.data_dir = _DATA_DIR.value
+    command_line.use_data_dir(config, _DATA_DIR.value)
     # After the flags: importing JAX takes seconds.
     from dqe_jax.distributed import compiled
 

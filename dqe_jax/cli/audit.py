@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from dqe_jax.cli.command_line import use_data_dir
 from dqe_jax.utils.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
@@ -39,8 +40,7 @@ def main(argv: Sequence[str]) -> None:
     """Audits one checkpoint."""
     del argv
     config = _CONFIG.value
-    if _DATA_DIR.value is not None:
-        config.data.data_dir = _DATA_DIR.value
+    use_data_dir(config, _DATA_DIR.value)
     directory = _CHECKPOINT.value or _WORKDIR.value
     if directory is None:
         raise UserError("name what to audit: --workdir=DIR or --checkpoint=DIR.")

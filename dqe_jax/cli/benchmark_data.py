@@ -42,7 +42,6 @@ def main(argv: Sequence[str]) -> None:
     rounds = {"images": _IMAGES.value, "batches": _BATCHES.value, "rounds": _ROUNDS.value}
     results = {}
     for name, config in configs.items():
-        if _DATA_DIR.value is not None:
-            config.data.data_dir = _DATA_DIR.value
+        command_line.use_data_dir(config, _DATA_DIR.value)
         results[name] = dataclasses.asdict(benchmark_data(config, **rounds))
     records.write(_JSON.value, "data", results, devices=mesh.all_devices(), settings=rounds)

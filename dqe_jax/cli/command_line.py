@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from dqe_jax import __version__
 from dqe_jax.cli import config_files
 from dqe_jax.config import fields
+from dqe_jax.data.made.settings import made_fields
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import is_of_disk
 from dqe_jax.utils.paths import look_anew
@@ -43,6 +44,7 @@ _EXAMPLES = {
     "topology": "v5e:2x4",
     "model": "runs/shapes",
     "images": "DIR",
+    "table": "products.csv",
     "index": "DIR",
     "image": "FILE",
 }
@@ -211,6 +213,28 @@ def pairs_of(flag: str, values: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--{flag}={name}=... is given twice: give it once.")
         pairs[name] = rest
     return pairs
+
+
+def use_data_dir(config: ConfigDict, data_dir: str | None) -> None:
+    """Sets `config.data.data_dir`, and of triplets that were made their attributes and lexicon.
+
+    Fields that the command line sets stay as they are.
+
+    Args:
+      config: of the command.
+      data_dir: of its flag; None where it is not given.
+
+    Raises:
+      UserError: the directory says something that cannot be read.
+    """
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    if config.data.dataset != "triplets" or not config.data.data_dir:
+        return
+    for name, value in made_fields(config.data.data_dir).items():
+        flag = f"config.{name}"
+        if not (flag in flags.FLAGS and flags.FLAGS[flag].present):
+            config.update_from_flattened_dict({name: value})
 
 
 def default_workdir(*suffixes: str) -> str:

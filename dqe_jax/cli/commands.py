@@ -19,6 +19,10 @@ COMMANDS = {
     "train": ("train", "Trains a model by a config, and evaluates it."),
     "evaluate": ("evaluate", "Evaluates a checkpoint, a run that still trains, or predictions."),
     "prepare": ("prepare", "Prepares a benchmark or your own triplets from raw files."),
+    "triplets": (
+        "triplets",
+        "Makes triplets without labels, from attributes or captions in a table.",
+    ),
     "features": ("features", "Computes what frozen towers make of a data set; lists, deletes it."),
     "index": ("index", "Indexes a folder of images for search with a trained model."),
     "search": ("search", "Searches an index for what fits an image and a text."),

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from dqe_jax.cli.command_line import use_data_dir
 from dqe_jax.utils.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
@@ -40,6 +41,14 @@ _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory of the raw annotation
 _HP_FASHIONIQ = flags.DEFINE_string(
     "hp_fashioniq", None, "Also measure the preference ratio on this hpfiq.json (FashionIQ, val)."
 )
+_REPORT = flags.DEFINE_bool(
+    "report", False, "Write report.html too: every query with what it found, in one file."
+)
+_REPORT_AGAINST = flags.DEFINE_string(
+    "report_against",
+    None,
+    "A second run that was evaluated on the same split, to stand beside this one in report.html.",
+)
 _WATCH = flags.DEFINE_bool(
     "watch", False, "Evaluate each new checkpoint of --workdir until training is done."
 )
@@ -58,8 +67,9 @@ REQUIRED = ("config",)
 def main(argv: Sequence[str]) -> None:
     """Evaluates one checkpoint, the checkpoints of a run, or one file of predictions."""
     del argv
-    if _DATA_DIR.value is not None:
-        _CONFIG.value.data.data_dir = _DATA_DIR.value
+    use_data_dir(_CONFIG.value, _DATA_DIR.value)
+    if (_REPORT.value or _REPORT_AGAINST.value) and (_PREDICTIONS.value or _WATCH.value):
+        raise UserError("--report goes with one checkpoint, without --watch and --predictions.")
     if _PREDICTIONS.value is not None:
         _score(_PREDICTIONS.value)
     elif _WATCH.value:
@@ -84,6 +94,8 @@ def _evaluate() -> None:
         split=_SPLIT.value,
         output=_OUTPUT.value,
         hp_fashioniq=_HP_FASHIONIQ.value,
+        page=_REPORT.value,
+        against=_REPORT_AGAINST.value,
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from dqe_jax.cli.command_line import use_data_dir
 from dqe_jax.config import RunConfig
 from dqe_jax.utils.errors import UserError
 
@@ -86,8 +87,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{name} goes with --import_images or --import_texts: name files.")
     from dqe_jax.feature_store import manage  # importing JAX takes seconds
 
-    if _DATA_DIR.value is not None:
-        _CONFIG.value.data.data_dir = _DATA_DIR.value
+    use_data_dir(_CONFIG.value, _DATA_DIR.value)
     if importing:
         from dqe_jax.feature_store.features import directory_of
         from dqe_jax.feature_store.imports import import_features

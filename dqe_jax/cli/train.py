@@ -56,8 +56,7 @@ def main(argv: Sequence[str]) -> None:
     )
     compiled.keep_programs()
     config = _CONFIG.value
-    if _DATA_DIR.value is not None:
-        config.data.data_dir = _DATA_DIR.value
+    command_line.use_data_dir(config, _DATA_DIR.value)
     workdir = _WORKDIR.value or command_line.default_workdir()
     with processes.ending_together():
         try:

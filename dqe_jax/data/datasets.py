@@ -18,6 +18,7 @@ from dqe_jax.data import preparation
 from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
 from dqe_jax.data.annotations.schema import RawFormat
 from dqe_jax.data.examples import SPLITS
+from dqe_jax.data.made.settings import read_facts
 from dqe_jax.data.packing import BatchShape, even_shape, shape_for
 from dqe_jax.data.settings import BatchConfig, DataConfig
 from dqe_jax.utils.errors import UserError
@@ -85,6 +86,12 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
         f"python -m dqe_jax.prepare --dataset={data.dataset} --raw_dir=DIR --data_dir={where} "
         f"--image_size={data.image_size} --preprocess={data.preprocess}{stored}"
     )
+    how = f"run `{command}`"
+    if read_facts(where) is not None:
+        how = (
+            "run the `dqe-jax triplets` command that made it again, with "
+            f"--image_size={data.image_size} --preprocess={data.preprocess}{stored}"
+        )
     complaints = preparation.read_complaints(builder)
     if not preparation.is_prepared(builder) or complaints is None:
         root = epath.Path(where) / data.dataset
@@ -94,7 +101,7 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
         held = f" (it has {', '.join(others)})" if others else ""
         raise UserError(
             f"{data.dataset} with {data.image_size} pixels and preprocessing {data.preprocess!r}, "
-            f"stored as {data.image_format}, is not prepared in {where}{held}: run `{command}`."
+            f"stored as {data.image_format}, is not prepared in {where}{held}: {how}."
         )
     if complaints:
         raise UserError(

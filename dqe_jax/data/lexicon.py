@@ -11,11 +11,11 @@ from etils import epath
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import read_text
 
-_WORD = re.compile(r"[a-z]+")
-_LONGEST = 3  # words of an entry
+_WORD = re.compile(r"[^\W_]+")
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text as entries hold them: in lower case, singular; numbers are words."""
     return [_singular(word) for word in _WORD.findall(text.lower())]
 
 
@@ -49,7 +49,7 @@ def load_lexicon(path: str = "") -> dict[str, frozenset[str]]:
                 raise UserError(
                     f"{source}, line {number}: put an [attribute] line before {line!r}."
                 )
-            section.update(" ".join(_words(entry)) for entry in line.split(",") if entry.strip())
+            section.update(" ".join(words_of(entry)) for entry in line.split(",") if entry.strip())
     return {name: frozenset(entries) for name, entries in lexicon.items()}
 
 
@@ -67,12 +67,13 @@ def mentions(
                 f"config.model.attributes.names: {name!r} has no section in the lexicon, "
                 f"which has {', '.join(sorted(lexicon))}."
             )
+    longest = max((len(entry.split(" ")) for name in names for entry in lexicon[name]), default=1)
     result = np.zeros((len(texts), len(names)), np.float32)
     for row, text in enumerate(texts):
-        words = _words(text)
+        words = words_of(text)
         phrases = {
             " ".join(words[i : i + n])
-            for n in range(1, _LONGEST + 1)
+            for n in range(1, longest + 1)
             for i in range(len(words) - n + 1)
         }
         result[row] = [not phrases.isdisjoint(lexicon[name]) for name in names]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from etils import epath
 
@@ -91,6 +92,37 @@ class RawFiles:
             return name
         found = self._by_stem.get(name)
         return found[0] if found else None
+
+
+class ImageNames:
+    """Images by the names that a user may give them.
+
+    A name is a path relative to the root (with or without `./`) or to a folder below it, so also a
+    file's name alone, each with or without its suffix.
+
+    Attributes:
+      paths: of all images, relative to the root.
+    """
+
+    def __init__(self, paths: Iterable[str]):
+        self.paths = frozenset(paths)
+        self._by_name: dict[str, list[str]] = collections.defaultdict(list)
+        for path in self.paths:
+            parts = path.split("/")
+            for start in range(len(parts)):
+                name = "/".join(parts[start:])
+                for each in (name, os.path.splitext(name)[0]):
+                    self._by_name[each].append(path)
+
+    def path(self, name: str) -> str:
+        """The path of an image; the name itself, which is no path, if it is none or ambiguous."""
+        name = name.removeprefix("./")
+        found = self.found(name)
+        return found[0] if name not in self.paths and len(found) == 1 else name
+
+    def found(self, name: str) -> Sequence[str]:
+        """The paths of all images that a name fits."""
+        return [name] if name in self.paths else self._by_name.get(name, [])
 
 
 def _walk(root: epath.Path) -> Iterable[str]:

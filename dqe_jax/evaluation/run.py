@@ -22,6 +22,7 @@ from dqe_jax.embedding.encoders import encoders
 from dqe_jax.embedding.sources import PlainImages, PlainTexts
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
+from dqe_jax.evaluation.page import read_compared, write_page
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences, texts_of
 from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Params
@@ -39,6 +40,8 @@ def evaluate_checkpoint(
     split: str | None = None,
     output: str | os.PathLike[str] | None = None,
     hp_fashioniq: str | os.PathLike[str] | None = None,
+    page: bool = False,
+    against: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Evaluates a checkpoint on a split and writes the files of `report.py`.
 
@@ -49,6 +52,8 @@ def evaluate_checkpoint(
       split: any name of it, such as `val`; None for `config.eval.split`.
       output: directory of the files; None for that of `output_of`.
       hp_fashioniq: file of judgements, to measure the preference ratio too (FashionIQ, val).
+      page: whether to write `report.html` too, see `page.py`.
+      against: another run, or the directory of its results, to stand beside this one in the page.
 
     Raises:
       UserError: the config, the data, the checkpoint or a file cannot be used.
@@ -66,12 +71,24 @@ def evaluate_checkpoint(
         judged_texts = features.texts(texts_of(words, judged[0]))
     evaluator = make_evaluator(config, trained.model, words, opened, trained.devices, features)
     place = whole_path(output) if output else output_of(trained, opened)
+    compared = None if against is None else read_compared(against, opened)
     make_directory(place)
     params = trained.place_params()
     features.fill(params)
     result = evaluate_and_report(
         config, evaluator, params, step=step, directory=place, averaged=trained.averaged
     )
+    if (page or compared is not None) and processes.leads():
+        write_page(
+            evaluator,
+            result,
+            place,
+            run=trained.directory.parent.name,
+            dataset=config.data.dataset,
+            step=step,
+            attributes=shown_attributes(config),
+            against=compared,
+        )
     if judged is not None and judged_texts is not None:
         path = place / f"hp_fashioniq-{step}.json"
         measure_preferences(evaluator, judged_texts, params, judged, path)
@@ -143,11 +160,16 @@ def evaluate_and_report(
         f"{evaluator.split.name}-{step}",
         dataset=config.data.dataset,
         step=step,
-        attributes=config.model.attributes.names if config.model.attributes.enabled else (),
+        attributes=shown_attributes(config),
         sheet_queries=config.eval.sheet_queries,
         averaged=averaged,
     )
     return result
+
+
+def shown_attributes(config: RunConfig) -> tuple[str, ...]:
+    """Names of the attributes that a config's model weighs; none if it does not."""
+    return config.model.attributes.names if config.model.attributes.enabled else ()
 
 
 def output_of(trained: Trained, split: Split) -> epath.Path:

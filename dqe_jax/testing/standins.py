@@ -159,3 +159,26 @@ def small_triplets(raw: Path, images: int = 24, count: int = 30) -> None:
     (raw / "triplets.csv").write_text("\n".join(lines) + "\n")
     for name in names:
         write_photo(raw / "images" / name, key=name, size=(20, 20))
+
+
+def small_products(images: Path, table: Path, count: int = 150) -> list[dict[str, str]]:
+    """Photos `p000.jpg` and so on, and a table of their colour, category and season.
+
+    The seasons of some are not stated. Returns the rows of the table.
+    """
+    rows = []
+    for i in range(count):
+        name = f"p{i:03d}"
+        write_photo(images / f"{name}.jpg", key=name, size=(20, 20))
+        digest = hashlib.sha256(name.encode()).digest()
+        rows.append(
+            {
+                "image": name,
+                "colour": ("Red", "Navy Blue", "Off White")[digest[0] % 3],
+                "category": ("Tshirts", "Sandals")[digest[1] % 2],
+                "season": ("Summer", "Fall", "")[digest[2] % 3],
+            }
+        )
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    table.write_text("\n".join(lines) + "\n")
+    return rows

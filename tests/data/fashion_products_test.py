@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -22,10 +23,13 @@ from PIL import Image
 
 from dqe_jax.data import examples
 from dqe_jax.data.builders import fashion_products as fp
-from dqe_jax.data.builders import fashion_texts
-from dqe_jax.data.builders.fashion_queries import Product, asked_values, make_queries, neighbours
 from dqe_jax.data.builders.fashion_raw import Photos
-from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, KINDS, NA, TWO_CHANGES
+from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, GRAMMAR
+from dqe_jax.data.made import known as known_words
+from dqe_jax.data.made import queries as made_queries
+from dqe_jax.data.made.galleries import QUERIES_PER_REFERENCE, split_of
+from dqe_jax.data.made.grammar import NA, changes
+from dqe_jax.data.made.queries import TWO_CHANGES, Product, asked_values, neighbours
 from dqe_jax.data.photos import decode_photo
 from dqe_jax.utils import errors
 
@@ -36,6 +40,8 @@ COLUMNS = [
 ]
 COUNT = 150
 SIZE = 16
+KINDS = {attribute.name: attribute.kind for attribute in GRAMMAR.attributes}
+make_queries = functools.partial(made_queries.make_queries, fp.RULES)
 
 
 # --- Made copies ----------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ def check_properties(data, relevant=ATTRIBUTES):
         for query in queries:
             reference, target = query["reference"], query["target"]
             old, new = tuples[reference], tuples[target]
-            changed = fashion_texts.changes(old, new)
+            changed = changes(old, new)
             assert 1 <= len(changed) <= 2
             assert query["attributes"] == [f"{ATTRIBUTES[i]}={new[i]}" for i in changed]
             one = KINDS[ATTRIBUTES[changed[0]]]
@@ -172,7 +178,7 @@ def check_properties(data, relevant=ATTRIBUTES):
             seen_tuples.add((reference, new))
             per_reference[reference] += 1
         assert len({query["id"] for query in queries}) == len(queries)
-        assert max(per_reference.values()) <= fp.QUERIES_PER_REFERENCE[split]
+        assert max(per_reference.values()) <= QUERIES_PER_REFERENCE[split]
     for split in ("validation", "test"):
         assert asked[split] <= asked["train"]
     ids = [i["id"] for split in examples.SPLITS for i in data[examples.gallery_split(split)]]
@@ -439,7 +445,7 @@ def test_neighbours_equal_brute_force():
     for values in tuples:
         expected = collections.defaultdict(list)
         for other in sorted(tuples):
-            if len(changed := fashion_texts.changes(values, other)) in (1, 2):
+            if len(changed := changes(values, other)) in (1, 2):
                 expected[changed].append(other)
         assert found[values] == expected
 
@@ -467,20 +473,20 @@ def test_unknown_values_are_dropped():
 
 
 def test_split_fractions():
-    counts = collections.Counter(fp.split_of(str(i)) for i in range(20000))
+    counts = collections.Counter(split_of(str(i), fp.SPLIT_SALT) for i in range(20000))
     assert counts["train"] / 20000 == pytest.approx(0.72, abs=0.015)
     assert counts["validation"] / 20000 == pytest.approx(0.08, abs=0.015)
     assert counts["test"] / 20000 == pytest.approx(0.20, abs=0.015)
 
 
 def test_words():
-    assert fashion_texts.article_words("Tshirts") == ("a t-shirt", "t-shirts")
-    assert fashion_texts.article_words("Watches") == ("a watch", "watches")
-    assert fashion_texts.article_words("Dresses") == ("a dress", "dresses")
-    assert fashion_texts.article_words("Flip Flops") == ("a pair of flip flops", "flip flops")
-    assert fashion_texts.article_words("Umbrellas") == ("an umbrella", "umbrellas")
-    assert fashion_texts.article_words("Mobile Pouch") == ("a mobile pouch", "mobile pouches")
-    assert fashion_texts.article_words("Travel Accessory") == (
+    assert known_words.article_words("Tshirts") == ("a t-shirt", "t-shirts")
+    assert known_words.article_words("Watches") == ("a watch", "watches")
+    assert known_words.article_words("Dresses") == ("a dress", "dresses")
+    assert known_words.article_words("Flip Flops") == ("a pair of flip flops", "flip flops")
+    assert known_words.article_words("Umbrellas") == ("an umbrella", "umbrellas")
+    assert known_words.article_words("Mobile Pouch") == ("a mobile pouch", "mobile pouches")
+    assert known_words.article_words("Travel Accessory") == (
         "a travel accessory",
         "travel accessories",
     )
@@ -497,7 +503,7 @@ def test_texts_vary_and_say_the_change():
         (4, "Winter", ("winter",)),
     ):
         new = (*old[:position], value, *old[position + 1 :])
-        texts = {fashion_texts.modification(old, new, rng) for _ in range(300)}
+        texts = {GRAMMAR.modification(old, new, rng) for _ in range(300)}
         assert len(texts) >= 8
         assert all(any(word in text for word in words) for text in texts)
         named = [f" {old[position].lower().replace('tsh', 't-sh')[:4]}" in text for text in texts]
@@ -505,11 +511,11 @@ def test_texts_vary_and_say_the_change():
         assert not all(named)
         # A value that is not stated is said so, and never named as the old one.
         unstated = (*old[:position], NA, *old[position + 1 :])
-        for text in [fashion_texts.modification(old, unstated, rng) for _ in range(20)]:
+        for text in [GRAMMAR.modification(old, unstated, rng) for _ in range(20)]:
             assert any(word in text for word in ("stated", "any given"))
-        for text in [fashion_texts.modification(unstated, new, rng) for _ in range(50)]:
+        for text in [GRAMMAR.modification(unstated, new, rng) for _ in range(50)]:
             assert " na" not in text.replace("navy", "")
-    both = {fashion_texts.modification(old, ("Blue", *old[1:4], "Winter"), rng) for _ in range(50)}
+    both = {GRAMMAR.modification(old, ("Blue", *old[1:4], "Winter"), rng) for _ in range(50)}
     assert len(both) > 40
     assert all("blue" in text and "winter" in text for text in both)
 
@@ -749,10 +755,29 @@ def test_some_real_photos(tmp_path):
             assert image.std() > 1
 
 
+# Of the stored queries of all 8,000 photos, as they were before other tables could be prepared.
+STORED = {"train": "b29680cda306a84f", "validation": "3530646ff1d4f9c4", "test": "787681b9c35cc20f"}
+
+
+def stored_digest(builder, split):
+    """Of the records as they are stored; their fields are in no fixed order there."""
+    from array_record.python.array_record_module import ArrayRecordReader
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    (path,) = pathlib.Path(builder.data_path).glob(f"fashion_products-{split}.array_record-*")
+    digest = hashlib.sha256()
+    for record in ArrayRecordReader(str(path)).read_all():
+        example = tf_example_pb2.Example.FromString(record)
+        fields = example.SerializeToString(deterministic=True)
+        digest.update(len(fields).to_bytes(8, "big") + fields)
+    return digest.hexdigest()[:16]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the photos are not at {REAL}")
 def test_real_photos(tmp_path):
     builder = prepare(REAL, tmp_path, size=64)
+    assert {split: stored_digest(builder, split) for split in examples.SPLITS} == STORED
     metadata = builder.info.metadata
     assert metadata["rows"] == metadata["products"] == 8000
     assert metadata["lost_rows"] == metadata["photos_without_row"] == 0
@@ -767,7 +792,7 @@ def test_real_photos(tmp_path):
     products = [
         Product(item["id"], values_of(item), item["photo"]) for item in data["train_gallery"]
     ]
-    made_again, _ = make_queries(products, fp.QUERIES_PER_REFERENCE["train"])
+    made_again, _ = make_queries(products, QUERIES_PER_REFERENCE["train"])
     data["train"] = [
         {k: v for k, v in query.record().items() if k != "image"} for query in made_again
     ]
@@ -782,7 +807,7 @@ def test_real_photos(tmp_path):
         dataclasses.replace(product, values=values_of(item, relevant))
         for product, item in zip(products, data["train_gallery"])
     ]
-    coarse, _ = make_queries(alike, fp.QUERIES_PER_REFERENCE["train"])
+    coarse, _ = make_queries(alike, QUERIES_PER_REFERENCE["train"])
     valid = [len(query.relevant) for query in coarse]
     assert (len(coarse), statistics.median(valid), max(valid)) == (46121, 28, 198)
     for split, products, queries in (
@@ -801,6 +826,7 @@ def test_real_photos(tmp_path):
         for item in data[examples.gallery_split(split)]:
             for name, value in zip(ATTRIBUTES, values_of(item)):
                 values[name].add(value)
-    for name, those in values.items():
-        words = {tuple(fashion_texts._words(name, value).values()) for value in those}
+    for attribute in GRAMMAR.attributes:
+        those = values[attribute.name]
+        words = {tuple(attribute.words(value).values()) for value in those}
         assert len(words) == len(those)

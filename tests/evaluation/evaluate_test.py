@@ -98,6 +98,19 @@ def test_an_earlier_step_on_validation_from_a_directory_of_checkpoints(run):
     assert {"step": 2, **expected} == pytest.approx(logged, abs=1e-6)
 
 
+def test_the_report_of_a_run_against_its_own_end(run, tmp_path):
+    base, workdir, metrics = run
+    config = small_config(base / "prepared", total_steps=4, checkpoint_every=2, eval_every=2)
+    evaluate_checkpoint(config, workdir, step=2, output=tmp_path, against=workdir)
+    page = (tmp_path / "report.html").read_text()
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])
+    assert len(data["queries"]) == metrics["queries"]
+    assert data["other"] == "run, step 4"
+    others = {line["key"]: line["other"][0] for line in data["metrics"]}
+    assert others["R@10"] == pytest.approx(metrics["R@10"], abs=1e-5)
+    assert data["attributes"] == list(config.model.attributes.names)
+
+
 @pytest.mark.parametrize(
     ("values", "changes", "sentence"),
     [

@@ -226,7 +226,7 @@ def unmade_runs(text: str) -> Iterator[str]:
     every = list(words_of(text))
     named = {word for module, words in every if module == "dqe_jax.main" for word in words}
     for module, words in every:
-        configs = re.findall(r"--config=configs/(\w+)\.py:?([\w,]*)", " ".join(words))
+        configs = re.findall(r"--config=(?:configs/)?(\w+)(?:\.py)?:?([\w,]*)", " ".join(words))
         configs = configs or [(name, "") for name in config_names()]
         defaults = {
             "-".join([name, *filter(None, variants.split(","))]) for name, variants in configs

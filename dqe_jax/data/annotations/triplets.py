@@ -48,14 +48,11 @@ from __future__ import annotations
 
 import codecs
 import collections
-import csv
 import functools
 import hashlib
-import io
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -68,7 +65,8 @@ from dqe_jax.data.annotations.schema import (
     filled,
     strings,
 )
-from dqe_jax.data.raw_files import IMAGE_SUFFIXES, RawFiles
+from dqe_jax.data.csv_rows import read_rows
+from dqe_jax.data.raw_files import IMAGE_SUFFIXES, ImageNames, RawFiles
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import read_bytes
 
@@ -101,7 +99,7 @@ def read(files: RawFiles, split: str) -> Annotations:
     data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
     records = list(_jsonl(data) if path.name == JSONL else _csv(data, path))
     stated = any(_stated_split(record) in _STATED_SPLITS for _, record in records)
-    images = _Images(files.image_paths)
+    images = ImageNames(files.image_paths)
     chosen = [(line, record) for line, record in records if _split(record, images, stated) == split]
     collector = Collector({"": files.image_paths})
     query_of = functools.partial(_query, images=images, split=split, stated=stated)
@@ -130,33 +128,6 @@ def _check_images(files: RawFiles) -> None:
             ) from error
 
 
-# --- Images ---------------------------------------------------------------------------------------
-
-
-class _Images:
-    """Images by the names that a user may give them.
-
-    Attributes:
-      paths: of all images, relative to the raw directory.
-    """
-
-    def __init__(self, paths: Iterable[str]):
-        self.paths = frozenset(paths)
-        self._by_name: dict[str, list[str]] = collections.defaultdict(list)
-        for path in self.paths:
-            parts = path.split("/")
-            for start in range(len(parts)):
-                name = "/".join(parts[start:])
-                for each in (name, os.path.splitext(name)[0]):
-                    self._by_name[each].append(path)
-
-    def path(self, name: str) -> str:
-        """The path of an image; the name itself, which is no path, if it is none or ambiguous."""
-        name = name.removeprefix("./")
-        found = self._by_name.get(name, [])
-        return found[0] if name not in self.paths and len(found) == 1 else name
-
-
 # --- Reading lines --------------------------------------------------------------------------------
 
 
@@ -171,33 +142,10 @@ def _jsonl(data: bytes) -> _Records:
 
 def _csv(data: bytes, path: epath.Path) -> _Records:
     # Not decoded strictly: one bad byte would be an error of the whole file.
-    text = data.decode("utf-8", errors="surrogateescape")
-    lines = list(io.StringIO(text, newline=""))
-    row, start = _row(lines, 0)
-    header = _header(row, path)
-    while start < len(lines):
-        number = start + 1
-        row, end = _row(lines, start)
-        # A stray quote reaches to the next one: only the line that holds it is lost.
-        sound = row if row is not None and len(row) == len(header) else None
-        start = start + 1 if sound is None else end
-        if row is None or "".join(row).strip():
-            yield number, None if sound is None else _object(header, sound)
-
-
-def _row(lines: Sequence[str], start: int) -> tuple[list[str] | None, int]:
-    """Fields of the record that begins at a line, and the line after it.
-
-    The fields are None if the quoting is wrong or a character is not UTF-8.
-    """
-    # A new reader is made: after an error the old one would continue in the middle of a record.
-    reader = csv.reader((lines[i] for i in range(start, len(lines))), strict=True)
-    try:
-        row = next(reader, [])
-        "".join(row).encode()
-    except (csv.Error, UnicodeEncodeError):
-        return None, start + 1
-    return row, start + reader.line_num
+    found, rows = read_rows(data.decode("utf-8", errors="surrogateescape"))
+    header = _header(found, path)
+    for number, row in rows:
+        yield number, None if row is None else _object(header, row)
 
 
 def _header(row: Sequence[str] | None, path: epath.Path) -> list[str]:
@@ -238,7 +186,7 @@ def _listed(cell: str) -> list[str]:
 # --- Records --------------------------------------------------------------------------------------
 
 
-def _split(record: object, images: _Images, stated: bool) -> str:
+def _split(record: object, images: ImageNames, stated: bool) -> str:
     """The split of a record, train if it cannot be told."""
     name = _stated_split(record)
     if name or stated:
@@ -263,7 +211,7 @@ def _hashed_split(reference: str) -> str:
 
 
 def _query(
-    line: int, record: object, *, images: _Images, split: str, stated: bool
+    line: int, record: object, *, images: ImageNames, split: str, stated: bool
 ) -> AnnotatedQuery:
     reference = images.path(filled(record, "reference"))
     assert isinstance(record, dict), "it has a field"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -246,17 +246,29 @@ def make_builder(
     beam: bool = False,
 ) -> Benchmark:
     """The builder of a data set of `BUILDERS`, prepared or not; see `BenchmarkConfig`."""
-    stored = "" if image_format == "png" else f"-{image_format}"  # as it was before there were more
-    config = BenchmarkConfig(
-        name=f"{image_size}px-{preprocess}{stored}",
-        description=f"{image_size} pixels a side, {preprocess}, {image_format}.",
-        raw_dir=raw_dir,
+    config = make_config(
         image_size=image_size,
         preprocess=preprocess,
         image_format=image_format,
+        raw_dir=raw_dir,
         splits=splits,
         num_workers=num_workers,
         beam=beam,
     )
     directory = os.fspath(epath.Path(prepared_dir).expanduser())
     return BUILDERS[dataset](config=config, data_dir=directory, file_format="array_record")
+
+
+def make_config(
+    *, image_size: int, preprocess: str, image_format: str = "png", **more: Any
+) -> BenchmarkConfig:
+    """A config under the name by which a copy of its size and format is found again."""
+    stored = "" if image_format == "png" else f"-{image_format}"  # as it was before there were more
+    return BenchmarkConfig(
+        name=f"{image_size}px-{preprocess}{stored}",
+        description=f"{image_size} pixels a side, {preprocess}, {image_format}.",
+        image_size=image_size,
+        preprocess=preprocess,
+        image_format=image_format,
+        **more,
+    )

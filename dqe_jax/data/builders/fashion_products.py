@@ -38,29 +38,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
 from dqe_jax.data import examples
-from dqe_jax.data.builders.fashion_queries import (
-    Product,
-    asked_values,
-    make_queries,
-    summary,
-)
-from dqe_jax.data.builders.fashion_raw import (
-    DECODE_SIDE,
-    Decoded,
-    ImageFile,
-    Photos,
-    Styles,
-    decode_all,
-    read_styles,
-)
-from dqe_jax.data.builders.fashion_texts import ATTRIBUTES
+from dqe_jax.data.builders.fashion_raw import DECODE_SIDE, Photos, read_styles
+from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, GRAMMAR
+from dqe_jax.data.made.galleries import Row, make_splits, place_products
+from dqe_jax.data.made.photos import ImageFile, decode_all
+from dqe_jax.data.made.queries import Product, Rules
 from dqe_jax.utils import errors
 from dqe_jax.utils.files import JsonObject, is_regular
 from dqe_jax.utils.progress import progress
@@ -70,10 +59,9 @@ EXTRA_COLUMNS = ("masterCategory", "subCategory", "year")
 # Attributes by which a product is relevant; the others have ANY for a value.
 RELEVANCE = {"fine": ATTRIBUTES, "coarse": ("baseColour", "articleType")}
 ANY = "any"
-QUERIES_PER_REFERENCE = {"train": 8, "validation": 2, "test": 2}
-# Changing it changes the data set: raise the builder's VERSION with it.
-_SPLIT_SALT = "fashion_products/split/1"
-_SPLIT_ENDS = (("train", 0.72), ("validation", 0.80), ("test", 1.0))
+# Changing one changes the data set: raise the builder's VERSION with it.
+SPLIT_SALT = "fashion_products/split/1"
+RULES = Rules(GRAMMAR, salt="fashion_products/query/1")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -122,22 +110,12 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
         raw_dir = epath.Path(config.raw_dir)
         images = ImageFile(config.image_size)
         galleries, report = _load_products(raw_dir, config, images)
-        queries: dict[str, list[examples.Query]] = {}
-        known: set[tuple[str, str]] | None = None
-        for split in examples.SPLITS:  # Train is first: the others ask for what it asks for.
-            queries[split], dropped = make_queries(
-                galleries[split], QUERIES_PER_REFERENCE[split], known
-            )
-            if not queries[split]:
-                raise errors.UserError(
-                    f"{raw_dir / 'styles.csv'} leaves the split {split!r} empty ("
-                    f"{len(galleries[split])} products, no queries), so give a directory with more "
-                    "products by --data_dir."
-                )
-            if known is None:
-                known = asked_values(queries[split])
-            report["splits"][split] = summary(galleries[split], queries[split], dropped)
-            logging.info("%s: %s", split, report["splits"][split])
+        queries, report["splits"] = make_splits(
+            RULES,
+            galleries,
+            table=str(raw_dir / "styles.csv"),
+            advice="give a directory with more products by --data_dir",
+        )
         self.info.metadata.update(report)
 
         generators = {}
@@ -174,11 +152,12 @@ def _load_products(
     """The products of each split, their images in `images`, and a report for the metadata."""
     styles, photos = read_styles(raw_dir / "styles.csv"), Photos(raw_dir)
     ids = (row["id"] for row in styles.rows)
-    decoded = decode_all(photos, ids, config.image_size, config.preprocess)
+    decoded = decode_all(photos, ids, config.image_size, config.preprocess, DECODE_SIDE)
     decoded = progress(decoded, len(styles.rows), "Photos of fashion_products")
-    galleries, unseen = _place_products(styles, decoded, RELEVANCE[config.relevance], images)
+    rows = (_row(row, RELEVANCE[config.relevance]) for row in styles.rows)
+    galleries, unseen = place_products(rows, decoded, images, SPLIT_SALT)
     lost = {row_id or "(no id)": "its row is incomplete" for row_id in styles.incomplete_ids}
-    lost |= unseen
+    lost |= {row_id: f"images/{row_id}.jpg {reason}" for row_id, reason in unseen.items()}
     lost_count = len(styles.incomplete_ids) + len(unseen)
     total = len(styles.rows) + len(styles.incomplete_ids)
     listed = {row["id"] for row in styles.rows} | set(styles.incomplete_ids)
@@ -210,47 +189,14 @@ def _load_products(
     return galleries, report
 
 
-def _place_products(
-    styles: Styles, decoded: Iterable[Decoded], relevant: Collection[str], images: ImageFile
-) -> tuple[dict[str, list[Product]], dict[str, str]]:
-    """The products of each split, and by id why rows have no usable photo.
-
-    Args:
-        styles: The table.
-        decoded: The photo of each row.
-        relevant: Attributes by which a product is relevant.
-        images: Takes the images of the products.
-    """
-    galleries: dict[str, list[Product]] = {split: [] for split in examples.SPLITS}
-    unseen: dict[str, str] = {}
-    first_of: dict[str, tuple[str, int]] = {}  # Split and row of the first of identical photos.
-    for row, photo in zip(styles.rows, decoded):
-        if photo.image is None:
-            unseen[row["id"]] = f"images/{row['id']}.jpg {photo.reason}"
-            continue
-        if photo.pixels not in first_of:
-            # The bytes of the first copy decide, so that the split is that of any decoder version.
-            split = split_of(photo.content)
-            first_of[photo.pixels] = (split, len(galleries[split]))
-        split, first = first_of[photo.pixels]
-        columns = [*ATTRIBUTES, *(column for column in EXTRA_COLUMNS if column in row)]
-        galleries[split].append(
-            Product(
-                id=row["id"],
-                values=tuple(row[name] if name in relevant else ANY for name in ATTRIBUTES),
-                photo=first,
-                attributes=tuple(f"{column}={row[column]}" for column in columns),
-                image=images.append(photo.image),
-            )
-        )
-    return galleries, unseen
-
-
-def split_of(content: str) -> str:
-    """The split of a photo, by a digest of its content."""
-    digest = hashlib.sha256(f"{_SPLIT_SALT}:{content}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    return next(split for split, end in _SPLIT_ENDS if place < end or end == 1.0)
+def _row(row: Mapping[str, str], relevant: Collection[str]) -> Row:
+    """A row of the table; of attributes other than `relevant` all products have one value."""
+    columns = [*ATTRIBUTES, *(column for column in EXTRA_COLUMNS if column in row)]
+    return Row(
+        id=row["id"],
+        values=tuple(row[name] if name in relevant else ANY for name in ATTRIBUTES),
+        attributes=tuple(f"{column}={row[column]}" for column in columns),
+    )
 
 
 def _warn(raw_dir: epath.Path, what: str, count: int, ids: Sequence[str]) -> None:

@@ -1,28 +1,22 @@
-"""The raw directory of `fashion_products`: its table, its photos, and these decoded."""
+"""The raw directory of `fashion_products`: its table and its photos."""
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
-import hashlib
 import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator
 from typing import IO
 
-import numpy as np
 from etils import epath
 
-from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, NA
-from dqe_jax.data.photos import MAX_BYTES, decode_photo
+from dqe_jax.data.builders.fashion_texts import ATTRIBUTES
+from dqe_jax.data.made.grammar import NA
+from dqe_jax.data.photos import MAX_BYTES
 from dqe_jax.utils import errors
 from dqe_jax.utils.files import is_regular
 
 # Photos are decoded at the smallest JPEG scale of at least this many pixels a side, whatever the
 # size asked for, so that which photos are identical does not depend on that size.
 DECODE_SIDE = 512
-_DECODE_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,65 +145,3 @@ def _photo_id(name: str) -> str | None:
     if base.startswith(".") or not base.endswith(".jpg"):
         return None
     return base.removesuffix(".jpg")
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """A decoded photo, or the reason why there is none."""
-
-    image: np.ndarray | None = None
-    pixels: str = ""  # Digest of the pixels: equal for identical photos.
-    content: str = ""  # Digest of the bytes: the same with any version of the decoder.
-    reason: str = ""
-
-
-def _decode(data: bytes, image_size: int, preprocess: str) -> Decoded:
-    try:
-        image, pixels = decode_photo(data, image_size, preprocess, DECODE_SIDE)
-    except Exception as e:  # Decoders of damaged files raise nearly anything.
-        return Decoded(reason=f"does not decode ({' '.join(str(e).split())[:80]})")
-    return Decoded(image, pixels, hashlib.sha256(data).hexdigest())
-
-
-def decode_all(
-    photos: Photos, ids: Iterable[str], image_size: int, preprocess: str
-) -> Iterator[Decoded]:
-    """Decodes photos in order, in threads (decoders release the interpreter lock)."""
-    pending: collections.deque[concurrent.futures.Future[Decoded]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        for photo_id in ids:
-            try:
-                pending.append(pool.submit(_decode, photos.read(photo_id), image_size, preprocess))
-            except (ValueError, OSError) as e:
-                failed: concurrent.futures.Future[Decoded] = concurrent.futures.Future()
-                failed.set_result(Decoded(reason=str(e)))
-                pending.append(failed)
-            # Only so many photos are in progress at a time: all of a large set would not fit in
-            # memory.
-            if len(pending) >= 8 * _DECODE_THREADS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    photos.close()
-
-
-class ImageFile:
-    """Images of one shape in a temporary file: those of a large set do not fit in memory."""
-
-    def __init__(self, image_size: int):
-        """Makes the file, for images uint8 `[image_size, image_size, 3]`."""
-        self._shape = (image_size, image_size, 3)
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (as long-lived as the object)
-        self._count = 0
-
-    def append(self, image: np.ndarray) -> int:
-        """Adds an image, and returns its index."""
-        self._file.seek(self._count * int(np.prod(self._shape)))
-        self._file.write(image.tobytes())
-        self._count += 1
-        return self._count - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        size = int(np.prod(self._shape))
-        self._file.seek(index * size)
-        return np.frombuffer(self._file.read(size), np.uint8).reshape(self._shape)

@@ -1,6 +1,6 @@
-"""Queries of `fashion_products`, made from the attributes of a split's products.
+"""Queries made from the attributes of a split's products.
 
-The rules are told by `fashion_products.py`.
+The rules are told by `builders/fashion_products.py` and `tables.py`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from dqe_jax.data import examples
-from dqe_jax.data.builders.fashion_texts import (
-    ATTRIBUTES,
-    KINDS,
-    TWO_CHANGES,
-    Values,
-    changes,
-    modification,
-)
+from dqe_jax.data.made.grammar import NA, Grammar, Values, changes
 from dqe_jax.utils.files import JsonObject
 
-# Changing it changes the data set: raise the builder's VERSION with it.
-_QUERY_SALT = "fashion_products/query/1"
+TWO_CHANGES = "two changes"  # the kind of such a query
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """By which queries are made.
+
+    Attributes:
+        grammar: the attributes, in the order of the products' values, and how a change is said.
+        salt: of the random choices.
+        ask_unstated: whether a query may ask for a value that is not stated.
+    """
+
+    grammar: Grammar
+    salt: str
+    ask_unstated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,7 @@ class _Draft:
         text: that asks for it.
         values: that the text asks for, changed or not.
         changed: positions of those that are changed.
+        asked: (attribute, value) that the text asks for.
     """
 
     reference: int
@@ -63,14 +71,11 @@ class _Draft:
     text: str
     values: Values
     changed: tuple[int, ...]
-
-    @property
-    def asked(self) -> list[tuple[str, str]]:
-        """The (attribute, value) that the text asks for."""
-        return [(ATTRIBUTES[i], self.values[i]) for i in self.changed]
+    asked: list[tuple[str, str]]
 
 
 def make_queries(
+    rules: Rules,
     products: Sequence[Product],
     queries_per_reference: int,
     known: Collection[tuple[str, str]] | None = None,
@@ -78,6 +83,7 @@ def make_queries(
     """Makes the queries of a split, in the order of their references; see the rules.
 
     Args:
+        rules: By which they are made.
         products: The gallery of the split.
         queries_per_reference: At most so many a product.
         known: The (attribute, value) that may be asked for; any if None.
@@ -88,7 +94,7 @@ def make_queries(
     rows: dict[Values, list[int]] = collections.defaultdict(list)
     for row, product in enumerate(products):
         rows[product.values].append(row)
-    drafts = _draft_queries(products, rows, queries_per_reference)
+    drafts = _draft_queries(rules, products, rows, queries_per_reference)
     kept = [d for d in drafts if known is None or all(pair in known for pair in d.asked)]
     answers = _answers(products, kept)
     queries = []
@@ -96,7 +102,7 @@ def make_queries(
     for draft in kept:
         product = products[draft.reference]
         others = sorted(answers[product.photo, draft.text] - {draft.target})
-        one = KINDS[ATTRIBUTES[draft.changed[0]]]
+        one = rules.grammar.attributes[draft.changed[0]].kind
         queries.append(
             examples.Query(
                 id=f"{product.id}-{numbers[draft.reference]}",
@@ -114,7 +120,10 @@ def make_queries(
 
 
 def _draft_queries(
-    products: Sequence[Product], rows: Mapping[Values, Sequence[int]], per_reference: int
+    rules: Rules,
+    products: Sequence[Product],
+    rows: Mapping[Values, Sequence[int]],
+    per_reference: int,
 ) -> list[_Draft]:
     """Queries of all products whose photos are not ambiguous; `rows` are those of each tuple."""
     ambiguous = ambiguous_photos(products)
@@ -125,18 +134,19 @@ def _draft_queries(
         for values, those in rows.items()
         if (usable := [row for row in those if products[row].photo not in ambiguous])
     }
-    near = neighbours(clear)
+    near = neighbours(clear, rules.ask_unstated)
     sizes = {values: len(usable) for values, usable in clear.items()}
     drafts = []
     for reference, product in enumerate(products):
         if product.photo in ambiguous:
             continue
-        rng = random.Random(f"{_QUERY_SALT}:{product.id}")
+        rng = random.Random(f"{rules.salt}:{product.id}")
         for values in _choose(near[product.values], sizes, per_reference, rng):
             target = rng.choice(clear[values])
-            text = modification(product.values, values, rng)
+            text = rules.grammar.modification(product.values, values, rng)
             changed = changes(product.values, values)
-            drafts.append(_Draft(reference, target, text, values, changed))
+            asked = [(rules.grammar.attributes[i].name, values[i]) for i in changed]
+            drafts.append(_Draft(reference, target, text, values, changed, asked))
     return drafts
 
 
@@ -157,22 +167,23 @@ def _answers(
     return answers
 
 
-def neighbours(tuples: Collection[Values]) -> dict[Values, dict[tuple[int, ...], list[Values]]]:
-    """For each 5-tuple, those that differ from it in one or two values, by the positions changed.
+def neighbours(
+    tuples: Collection[Values], ask_unstated: bool = True
+) -> dict[Values, dict[tuple[int, ...], list[Values]]]:
+    """For each tuple, those that differ from it in one or two values, by the positions changed.
 
     Found through indexes of the tuples with one or two values removed, not by comparing all pairs.
 
     Args:
-        tuples: Distinct 5-tuples.
+        tuples: Distinct tuples of one length.
+        ask_unstated: Whether those may be among them in which a changed value is not stated.
 
     Returns:
         `{tuple: {positions: [tuples]}}`, in a fixed order; positions without any are absent.
     """
     ordered = sorted(tuples)
-    positions = [
-        *((i,) for i in range(len(ATTRIBUTES))),
-        *itertools.combinations(range(len(ATTRIBUTES)), 2),
-    ]
+    count = len(ordered[0]) if ordered else 0
+    positions = [*((i,) for i in range(count)), *itertools.combinations(range(count), 2)]
     result: dict[Values, dict[tuple[int, ...], list[Values]]] = {values: {} for values in ordered}
     for removed in positions:
         index: dict[Values, list[Values]] = collections.defaultdict(list)
@@ -183,6 +194,7 @@ def neighbours(tuples: Collection[Values]) -> dict[Values, dict[tuple[int, ...],
                 other
                 for other in index[_without(values, removed)]
                 if all(other[i] != values[i] for i in removed)
+                and (ask_unstated or all(other[i] != NA for i in removed))
             ]
             if found:
                 result[values][removed] = found

@@ -1,0 +1,1 @@
+"""Queries that are made: from tables of attributes, or from captions."""

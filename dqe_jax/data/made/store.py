@@ -1,0 +1,205 @@
+"""The directory that `dqe-jax triplets` writes.
+
+| file | |
+| --- | --- |
+| `triplets/` | the prepared data (TFDS), which `--data_dir` of training names by this directory |
+| `lexicon.txt` | words by which texts mention the attributes, if there are any; may be changed |
+| `triplets.jsonl` | the queries, to be read: one a line, with the number of valid targets |
+| `made.json` | from what they were made, what was lost, counts, and what is known of the truth |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+
+from dqe_jax.data import examples, preparation
+from dqe_jax.data.builders.benchmarks import BenchmarkConfig, make_builder
+from dqe_jax.data.made.photos import ImageFile
+from dqe_jax.data.made.queries import Product
+from dqe_jax.data.made.settings import FACTS, LEXICON, read_facts
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import JsonObject, cannot_write, make_directory, write_json
+
+QUERIES = "triplets.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Queries that were made, with their galleries.
+
+    Attributes:
+      galleries: the products of each split.
+      queries: of each split.
+      images: of the products.
+      lexicon: text of the lexicon's file; "" for none.
+      facts: for `made.json`.
+    """
+
+    galleries: Mapping[str, Sequence[Product]]
+    queries: Mapping[str, Sequence[examples.Query]]
+    images: ImageFile
+    lexicon: str
+    facts: JsonObject
+
+
+class MadeTriplets(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Queries made from a table or from captions.
+
+    Read as the data set `triplets`: by the builder of that name, from the same directory.
+    """
+
+    name = "triplets"
+    VERSION = tfds.core.Version("1.0.0")
+    made: Made  # set before it is prepared
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=examples.features(config.image_size, config.image_format),
+            disable_shuffling=True,  # queries name images by their position
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:
+        del dl_manager  # nothing to download
+        made = self.made
+        official = {
+            split: {
+                "queries": len(made.queries[split]),
+                "gallery": len(made.galleries[split]),
+                "dropped": {},
+                "repeated_ids": [],
+            }
+            for split in examples.SPLITS
+        }
+        self.info.metadata.update(official=official)
+        generators: dict[str, object] = {}
+        for split in examples.SPLITS:
+            generators[examples.gallery_split(split)] = self._generate_examples(
+                _items(made.galleries[split], made.images, self.builder_config.image_format)
+            )
+            generators[split] = self._generate_examples(
+                query.record() for query in made.queries[split]
+            )
+        return generators
+
+    def _generate_examples(self, records: Iterator[examples.Record]) -> examples.Records:
+        yield from enumerate(records)
+
+
+def _items(
+    products: Sequence[Product], images: ImageFile, image_format: str
+) -> Iterator[examples.Record]:
+    for product in products:
+        yield examples.GalleryItem(
+            product.id,
+            images[product.image],
+            product.photo,
+            product.attributes,
+            image_format=image_format,
+        ).record()
+
+
+def open_output(
+    output: epath.Path, config: BenchmarkConfig, source: str, *, overwrite: bool
+) -> bool:
+    """Whether there is anything to do in a directory.
+
+    Args:
+      output: of the module's table.
+      config: size and format of the images.
+      source: digest of all that the queries depend on.
+      overwrite: whether to remove what is there.
+
+    Returns:
+      False if the same queries are prepared in this size and format already.
+
+    Raises:
+      UserError: it holds other data, or cannot be written.
+    """
+    make_directory(output)
+    facts, prepared = read_facts(output), output / MadeTriplets.name
+    if overwrite:
+        if prepared.exists():
+            prepared.rmtree()
+        return True
+    if facts is None and prepared.exists():
+        raise UserError(
+            f"{output} holds prepared triplets that were not made by this command; name another "
+            "directory by --output."
+        )
+    if facts is not None and facts.get("source") != source:
+        raise UserError(
+            f"{output} holds triplets of another table, of other photos or by other options; name "
+            "another --output, or replace them with --overwrite."
+        )
+    builder = _reader(output, config)
+    done = preparation.is_prepared(builder) and preparation.read_complaints(builder) is not None
+    if done:
+        logging.info("%s is made already; --overwrite makes it again.", builder.data_dir)
+    return not done
+
+
+def store(output: epath.Path, config: BenchmarkConfig, made: Made) -> None:
+    """Prepares the data and writes the files of the module's table.
+
+    Args:
+      output: checked by `open_output`.
+      config: size and format of the images.
+      made: what is stored.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    builder = MadeTriplets(config=config, data_dir=os.fspath(output), file_format="array_record")
+    builder.made = made
+    try:
+        if made.lexicon:
+            (output / LEXICON).write_text(made.lexicon, encoding="utf-8")
+        with (output / QUERIES).open("w", encoding="utf-8") as file:
+            for line in _lines(made):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise cannot_write(output, error) from error
+    # First, so that what an interrupted run leaves is known to be of this command.
+    write_json(output / FACTS, made.facts)
+    preparation.prepare(builder)
+    reader = _reader(output, config)
+    preparation.write_report(reader, preparation.report(reader), None)
+
+
+def _reader(output: epath.Path, config: BenchmarkConfig) -> tfds.core.DatasetBuilder:
+    return make_builder(
+        MadeTriplets.name,
+        os.fspath(output),
+        image_size=config.image_size,
+        preprocess=config.preprocess,
+        image_format=config.image_format,
+    )
+
+
+def _lines(made: Made) -> Iterator[dict[str, Any]]:
+    """The queries in the form of a user's own `triplets.jsonl`."""
+    for split in examples.SPLITS:
+        ids = [product.id for product in made.galleries[split]]
+        for query in made.queries[split]:
+            yield {
+                "id": query.id,
+                "split": split,
+                "reference": ids[query.reference],
+                "texts": list(query.texts),
+                "targets": [ids[row] for row in query.known_positives],
+                "attributes": list(query.attributes),
+                "kind": "".join(query.kinds[:1]),
+                "valid_targets": len(query.relevant) or None,
+            }
