@@ -87,7 +87,7 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
         f"--image_size={data.image_size} --preprocess={data.preprocess}{stored}"
     )
     how = f"run `{command}`"
-    if read_facts(where) is not None:
+    if data.dataset == "triplets" and read_facts(where) is not None:
         how = (
             "run the `dqe-jax triplets` command that made it again, with "
             f"--image_size={data.image_size} --preprocess={data.preprocess}{stored}"

@@ -384,6 +384,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "valid targets, median" in done.stderr
     assert "Train on it with --config=triplets:tiny" in done.stderr
+    assert "--config.data.image_size=16" in done.stderr
 
 
 def test_reading_a_table_needs_no_jax():

@@ -33,7 +33,7 @@ from dqe_jax.data.made.grammar import NA
 from dqe_jax.data.made.photos import ImageFile, decode_all
 from dqe_jax.data.made.queries import Product, ambiguous_photos
 from dqe_jax.data.made.settings import read_facts
-from dqe_jax.data.made.store import Made, open_output, store
+from dqe_jax.data.made.store import Made, advice, open_output, store
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
@@ -161,7 +161,7 @@ def triplets_from_captions(
     for split, own in counts.items():
         lines.append((split, *(f"{own[key]:,}" for key in ("products", "references", "queries"))))
     logging.info("\n%s\n\n%s", text_table(lines), _TRUTH)
-    logging.info("Train on it with --config=triplets:tiny --data_dir=%s", place)
+    logging.info("%s", advice(place, config))
     return facts
 
 

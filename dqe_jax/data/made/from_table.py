@@ -29,7 +29,7 @@ from dqe_jax.data.made.grammar import NA
 from dqe_jax.data.made.photos import ImageFile, decode_all
 from dqe_jax.data.made.queries import Rules
 from dqe_jax.data.made.settings import read_facts
-from dqe_jax.data.made.store import Made, open_output, store
+from dqe_jax.data.made.store import Made, advice, open_output, store
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
@@ -142,7 +142,7 @@ def triplets_from_table(
     }
     store(place, config, Made(galleries, queries, kept, wording.lexicon_text(words), facts))
     logging.info("%s", told(facts))
-    logging.info("Train on it with --config=triplets:tiny --data_dir=%s", place)
+    logging.info("%s", advice(place, config))
     return facts
 
 

@@ -178,6 +178,23 @@ def store(output: epath.Path, config: BenchmarkConfig, made: Made) -> None:
     preparation.write_report(reader, preparation.report(reader), None)
 
 
+def advice(output: epath.Path, config: BenchmarkConfig) -> str:
+    """How to train on what is made.
+
+    Args:
+      output: where it is.
+      config: size and format of the images.
+    """
+    name = {64: "triplets:tiny", 224: "triplets:pretrained"}.get(config.image_size)
+    flags = [f"--config={name or 'triplets:tiny'}", f"--data_dir={output}"]
+    if name is None:
+        flags.append(f"--config.data.image_size={config.image_size}")
+    for field, usual in (("preprocess", "pad"), ("image_format", "png")):
+        if (value := getattr(config, field)) != usual:
+            flags.append(f"--config.data.{field}={value}")
+    return f"Train on it with {' '.join(flags)}"
+
+
 def _reader(output: epath.Path, config: BenchmarkConfig) -> tfds.core.DatasetBuilder:
     return make_builder(
         MadeTriplets.name,
