@@ -78,6 +78,7 @@ OBJECTS = {
         "dqe_jax.performance.describe.describe_model",
         "dqe_jax.performance.step_benchmark.benchmark_step",
         "dqe_jax.performance.mining_benchmark.benchmark_mining",
+        "dqe_jax.performance.ranking_benchmark.compare_ranking",
     ),
 }
 
