@@ -81,6 +81,7 @@ OBJECTS = {
         "dqe_jax.performance.features_benchmark.benchmark_features",
         "dqe_jax.performance.data_benchmark.benchmark_data",
         "dqe_jax.performance.mining_benchmark.benchmark_mining",
+        "dqe_jax.performance.ranking_benchmark.compare_ranking",
     ),
 }
 

@@ -85,8 +85,8 @@ def _counted_quantiles(
     ranks = jnp.stack([below for below, _, _ in places], axis=1)  # [B, number of quantiles]
 
     def number_below(guess: Array) -> Array:
-        counts = [(keys < guess[:, i : i + 1]).sum(1) for i in range(guess.shape[1])]
-        return total(jnp.stack(counts, axis=1), candidate_axis)
+        # One sum for all quantiles is quicker on a CPU than one for each.
+        return total((keys[:, None, :] < guess[:, :, None]).sum(2), candidate_axis)
 
     def step(bit: Array, found: Array) -> Array:
         guess = found | (jnp.uint32(1 << 31) >> bit.astype(jnp.uint32))

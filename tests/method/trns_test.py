@@ -205,8 +205,9 @@ def largest_array(jaxpr) -> int:
 
 
 @pytest.fixture
-def eight_tokens():
+def eight_tokens(monkeypatch):
     query, gallery = jnp.ones((16, 4)), jnp.ones((24, 8, 4))
+    monkeypatch.setattr("dqe_jax.method.similarity.AT_ONCE", 700)  # of five candidates
     # Every array that is made is a gallery, a score matrix, or smaller; B * N * M is 3072 and what
     # a scan would stack of M - 1 score matrices is 2688.
     return query, gallery, max(16 * 24, gallery.size)
@@ -234,6 +235,25 @@ def test_similarity_backward_makes_no_array_of_all_tokens(eight_tokens):
     query, gallery, limit = eight_tokens
     backward = jax.grad(lambda q, g: jnp.square(similarity(q, g)).sum(), argnums=(0, 1))
     assert largest_array(jax.make_jaxpr(backward)(query, gallery).jaxpr) <= limit
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 10**6])
+def test_similarity_in_parts(at_once, monkeypatch):
+    """A candidate at a time, parts of which one is left over, and all; with equal tokens."""
+    monkeypatch.setattr("dqe_jax.method.similarity.AT_ONCE", at_once)
+    rng = np.random.default_rng(3)
+    query, gallery = rng.normal(size=(5, 6)), rng.normal(size=(10, 4, 6))
+    gallery[:, 3] = gallery[:, 1]  # the first of equals gets the gradient
+    query, gallery = query.astype(np.float32), gallery.astype(np.float32)
+    weights = rng.normal(size=(5, 10)).astype(np.float32)
+    products = np.einsum("bd,nmd->bnm", query, gallery)
+    np.testing.assert_allclose(similarity(query, gallery), products.max(-1), atol=1e-6)
+    chosen = (products.argmax(-1)[..., None] == np.arange(4)) * weights[..., None]
+    one, other = jax.grad(lambda q, g: (similarity(q, g) * weights).sum(), argnums=(0, 1))(
+        query, gallery
+    )
+    np.testing.assert_allclose(one, np.einsum("bnm,nmd->bd", chosen, gallery), atol=1e-5)
+    np.testing.assert_allclose(other, np.einsum("bnm,bd->nmd", chosen, query), atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- bounds
