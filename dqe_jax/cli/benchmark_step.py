@@ -33,6 +33,9 @@ _VARIANTS = flags.DEFINE_list(
 _VS = flags.DEFINE_enum(
     "vs", "", ["", "torch"], "Time the same work in PyTorch, instead of the variants."
 )
+_COMPILE = flags.DEFINE_bool(
+    "torch_compile", True, "With --vs=torch: time torch.compile too, which compiles for minutes."
+)
 _LAYERS = flags.DEFINE_integer(
     "tower_layers",
     0,
@@ -74,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
             "started": None if number else records.seconds_since_start(),
         }
         if _VS.value:
-            results[name] = compare_with_torch(config, **shared).as_json()
+            comparison = compare_with_torch(config, **shared, torch_compile=_COMPILE.value)
+            results[name] = comparison.as_json()
         else:
             results[name] = benchmark_step(config, names=_VARIANTS.value, **shared).as_json()
     records.write(
