@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     records.claim(_JSON.value)
     results = {}
     for number, (name, config) in enumerate(configs.items()):
-        shared = {
+        shared: dict[str, Any] = {
             "rounds": _ROUNDS.value,
             "steps": _STEPS.value,
             "tower_layers": _LAYERS.value,

@@ -176,7 +176,8 @@ def _time(
     with tempfile.TemporaryDirectory(dir=_beside(config)) as place:
 
         def write(number: int) -> None:
-            writing.write(Path(place), number, keys, to_host(held, inputs))
+            made = {name: np.asarray(x) for name, x in to_host(held, inputs).items()}
+            writing.write(Path(place), number, keys, made)
 
         runs: dict[str, Callable[[int], object]] = {
             COMPUTED: lambda _: jax.block_until_ready(compiled(held, placed)),

@@ -298,7 +298,7 @@ def random_batch(config: RunConfig, model: DQE, params: Params) -> Batch:
         reference_mask=np.ones(shape.references, bool),
         reference=None if shape.even else slot.ravel().astype(np.int32),
         query=count("query"),
-        text=stored("text", random_texts(rng, *spec.text.shape, model)),
+        text=stored("text", random_texts(rng, shape.queries, config.data.max_length, model)),
         target_image=stored("image", below("target_image", 256)),
         target_id=target_id,
         target_row=count("target_row"),
@@ -394,7 +394,8 @@ class Maker:
             model = model_of(counted, self._layers)
             shapes = setup.param_shapes(model, counted.model, counted.data)
             made = states.make_optimizer(counted, shapes, len(devices))
-            state = TrainState(jax.ShapeDtypeStruct((), np.int32), shapes, made.shapes)
+            step = jnp.zeros((), jnp.int32)
+            state = TrainState(step, shapes, made.shapes)
             lowered = make_step(counted, model, made, devices).lower(state, batch, stop)
         flop = flop_of(lowered) * len(devices)
         runner = Runner(compiled, batch, stop, holder, flop, FirstStep(None, 0, 0, 0))

@@ -17,6 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.feature_store.features import stored_kinds
 from dqe_jax.method.arrays import Array, Params
-from dqe_jax.method.batch import Batch
+from dqe_jax.method.batch import Batch, TrainOutput
 from dqe_jax.method.objective import Objective
 from dqe_jax.models import setup
 from dqe_jax.models.given import GivenSizes
@@ -327,15 +328,15 @@ def forward_once(
     devices = mesh.devices_of(1)
 
     def forward(params: Params, batch: Batch) -> dict[str, Array]:
-        made = {}
+        made: list[TrainOutput] = []
 
-        def apply(*args: object, **kwargs: object) -> object:
-            made["out"] = out = model.apply(*args, **kwargs)  # type: ignore[arg-type]
-            return out
+        def apply(*args: Any, **kwargs: Any) -> TrainOutput:
+            made.append(cast(TrainOutput, model.apply(*args, **kwargs)))
+            return made[0]
 
-        objective = Objective(apply, None, "none", config.loss, mesh.AXIS)  # type: ignore[arg-type]
+        objective = Objective(apply, None, "none", config.loss, mesh.AXIS)
         _, metrics = objective(params, batch, jax.random.key(0))
-        out = made["out"]
+        out = made[0]
         return {
             "query": out.query.embedding,
             "reference": out.reference,
