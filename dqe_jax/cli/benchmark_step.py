@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -32,6 +33,9 @@ _VARIANTS = flags.DEFINE_list(
 )
 _VS = flags.DEFINE_enum(
     "vs", "", ["", "torch"], "Time the same work in PyTorch, instead of the variants."
+)
+_COMPILE = flags.DEFINE_bool(
+    "torch_compile", True, "With --vs=torch: time torch.compile too, which compiles for minutes."
 )
 _LAYERS = flags.DEFINE_integer(
     "tower_layers",
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     records.claim(_JSON.value)
     results = {}
     for number, (name, config) in enumerate(configs.items()):
-        shared = {
+        shared: dict[str, Any] = {
             "rounds": _ROUNDS.value,
             "steps": _STEPS.value,
             "tower_layers": _LAYERS.value,
@@ -74,7 +78,8 @@ def main(argv: Sequence[str]) -> None:
             "started": None if number else records.seconds_since_start(),
         }
         if _VS.value:
-            results[name] = compare_with_torch(config, **shared).as_json()
+            comparison = compare_with_torch(config, **shared, torch_compile=_COMPILE.value)
+            results[name] = comparison.as_json()
         else:
             results[name] = benchmark_step(config, names=_VARIANTS.value, **shared).as_json()
     records.write(

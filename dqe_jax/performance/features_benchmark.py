@@ -7,6 +7,7 @@ are those of XLA's cost analysis before the program is optimised.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from dqe_jax.models import setup
 from dqe_jax.models.dqe import DQE
 from dqe_jax.performance import records
 from dqe_jax.performance import step_benchmark as steps_of
-from dqe_jax.performance.records import Spread
+from dqe_jax.performance.records import Seconds, Spread
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
@@ -175,19 +176,18 @@ def _time(
     with tempfile.TemporaryDirectory(dir=_beside(config)) as place:
 
         def write(number: int) -> None:
-            writing.write(Path(place), number, keys, to_host(held, inputs))
+            made = {name: np.asarray(x) for name, x in to_host(held, inputs).items()}
+            writing.write(Path(place), number, keys, made)
 
         runs: dict[str, Callable[[int], object]] = {
             COMPUTED: lambda _: jax.block_until_ready(compiled(held, placed)),
             COPIED: lambda _: to_host(held, inputs),
             WRITTEN: write,
         }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
         for number in range(rounds):
             for name, run in runs.items():
-                start = time.perf_counter()
-                run(number)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(records.time_of(functools.partial(run, number)))
     return TowerTime(
         rows=rows,
         row_bytes=sum(x[0].nbytes for x in arrays.values()),

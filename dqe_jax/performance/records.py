@@ -9,8 +9,9 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +25,22 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 IN_TORCH = ("torch", "transformers")
 
 
+class Seconds(NamedTuple):
+    """Seconds by the clock, and of processor time of all threads of this process."""
+
+    clock: float
+    processor: float
+
+
+def time_of(run: Callable[[], object], count: int = 1) -> Seconds:
+    """What a call takes, divided by `count`."""
+    used, start = time.process_time(), time.perf_counter()
+    run()
+    return Seconds(
+        (time.perf_counter() - start) / count, max(time.process_time() - used, 1e-9) / count
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """Seconds of something that was timed in rounds.
@@ -33,18 +50,23 @@ class Spread:
       p95: 95th percentile of the rounds, interpolated.
       quartiles: 25th and 75th percentile.
       rounds: how many.
+      processor: seconds of processor time of this process, of all threads, in the median round.
+        Other programs hardly change it.
     """
 
     median: float
     p95: float
     quartiles: tuple[float, float]
     rounds: int
+    processor: float
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        """Of the seconds of each round."""
-        low, median, high, p95 = (float(x) for x in np.percentile(seconds, (25, 50, 75, 95)))
-        return cls(median, p95, (low, high), len(seconds))
+    def of(cls, rounds: Sequence[Seconds]) -> Spread:
+        """Of the times of each round."""
+        clock = [one.clock for one in rounds]
+        low, median, high, p95 = (float(x) for x in np.percentile(clock, (25, 50, 75, 95)))
+        processor = float(np.median([one.processor for one in rounds]))
+        return cls(median, p95, (low, high), len(rounds), processor)
 
     @property
     def relative(self) -> float:

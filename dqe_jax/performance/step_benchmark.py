@@ -9,6 +9,7 @@ product reaches in the same dtype and the same run is the MFU (model FLOP utilis
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from dqe_jax.models.features import StoredText
 from dqe_jax.models.given import GivenSizes
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.performance import records
-from dqe_jax.performance.records import Spread
+from dqe_jax.performance.records import Seconds, Spread
 from dqe_jax.training import state as states
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import batch_spec, make_step
@@ -224,14 +225,12 @@ def check(config: RunConfig, devices: Sequence[jax.Device]) -> Any:
 
 def in_turns(
     runs: Mapping[str, Callable[[int], None]], rounds: int, steps: int
-) -> dict[str, list[float]]:
-    """Seconds of one step, in each round: all take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+) -> dict[str, list[Seconds]]:
+    """What one step takes, in each round: all take turns."""
+    seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run(steps)
-            seconds[name].append((time.perf_counter() - start) / steps)
+            seconds[name].append(records.time_of(functools.partial(run, steps), steps))
     return seconds
 
 
@@ -299,7 +298,7 @@ def random_batch(config: RunConfig, model: DQE, params: Params) -> Batch:
         reference_mask=np.ones(shape.references, bool),
         reference=None if shape.even else slot.ravel().astype(np.int32),
         query=count("query"),
-        text=stored("text", random_texts(rng, *spec.text.shape, model)),
+        text=stored("text", random_texts(rng, shape.queries, config.data.max_length, model)),
         target_image=stored("image", below("target_image", 256)),
         target_id=target_id,
         target_row=count("target_row"),
@@ -348,7 +347,7 @@ class Runner:
             self.holder[0] = self.compiled(self.holder[0], self.batch, self.stop).state
         jax.block_until_ready(self.holder[0])
 
-    def time(self, seconds: Sequence[float]) -> StepTime:
+    def time(self, seconds: Sequence[Seconds]) -> StepTime:
         """What the rounds say of it."""
         return StepTime(Spread.of(seconds), self.flop, memory_of(self.compiled), self.first)
 
@@ -395,7 +394,8 @@ class Maker:
             model = model_of(counted, self._layers)
             shapes = setup.param_shapes(model, counted.model, counted.data)
             made = states.make_optimizer(counted, shapes, len(devices))
-            state = TrainState(jax.ShapeDtypeStruct((), np.int32), shapes, made.shapes)
+            step = jnp.zeros((), jnp.int32)
+            state = TrainState(step, shapes, made.shapes)
             lowered = make_step(counted, model, made, devices).lower(state, batch, stop)
         flop = flop_of(lowered) * len(devices)
         runner = Runner(compiled, batch, stop, holder, flop, FirstStep(None, 0, 0, 0))
@@ -513,7 +513,7 @@ def table(report: StepReport) -> str:
     """
     baseline = report.times.get(BASELINE)
     rows: list[tuple[str, ...]] = [
-        ("step", "ms", "p95", "+-", "examples/s", "TFLOP/s", "MFU", "GiB", "ratio")
+        ("step", "ms", "p95", "+-", "cpu ms", "examples/s", "TFLOP/s", "MFU", "GiB", "ratio")
     ]
     for name, found in report.times.items():
         rows.append(
@@ -522,6 +522,7 @@ def table(report: StepReport) -> str:
                 f"{1e3 * found.seconds:.1f}",
                 f"{1e3 * found.spread.p95:.1f}",
                 f"{found.spread.relative:.0%}",
+                f"{1e3 * found.spread.processor:.1f}",
                 f"{report.queries / found.seconds:.0f}",
                 f"{found.flop / found.seconds / 1e12:.3g}",
                 f"{report.mfu(name):.0%}",

@@ -17,6 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +28,20 @@ from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.distributed import mesh
 from dqe_jax.feature_store.features import stored_kinds
 from dqe_jax.method.arrays import Array, Params
-from dqe_jax.method.batch import Batch
+from dqe_jax.method.batch import Batch, TrainOutput
 from dqe_jax.method.objective import Objective
 from dqe_jax.models import setup
 from dqe_jax.models.given import GivenSizes
 from dqe_jax.models.weights.sizes import PretrainedSizes
 from dqe_jax.performance import records
 from dqe_jax.performance import step_benchmark as steps_of
-from dqe_jax.performance.records import Spread
+from dqe_jax.performance.records import Seconds, Spread
 from dqe_jax.performance.step_benchmark import VOCABULARY, StepReport, StepTime
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
 
-OURS, STORED = "dqe_jax", "dqe_jax, features stored"
+OURS, STORED = "dqe_jax", "dqe_jax, stored"
 EAGER, COMPILED = "PyTorch", "PyTorch, compiled"
 # By which embeddings and losses of both may differ: absolutely, a loss above 1 relatively.
 TOLERANCE = 1e-4
@@ -76,11 +77,13 @@ class Ratio:
       median: of the medians of both.
       lowest: of a round.
       highest: of a round.
+      processor: of processor time, in the median round.
     """
 
     median: float
     lowest: float
     highest: float
+    processor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,7 @@ def compare_with_torch(
     trace: str | os.PathLike[str] | None = None,
     label: str = "",
     started: float | None = None,
+    torch_compile: bool = True,
 ) -> Comparison:
     """Times our step and PyTorch's on one device, and logs a table.
 
@@ -138,6 +142,7 @@ def compare_with_torch(
       trace: for a profile of our step.
       label: the config's name.
       started: seconds in which the process came here.
+      torch_compile: whether PyTorch's step is also timed by `torch.compile`.
 
     Raises:
       UserError: PyTorch or transformers is missing or has no such model, the config is not sound,
@@ -179,17 +184,18 @@ def compare_with_torch(
     runs: dict[str, Callable[[int], None]] = {name: one.run for name, one in runners.items()}
     first[EAGER] = _seconds(theirs.run)
     runs[EAGER] = theirs.run
-    compiled = theirs.compiled()
-    try:
+    if torch_compile:
+        compiled = theirs.compiled()
         before = in_torch.graph_breaks()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own internals
-            first[COMPILED] = _seconds(compiled.run)
-        runs[COMPILED] = compiled.run
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its own internals
+                first[COMPILED] = _seconds(compiled.run)
+            runs[COMPILED] = compiled.run
+        except Exception as error:  # of a compiler, of any kind
+            notes.append(f"torch.compile did not work: {reason_of(error)}.")
         if broken := in_torch.graph_breaks() - before:
             notes.append(f"torch.compile left compiled code at {broken} places.")
-    except Exception as error:  # of a compiler, of any kind
-        notes.append(f"torch.compile did not work: {reason_of(error)}.")
     for run in runs.values():
         run(1)
     seconds = steps_of.in_turns(runs, rounds, steps)
@@ -258,9 +264,15 @@ def _seconds(run: Callable[[int], None]) -> float:
     return time.perf_counter() - start
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> Ratio:
-    each = np.array(ours) / np.array(theirs)
-    return Ratio(float(np.median(ours) / np.median(theirs)), float(each.min()), float(each.max()))
+def _ratio(ours: list[Seconds], theirs: list[Seconds]) -> Ratio:
+    clock, processor = np.array(ours).T / np.array(theirs).T
+    one, other = Spread.of(ours), Spread.of(theirs)
+    return Ratio(
+        median=one.median / other.median,
+        lowest=float(clock.min()),
+        highest=float(clock.max()),
+        processor=float(np.median(processor)),
+    )
 
 
 # --------------------------------------------------------------------------------- the same result
@@ -316,15 +328,15 @@ def forward_once(
     devices = mesh.devices_of(1)
 
     def forward(params: Params, batch: Batch) -> dict[str, Array]:
-        made = {}
+        made: list[TrainOutput] = []
 
-        def apply(*args: object, **kwargs: object) -> object:
-            made["out"] = out = model.apply(*args, **kwargs)  # type: ignore[arg-type]
-            return out
+        def apply(*args: Any, **kwargs: Any) -> TrainOutput:
+            made.append(cast(TrainOutput, model.apply(*args, **kwargs)))
+            return made[0]
 
-        objective = Objective(apply, None, "none", config.loss, mesh.AXIS)  # type: ignore[arg-type]
+        objective = Objective(apply, None, "none", config.loss, mesh.AXIS)
         _, metrics = objective(params, batch, jax.random.key(0))
-        out = made["out"]
+        out = made[0]
         return {
             "query": out.query.embedding,
             "reference": out.reference,
@@ -345,7 +357,7 @@ def table(comparison: Comparison) -> str:
     """A comparison as text; the last column is a time as a share of PyTorch's faster one."""
     ours, fastest = comparison.ours, comparison.theirs[comparison.fastest].median
     rows: list[tuple[str, ...]] = [
-        ("step", "ms", "p95", "+-", "examples/s", "TFLOP/s", "MFU", "GiB", "ratio")
+        ("step", "ms", "p95", "+-", "cpu ms", "examples/s", "TFLOP/s", "MFU", "GiB", "ratio")
     ]
     times: dict[str, StepTime | Spread] = {**ours.times, **comparison.theirs}
     for name, one in times.items():
@@ -360,6 +372,7 @@ def table(comparison: Comparison) -> str:
                 f"{1e3 * spread.median:.1f}",
                 f"{1e3 * spread.p95:.1f}",
                 f"{spread.relative:.0%}",
+                f"{1e3 * spread.processor:.1f}",
                 f"{ours.queries / spread.median:.1f}",
                 *cells,
                 f"{spread.median / fastest:.2f}",
@@ -379,8 +392,8 @@ def table(comparison: Comparison) -> str:
     for name, ratio in comparison.ratios.items():
         lines.append(
             f"{name}: {ratio.median:.2f} of the time of {comparison.fastest!r} "
-            f"({ratio.lowest:.2f} to {ratio.highest:.2f} in a round), "
-            f"{1 / ratio.median:.2f} times as fast."
+            f"({ratio.lowest:.2f} to {ratio.highest:.2f} in a round), {ratio.processor:.2f} of its "
+            "processor time."
         )
     busy = records.busy() if ours.platform == "cpu" else None
     return "\n".join([*lines, *comparison.notes, *([busy] if busy else [])])

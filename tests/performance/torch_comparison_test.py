@@ -163,6 +163,17 @@ def arguments(config):
     return config, params, sizes, step_benchmark.VOCABULARY, batch, torch.device("cpu")
 
 
+@pytest.mark.parametrize("backbone", ["clip", "blip2"])
+def test_steps_in_half_precision_keep_frozen_towers_in_it(backbone):
+    half = {"model.dtype": "bfloat16", "model.frozen_dtype": "bfloat16"}
+    config = small_model_config(backbone, **half, **{"model.frozen": ("vision",)})
+    theirs = in_torch.make_torch_step(*arguments(config))
+    theirs.run(1)
+    kinds = {n: p.dtype for n, p in theirs.model.named_parameters()}
+    assert {kinds[n] for n in kinds if "vision_model" in n} == {torch.bfloat16}
+    assert {kinds[n] for n in kinds if "vision_model" not in n} == {torch.float32}
+
+
 def test_nothing_is_timed_where_both_differ(monkeypatch):
     forward = in_torch.forward_once
 
