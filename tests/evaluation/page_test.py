@@ -15,7 +15,8 @@ from dqe_jax.data.splits import Coverage
 from dqe_jax.evaluation import intervals, metrics, page, protocols
 from dqe_jax.utils.errors import UserError
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
