@@ -13,8 +13,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from dqe_jax.data.examples import Queries
 from dqe_jax.utils.files import JsonObject
@@ -34,7 +32,7 @@ class Probability:
 
     def of(self, scores: np.ndarray) -> np.ndarray:
         """Probabilities float64 of scores, in the same shape."""
-        return expit(self.slope * np.asarray(scores, np.float64) + self.offset)
+        return _logistic(self.slope * np.asarray(scores, np.float64) + self.offset)
 
     def to_json(self) -> JsonObject:
         """What JSON can hold."""
@@ -70,6 +68,8 @@ def fit(rows: np.ndarray, scores: np.ndarray, queries: Queries) -> Probability |
     Returns:
       None where the lists hold no valid image, or nothing else.
     """
+    from scipy.optimize import minimize  # slow to import
+
     labelled = np.flatnonzero(queries.target >= 0)
     found = [np.isin(rows[i], valid_rows(queries, i)) for i in labelled.tolist()]
     listed = rows[labelled] >= 0
@@ -84,7 +84,7 @@ def fit(rows: np.ndarray, scores: np.ndarray, queries: Queries) -> Probability |
 
     def loss(curve: np.ndarray) -> tuple[float, np.ndarray]:
         z = curve[0] * x + curve[1]
-        error = expit(z) - label
+        error = _logistic(z) - label
         return float((np.logaddexp(0, z) - label * z).mean()), np.array(
             [(error * x).mean(), error.mean()]
         )
@@ -92,6 +92,10 @@ def fit(rows: np.ndarray, scores: np.ndarray, queries: Queries) -> Probability |
     start = np.array([0.0, np.log((positive + 1) / (negative + 1))])
     slope, offset = minimize(loss, start, jac=True, method="BFGS").x
     return Probability(float(slope / width), float(offset - slope * mean / width))
+
+
+def _logistic(z: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(z / 2))  # exp would overflow
 
 
 def valid_rows(queries: Queries, at: int) -> Sequence[int] | np.ndarray:
