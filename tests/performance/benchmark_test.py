@@ -93,6 +93,7 @@ def test_several_configs_are_named_and_their_figures_written(tmp_path):
         assert list(profile.rglob("perfetto_trace.json.gz"))
 
 
+@pytest.mark.slow
 def test_a_stored_tower_is_timed_beside_one_in_each_step(caplog):
     config = shapes.get_config("smoke")
     config.model.frozen, config.num_devices = ("vision", "text"), 1
@@ -108,6 +109,7 @@ def test_a_stored_tower_is_timed_beside_one_in_each_step(caplog):
     assert float(said[2]) > 1.2
 
 
+@pytest.mark.slow
 def test_flop_are_those_of_all_layers_however_they_are_computed(monkeypatch):
     monkeypatch.setattr(
         step_benchmark, "sizes_for", lambda config, layers: BACKBONES[config.model.backbone].sizes
