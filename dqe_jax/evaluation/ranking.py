@@ -232,8 +232,11 @@ def _scores(queries: Array, tokens: Array, *, on_cpu: bool) -> jax.Array:
     if size >= rows:
         scores = ranking_similarity(queries, tokens)
     else:
-        one = lambda image: ranking_similarity(queries, image[None])[:, 0]  # noqa: E731
-        scores = lax.map(one, tokens, batch_size=size).T
+
+        def of_image(image: Array) -> Array:
+            return ranking_similarity(queries, image[None])[:, 0]
+
+        scores = lax.map(of_image, tokens, batch_size=size).T
     # Sorting would order -0 before 0, but as scores they are equal.
     return jnp.where(scores == 0, 0.0, scores)
 

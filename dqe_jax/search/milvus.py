@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from etils import epath
 
 from dqe_jax.search.store import Facts, Listing, Vectors
 from dqe_jax.search.tables import Column, Filter
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import cannot_write
 from dqe_jax.utils.progress import progress
 
 WRITTEN = "milvus.npz"  # what the store holds, in the directory of the index
@@ -165,8 +167,8 @@ class Engine:
             with np.load(self._written, allow_pickle=False) as file:
                 same = (str(file["store"]), str(file["name"])) == (self._facts.store, self._name)
                 numbers, versions = file["numbers"].tolist(), file["versions"].tolist()
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            return None
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+            return None  # there is none, or it is damaged
         tokens = self._facts.tokens
         if not same or self._count() != tokens * len(numbers):
             return None
@@ -175,15 +177,18 @@ class Engine:
     def _remember(self, written: Mapping[int, str]) -> None:
         """Says in the directory of the index what the store holds."""
         aside = self._written.with_name(f"{WRITTEN}.partial")
-        with aside.open("wb") as file:
-            np.savez(
-                file,
-                store=self._facts.store,
-                name=self._name,
-                numbers=np.array(list(written), np.int64),
-                versions=np.array(list(written.values()), str),
-            )
-        aside.replace(self._written)
+        try:
+            with aside.open("wb") as file:
+                np.savez(
+                    file,
+                    store=self._facts.store,
+                    name=self._name,
+                    numbers=np.array(list(written), np.int64),
+                    versions=np.array(list(written.values()), str),
+                )
+            aside.replace(self._written)
+        except OSError as error:
+            raise cannot_write(epath.Path(aside.parent), error) from error
 
     def _count(self) -> int:
         """Rows in the store."""

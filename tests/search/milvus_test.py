@@ -103,6 +103,8 @@ def test_it_follows_the_folder_and_survives_kills(model, photos, places, monkeyp
     index = model.index(photos, output=place)
     assert found_by(index) == found_by(model.index(photos))
     index._engine.close()
+    (place / milvus.WRITTEN).write_bytes(b"")  # damaged: the store is read
+    model.index(photos, output=place)._engine.close()
     opened = open_index(place, model=model)
     assert found_by(opened) == found_by(model.index(photos))
 

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -47,7 +47,7 @@ from etils import epath
 from dqe_jax.data import examples
 from dqe_jax.data.builders.fashion_raw import DECODE_SIDE, Photos, read_styles
 from dqe_jax.data.builders.fashion_texts import ATTRIBUTES, GRAMMAR
-from dqe_jax.data.made.galleries import Row, make_splits, place_products
+from dqe_jax.data.made.galleries import Row, gallery_items, make_splits, place_products
 from dqe_jax.data.made.photos import ImageFile, decode_all
 from dqe_jax.data.made.queries import Product, Rules
 from dqe_jax.utils import errors
@@ -121,7 +121,7 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
         generators = {}
         for split in examples.SPLITS:
             generators[examples.gallery_split(split)] = self._generate_examples(
-                _gallery_items(galleries[split], images, config.image_format)
+                gallery_items(galleries[split], images, config.image_format)
             )
             generators[split] = self._generate_examples(queries[split])
         return generators
@@ -131,19 +131,6 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
     ) -> examples.Records:
         for row, item in enumerate(records):
             yield row, item.record()
-
-
-def _gallery_items(
-    products: Sequence[Product], images: ImageFile, image_format: str
-) -> Iterator[examples.GalleryItem]:
-    for product in products:
-        yield examples.GalleryItem(
-            product.id,
-            images[product.image],
-            product.photo,
-            product.attributes,
-            image_format=image_format,
-        )
 
 
 def _load_products(

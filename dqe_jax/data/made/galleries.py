@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from absl import logging
 
@@ -100,3 +100,23 @@ def make_splits(
         counts[split] = summary(galleries[split], queries[split], dropped)
         logging.info("%s: %s", split, counts[split])
     return queries, counts
+
+
+def gallery_items(
+    products: Iterable[Product], images: ImageFile, image_format: str
+) -> Iterator[examples.GalleryItem]:
+    """What is stored of the products of a split, in their order.
+
+    Args:
+        products: Of the split.
+        images: Of all products.
+        image_format: How images are stored.
+    """
+    for product in products:
+        yield examples.GalleryItem(
+            product.id,
+            images[product.image],
+            product.photo,
+            product.attributes,
+            image_format=image_format,
+        )

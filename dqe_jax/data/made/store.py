@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -22,6 +22,7 @@ from etils import epath
 
 from dqe_jax.data import examples, preparation
 from dqe_jax.data.builders.benchmarks import BenchmarkConfig, make_builder
+from dqe_jax.data.made.galleries import gallery_items
 from dqe_jax.data.made.photos import ImageFile
 from dqe_jax.data.made.queries import Product
 from dqe_jax.data.made.settings import FACTS, LEXICON, read_facts
@@ -86,28 +87,16 @@ class MadeTriplets(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         generators: dict[str, object] = {}
         for split in examples.SPLITS:
             generators[examples.gallery_split(split)] = self._generate_examples(
-                _items(made.galleries[split], made.images, self.builder_config.image_format)
+                gallery_items(made.galleries[split], made.images, self.builder_config.image_format)
             )
-            generators[split] = self._generate_examples(
-                query.record() for query in made.queries[split]
-            )
+            generators[split] = self._generate_examples(made.queries[split])
         return generators
 
-    def _generate_examples(self, records: Iterator[examples.Record]) -> examples.Records:
-        yield from enumerate(records)
-
-
-def _items(
-    products: Sequence[Product], images: ImageFile, image_format: str
-) -> Iterator[examples.Record]:
-    for product in products:
-        yield examples.GalleryItem(
-            product.id,
-            images[product.image],
-            product.photo,
-            product.attributes,
-            image_format=image_format,
-        ).record()
+    def _generate_examples(
+        self, records: Iterable[examples.Query | examples.GalleryItem]
+    ) -> examples.Records:
+        for row, item in enumerate(records):
+            yield row, item.record()
 
 
 def open_output(

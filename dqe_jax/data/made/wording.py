@@ -198,9 +198,12 @@ def _check_attribute(file: object, name: str, own: object) -> None:
                 )
 
 
+def _is_text(x: object) -> bool:
+    return isinstance(x, str) and bool(x)
+
+
 def _check_texts(file: object, what: str, texts: object, least: int = 1) -> None:
-    sound = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
-    if not sound or len(texts) < least:  # type: ignore[arg-type]
+    if not isinstance(texts, list) or len(texts) < least or not all(map(_is_text, texts)):
         raise UserError(f"{file}: {what} must be a list of texts, not {texts!r}.")
 
 
