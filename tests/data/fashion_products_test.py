@@ -734,6 +734,7 @@ def test_hidden_files_of_an_archive_are_no_photos(tmp_path):
 # --- The real photos ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the photos are not at {REAL}")
 def test_some_real_photos(tmp_path):
     (tmp_path / "raw").mkdir()

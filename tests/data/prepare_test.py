@@ -91,6 +91,7 @@ def test_fashioniq_complete(tmp_path, splits):
     assert (np.diff(split.pools["shirt"]) > 0).all()
 
 
+@pytest.mark.slow
 @needs_real
 def test_cirr_val_and_test1_complete(tmp_path):
     standins.cirr(REAL / "cirr", tmp_path / "raw")
@@ -368,6 +369,7 @@ def test_processes_give_what_one_process_gives(tmp_path):
     assert len({photo.number for photo in one}) == 72
 
 
+@pytest.mark.slow
 def test_beam_gives_the_same(tmp_path):
     pytest.importorskip("apache_beam", reason="Apache Beam is not installed: it would prepare")
     standins.small_fashioniq(tmp_path / "raw", count=2, images=9)

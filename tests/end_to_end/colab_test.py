@@ -169,6 +169,7 @@ def printed(cell):
     return text, sum("image/png" in out.get("data", {}) for out in cell.outputs)
 
 
+@pytest.mark.slow  # it is the README's main job, which CI runs
 def test_shapes(tmp_path):
     results = execute("shapes", tmp_path, STEPS=8, VARIANT="smoke")
     assert {name for name, (_, pictures) in results.items() if pictures} == {

@@ -80,10 +80,8 @@ def test_rows_and_table():
     ]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    base = tmp_path_factory.mktemp("curve")
-    config = small_config(
+def config_of(base):
+    return small_config(
         base / "prepared",
         **{
             "data.variant": "coarse_smoke",
@@ -95,6 +93,12 @@ def finished(tmp_path_factory):
             "eval.sheet_queries": 1,
         },
     )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    base = tmp_path_factory.mktemp("curve")
+    config = config_of(base)
     with pytest.MonkeyPatch.context() as patch:
         # `ablate_test.py` looks at it.
         patch.setattr(jax, "clear_caches", lambda: None)
@@ -102,6 +106,7 @@ def finished(tmp_path_factory):
     return config, base / "runs", points
 
 
+@pytest.mark.slow  # two runs
 def test_what_it_writes(finished):
     _, workdir, points = finished
     assert [point.directory for point in points] == [
@@ -130,14 +135,15 @@ def test_what_it_writes(finished):
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
 
 
+@pytest.mark.slow
 def test_a_complete_curve_is_only_read(finished, monkeypatch):
     config, workdir, points = finished
     monkeypatch.setattr(loop, "train_and_evaluate", None)
     assert bound_curve.run_curve(config, workdir, lowers=(0.0,), seeds=1) == points
 
 
-def test_a_curve_needs_a_floor(finished, tmp_path):
-    config = RunConfig.of(finished[0]).with_changes({"negatives.floor": -np.inf})
+def test_a_curve_needs_a_floor(tmp_path):
+    config = RunConfig.of(config_of(tmp_path)).with_changes({"negatives.floor": -np.inf})
     with pytest.raises(UserError, match=r"negatives\.floor is -inf"):
         bound_curve.run_curve(config, tmp_path, lowers=(0.1,), seeds=1)
 

@@ -246,6 +246,7 @@ def named(base, known):
     imported(base, "named", *write(base / "named.npz", *known))
 
 
+@pytest.mark.slow
 def test_several_sources_and_words(base, named):
     changes = {
         "model.features.images": (IMAGES, "named"),
@@ -353,6 +354,7 @@ def test_a_version_that_fails_and_a_damaged_store_are_sentences(base, tmp_path, 
     refused(config_of(base, **changes), tmp_path / "b", "store.json is damaged: delete")
 
 
+@pytest.mark.slow
 def test_a_step_on_features_is_timed(base):
     report = benchmark_step(config_of(base, num_devices=1), rounds=1, steps=1, names=["config"])
     assert list(report.times) == ["config"]

@@ -383,6 +383,7 @@ def test_what_is_not_frozen_is_not_stored(base):
         assert Features(config, model, jax.devices()[:1]).kinds == kinds
 
 
+@pytest.mark.slow
 def test_what_follows_a_tower_may_change(base, own, caplog):
     with caplog.at_level(logging.INFO):
         one_step(base, "own", **{"model.tiny.embed_dim": 16, "model.tiny.composer_depth": 2})

@@ -179,6 +179,14 @@ def test_a_composer_without_blocks():
         np.testing.assert_allclose(together[r * Q + 1 : r * Q + 2], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=() if name == "tiny" else pytest.mark.slow)  # each operation alone
+        for name in sorted(models.BACKBONES)
+    ],
+    indirect=True,
+)
 def test_jit_changes_nothing(model):
     module, params, query, gallery = model
     reference, text, _ = flat_inputs()

@@ -59,6 +59,7 @@ def test_the_table_has_all_variants_and_a_ratio_to_the_baseline():
     assert abs(total - sum(parts)) < 0.3
 
 
+@pytest.mark.slow
 def test_several_configs_are_named_and_their_figures_written(tmp_path):
     done = run_module(
         *("dqe_jax", "benchmark", "step", "shapes:smoke", "shapes:coarse,smoke"),

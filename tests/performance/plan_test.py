@@ -582,6 +582,7 @@ def test_a_sharded_optimizer_takes_an_eighth_and_sends_as_much(tmp_path):
     assert step["sent"] < 1.2 * 2 * 7 / 8 * weights
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.tpu
 def test_what_does_not_fit_ends_with_status_1_and_advice():

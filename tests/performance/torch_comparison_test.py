@@ -72,7 +72,14 @@ def test_embeddings_and_loss_agree(case):
     assert found.value > 1
 
 
-@pytest.mark.parametrize("case", ["tiny with gates", "clip", "blip2"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("tiny with gates", marks=pytest.mark.slow),
+        "clip",
+        pytest.param("blip2", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_agree(case):
     config, model, params, sizes = made(case)
     batch = step_benchmark.random_batch(config, model, params)
@@ -97,6 +104,7 @@ def test_gradients_agree(case):
         assert not ours[name].any(), name
 
 
+@pytest.mark.slow  # gradients are compared always
 def test_steps_lower_the_loss_alike():
     """Clipping, the learning rate and AdamW's decay are those of the config."""
     changes = {"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 2}
@@ -118,6 +126,7 @@ def test_steps_lower_the_loss_alike():
     assert math.sqrt(difference / moved) < 0.05
 
 
+@pytest.mark.slow
 def test_frozen_towers_do_not_train_and_their_features_are_stored(monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", lambda _: fails)
     backbone, own = CASES["clip"]
@@ -198,6 +207,7 @@ def test_what_cannot_be_compared(monkeypatch):
         compare_with_torch(small_model_config("tiny"))
 
 
+@pytest.mark.slow
 def test_a_tower_that_transformers_does_not_have(monkeypatch):
     sizes = BACKBONES["blip2"].sizes
     vision = BACKBONES["clip"].sizes.vision  # with a norm before it, as in LAVIS

@@ -56,7 +56,7 @@ def moments(made, state):
     return jax.device_get(saved.inner_state[1][0].mu)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_are_the_mean_of_those_of_the_batches(apart, sharded, monkeypatch):
     monkeypatch.setattr(zero, "LEAST", 1)
     model, params, batches, each, losses = apart

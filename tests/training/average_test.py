@@ -125,6 +125,7 @@ def test_it_is_what_is_evaluated_opened_and_exported(base, straight):
     assert not np.array_equal(other.scores, result.scores)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_it_starts_one(base, straight, caplog):
     """As those of an older version are; parameters are trained as with it."""
     workdir = base / "older"
@@ -142,6 +143,7 @@ def test_a_checkpoint_without_it_starts_one(base, straight, caplog):
     assert not (workdir / "checkpoints" / "4" / "average").exists()
 
 
+@pytest.mark.slow  # `zero_test.py` has all that is sharded
 def test_it_is_sharded_as_the_moments_are(base, straight, monkeypatch):
     monkeypatch.setattr(zero, "LEAST", 1)  # the models of tests have nothing that is worth it
     config = config_of(base, **{"optimizer.shard_state": True, "checkpoint_every": STEPS})

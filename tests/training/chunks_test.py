@@ -59,7 +59,7 @@ def gradients_of(config, devices):
 @pytest.mark.parametrize(
     "backbone",
     [
-        pytest.param(name, marks=() if name == "clip" else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "tiny" else pytest.mark.slow)
         for name in sorted(BACKBONES)
     ],
 )
