@@ -455,11 +455,17 @@ def test_every_parameter_is_in_exactly_one_part(initial, backbone):
 
 
 @pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=() if name == "clip" else pytest.mark.slow)
+        for name in sorted(models.VARIANTS)  # of pretrained backbones
+    ],
+    indirect=True,
+)
+@pytest.mark.parametrize(
     ("remat", "scan"), [pytest.param(True, False, marks=pytest.mark.slow), (True, True)]
 )
 def test_remat_and_scan_change_nothing(model, backbone, remat, scan):
-    if backbone not in models.VARIANTS:
-        pytest.skip("for pretrained backbones")
     _, params, query, gallery = model
     changes = {"model.remat": remat, "model.scan_layers": scan}
     module = build_small_model(small_model_config(backbone, **changes))

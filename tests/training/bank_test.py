@@ -87,7 +87,9 @@ def test_training_does_not_depend_on_devices(base, mining):
 # Of "step", `fault_test.py` says the same.
 @pytest.mark.parametrize("mining", [pytest.param("step", marks=pytest.mark.slow), "refresh"])
 def test_an_interrupted_run_goes_on_exactly(base, mining):
-    config = config_of(base, **{"negatives.mining": mining})
+    bounds = {"negatives.bounds": "absolute", "negatives.lower": 0.05, "negatives.upper": 0.09}
+    fields = {**bounds, "negatives.per_query": 2, "negatives.mining": mining}
+    config = config_of(base, **fields)
     loop.train_and_evaluate(config, base / f"whole-{mining}")
     loop.train_and_evaluate(config, base / f"parts-{mining}", stop_at=3)  # between two refreshes
     loop.train_and_evaluate(config, base / f"parts-{mining}")
@@ -96,6 +98,8 @@ def test_an_interrupted_run_goes_on_exactly(base, mining):
     lines = lines_of(base / f"whole-{mining}")
     assert "negatives/delta" not in lines[2]  # no bank yet: InfoNCE alone
     assert all("negatives/delta" in lines[step] for step in (3, 4, 5, 6))
+    for step in (3, 5):  # the bank is fresh: what was drawn lies in the zone
+        assert 0.05 < lines[step]["negatives/delta"] <= 0.09
 
 
 @pytest.mark.parametrize("warmup", ["random", "rule"])
