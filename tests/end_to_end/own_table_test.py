@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 
 import dqe_jax
 from dqe_jax.cli.command_line import use_data_dir
+from dqe_jax.config import RunConfig
+from dqe_jax.data import datasets, splits
 from dqe_jax.data.made.from_table import triplets_from_table
 from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.testing.small_runs import BENCHMARK_SIZE, small_benchmark_config
@@ -63,3 +67,22 @@ def test_a_search_in_its_photos(shop):
     assert len(found.results) == 3
     assert {one.metadata["colour"] for one in found.results} == {"Red"}
     assert found.attribute_weights.keys() == set(ATTRIBUTES)
+
+
+def test_the_search_ranks_as_evaluation_does(shop, tmp_path):
+    """Of the photos as they are, which evaluation reads as they were prepared."""
+    root, config, _ = shop
+    data = RunConfig.of(config).data
+    split = splits.open_split(data, datasets.open_dataset(data), "test")
+    result = evaluate_checkpoint(config, root / "run", output=tmp_path / "eval")
+    ids, queries, folder = list(split.gallery.ids), split.queries, tmp_path / "photos"
+    folder.mkdir()
+    for name in ids:
+        shutil.copy(root / "photos" / name, folder)
+    index = dqe_jax.load(root / "run", batch_size=16).index(folder)
+    asked = [ids[row] for row in queries.reference]
+    found = index.search(asked, list(queries.texts), k=10, include_reference=True)
+    for own, rows, scores in zip(found, result.rows, result.scores, strict=True):
+        wanted = [ids[row] for row in rows[:10]]
+        if [one.id for one in own] != wanted:  # scores that are almost equal
+            np.testing.assert_allclose([one.score for one in own], scores[:10], atol=1e-6)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,9 +17,14 @@ from dqe_jax.models import setup
 from dqe_jax.models.build import build_model
 from dqe_jax.search.images import Preprocessing, UnreadableError, to_rgb
 from dqe_jax.search.inputs import Inputs
+from dqe_jax.search.loading import load
 from dqe_jax.search.texts import encode_texts
+from dqe_jax.testing.pretrained import copy_weights
 from dqe_jax.testing.small_models import ATTRIBUTES, LENGTH, build_small_model, small_model_config
+from dqe_jax.testing.untrained import save_untrained
 from dqe_jax.utils.errors import UserError
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 def test_importing_imports_no_jax():
@@ -29,13 +35,11 @@ def test_importing_imports_no_jax():
         dqe_jax.nothing  # noqa: B018
 
 
-def test_the_api_ranks_as_evaluation_does(run, model, photos, tmp_path):
-    """The gallery of the split, its queries, and the protocol of the split."""
-    config, _, split = run
+def check_ranks(config, split, model, folder):
+    """The gallery of a split, its queries and its protocol, asked of the model's index."""
     config = RunConfig.of(config).with_changes({"eval.batch_size": 16, "eval.top_k": 50})
     evaluator = make_evaluator(config, model_of(model), model.tokenizer, split, model.devices)
     result = evaluator.run(model._params)
-    folder = tmp_path / "gallery"
     folder.mkdir()
     for row in range(len(split.gallery)):
         Image.fromarray(split.gallery[row]).save(folder / f"{row:05d}.png")
@@ -57,6 +61,26 @@ def test_the_api_ranks_as_evaluation_does(run, model, photos, tmp_path):
         np.testing.assert_allclose(
             list(results.attribute_weights.values()), result.attribute_weights[i], atol=1e-6
         )
+
+
+def test_the_api_ranks_as_evaluation_does(run, model, tmp_path):
+    config, _, split = run
+    check_ranks(config, split, model, tmp_path / "gallery")
+
+
+@pytest.mark.slow  # each compiles a tower
+@pytest.mark.parametrize("name", ["clip", "blip2"])
+def test_pretrained_backbones_rank_as_in_evaluation(run, tmp_path, name):
+    config, _, split = run
+    copy_weights(GOLDEN / name, name, tmp_path / "weights")
+    changes = {
+        **{"model.backbone": name, "model.weights": str(tmp_path / "weights")},
+        **{f"model.{name}.variant": "auto", "model.frozen": (), "data.max_length": 12},
+        "model.attributes.width": 8,
+    }
+    config = RunConfig.of(config).with_changes(changes)
+    save_untrained(config, tmp_path / "run")
+    check_ranks(config, split, load(tmp_path / "run", batch_size=16), tmp_path / "gallery")
 
 
 def model_of(model):
