@@ -489,6 +489,7 @@ def settings_of(config: RunConfig, tower_layers: int = 0) -> JsonObject:
         "max_length": config.data.max_length,
         "negatives": config.negatives.rule,
         "chunks": config.batch.chunks,
+        "accumulate": config.batch.accumulate,
     }
     return shown | ({"tower_layers": tower_layers} if tower_layers else {})
 
@@ -498,9 +499,11 @@ def heading(report: StepReport) -> str:
     shown, layers = report.settings, report.settings.get("tower_layers")
     parts = [str(shown[key]) for key in ("backbone", "variant") if shown[key]]
     model = " ".join([*parts, *([f"with {layers} tower layers"] if layers else [])])
+    batches = shown["accumulate"]
+    each = f"in each of the {batches} batches of an update" if batches > 1 else "a step"
     return (
         f"{report.config + ': ' if report.config else ''}{model}, {shown['dtype']}, "
-        f"{report.queries} queries of {report.references} references a step.\n"
+        f"{report.queries} queries of {report.references} references {each}.\n"
         f"{report.devices}, jax {jax.__version__}; a matrix product reaches "
         f"{report.ceiling / 1e12:.3g} TFLOP/s on one device."
     )
