@@ -4,7 +4,7 @@ A logistic curve `p = 1 / (1 + exp(-(slope * score + offset)))` with the smoothe
 ("Probabilistic outputs for support vector machines", 1999), which keep the curve finite where the
 scores separate valid images from others. It is fitted to the ranked lists of the validation
 queries, so it holds for images that a search shows, and for galleries like that of the validation
-split.
+split. It never falls: a model whose scores say nothing gives all images the share of valid ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Probability:
     """The curve.
 
     Attributes:
-      slope: of the score.
+      slope: of the score, at least 0 where it was fitted.
       offset: added to it.
     """
 
@@ -90,7 +90,8 @@ def fit(rows: np.ndarray, scores: np.ndarray, queries: Queries) -> Probability |
         )
 
     start = np.array([0.0, np.log((positive + 1) / (negative + 1))])
-    slope, offset = minimize(loss, start, jac=True, method="BFGS").x
+    bounds = [(0, None), (None, None)]  # a higher score never makes an image less likely
+    slope, offset = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
     return Probability(float(slope / width), float(offset - slope * mean / width))
 
 

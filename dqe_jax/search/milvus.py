@@ -66,6 +66,8 @@ def _client(store: str) -> Any:
             "`pip install 'dqe_jax[milvus]'`."
         ) from error
     logging.getLogger("pymilvus").setLevel(logging.ERROR)  # it warns of what Milvus Lite lacks
+    if not is_server(store):  # so does its own server, with tracebacks
+        logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
     try:
         return pymilvus.MilvusClient(store, token=os.environ.get("MILVUS_TOKEN", ""))
     except Exception as error:  # pymilvus raises many types

@@ -50,6 +50,14 @@ def test_targets_count_where_nothing_else_is_known_and_padding_does_not():
     assert fit(rows[:1, :1], scores[:1, :1], queries_of([3])) is None
 
 
+def test_it_never_falls():
+    """Of a model that ranks what is valid last, all images have the share of valid ones."""
+    rows, scores = np.array([[3, 1, 2, 0]] * 3, np.int32), np.array([[0.9, 0.5, 0.3, 0.2]] * 3)
+    found = fit(rows, scores.astype(np.float32), queries_of([0, 0, 2]))
+    assert found.slope == 0
+    assert found.of(np.array([0.9, 0.2])) == pytest.approx([0.25] * 2, abs=0.05)
+
+
 @pytest.mark.parametrize("held", [{}, {"slope": 1}, {"slope": "x", "offset": 0}, [1, 2]])
 def test_what_is_no_curve(held):
     with pytest.raises(ValueError, match=r"probability|convert"):
