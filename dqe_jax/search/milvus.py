@@ -34,6 +34,7 @@ ROWS = 2000  # token rows that are sent at a time
 READ = 10_000  # rows that are read at a time
 EF, LINKS, BUILD = 128, 16, 200  # of HNSW: search width, links of a node, width of building
 TEXT = 1024  # bytes of a cell of metadata
+DROPPED = 100  # images that are left out after a search; more are a filter of the search
 
 
 def is_server(store: str) -> bool:
@@ -222,20 +223,24 @@ class Engine:
         self, query: np.ndarray, k: int, excluded: Sequence[int], condition: str
     ) -> list[tuple[int, float]]:
         """The images that are nearest to one query."""
-        parts = [condition] if condition else []
-        if excluded:
-            parts.append(f"image not in {list(excluded)}")
+        parts, out = [condition] if condition else [], frozenset(excluded)
+        if len(out) <= DROPPED:  # a filter makes the engine look at every row
+            more = len(out)
+        else:
+            parts.append(f"image not in {sorted(out)}")
+            more = 0
         (hits,) = self._client.search(
             self._name,
             data=[np.asarray(query, np.float32)],
             anns_field="vector",
-            limit=k,
+            limit=k + more,
             group_by_field="image",
             output_fields=["image"],
             filter=" and ".join(parts),
-            search_params={"params": {"ef": max(EF, 4 * k)}},
+            search_params={"params": {"ef": max(EF, 4 * (k + more))}},
         )
-        return [(int(hit["entity"]["image"]), float(hit["distance"])) for hit in hits]
+        found = [(int(hit["entity"]["image"]), float(hit["distance"])) for hit in hits]
+        return [(image, score) for image, score in found if image not in out][:k]
 
     def open(self) -> None:
         """Makes the rows ready for search.
