@@ -34,6 +34,7 @@ ROWS = 2000  # token rows that are sent at a time
 READ = 10_000  # rows that are read at a time
 EF, LINKS, BUILD = 128, 16, 200  # of HNSW: search width, links of a node, width of building
 TEXT = 1024  # bytes of a cell of metadata
+QUERIES = 64  # that are searched in one request
 DROPPED = 100  # images that are left out after a search; more are a filter of the search
 
 
@@ -213,34 +214,38 @@ class Engine:
           excluded: for each query, numbers of images that must not be found.
           condition: an expression on metadata, or "".
         """
+        found: dict[int, list[tuple[int, float]]] = {}
+        # One request for many queries: Milvus Lite looks at every row in each request.
+        few = [i for i, numbers in enumerate(excluded) if len(set(numbers)) <= DROPPED]
         with _told(self._facts.store):
-            return [
-                self._nearest(query, k, numbers, condition)
-                for query, numbers in zip(queries, excluded)
-            ]
+            for start in range(0, len(few), QUERIES):
+                rows = few[start : start + QUERIES]
+                more = max(len(set(excluded[i])) for i in rows)
+                for i, hits in zip(rows, self._search(queries[rows], k + more, condition)):
+                    out = frozenset(excluded[i])
+                    found[i] = [one for one in hits if one[0] not in out][:k]
+            for i in sorted(set(range(len(queries))) - found.keys()):
+                others = f"image not in {sorted(set(excluded[i]))}"
+                parts = [condition, others] if condition else [others]
+                (found[i],) = self._search(queries[i : i + 1], k, " and ".join(parts))
+        return [found[i] for i in range(len(queries))]
 
-    def _nearest(
-        self, query: np.ndarray, k: int, excluded: Sequence[int], condition: str
-    ) -> list[tuple[int, float]]:
-        """The images that are nearest to one query."""
-        parts, out = [condition] if condition else [], frozenset(excluded)
-        if len(out) <= DROPPED:  # a filter makes the engine look at every row
-            more = len(out)
-        else:
-            parts.append(f"image not in {sorted(out)}")
-            more = 0
-        (hits,) = self._client.search(
+    def _search(self, queries: np.ndarray, k: int, condition: str) -> list[list[tuple[int, float]]]:
+        """The images that are nearest to each query."""
+        answer = self._client.search(
             self._name,
-            data=[np.asarray(query, np.float32)],
+            data=list(np.asarray(queries, np.float32)),
             anns_field="vector",
-            limit=k + more,
+            limit=k,
             group_by_field="image",
             output_fields=["image"],
-            filter=" and ".join(parts),
-            search_params={"params": {"ef": max(EF, 4 * (k + more))}},
+            filter=condition,
+            search_params={"params": {"ef": max(EF, 4 * k)}},
         )
-        found = [(int(hit["entity"]["image"]), float(hit["distance"])) for hit in hits]
-        return [(image, score) for image, score in found if image not in out][:k]
+        return [
+            [(int(hit["entity"]["image"]), float(hit["distance"])) for hit in hits]
+            for hits in answer
+        ]
 
     def open(self) -> None:
         """Makes the rows ready for search.
