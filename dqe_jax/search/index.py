@@ -25,6 +25,9 @@ from dqe_jax.search.tables import Column, Filter, allowed_rows
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import is_remote
 
+# Tokens of images that pass a filter, up to which an index in a store ranks them itself.
+FEW = 2**18
+
 
 class Index:
     """Embeddings of the images of a folder, and search among them.
@@ -185,15 +188,41 @@ class Index:
         if self._gallery is not None:
             return self._gallery.rank(queries, k, excluded=_padded(excluded), allowed=allowed)
         assert self._engine is not None, "an index has a gallery or an engine"
+        share = 1.0
+        if allowed is not None:
+            passing = np.flatnonzero(allowed)
+            if len(passing) * self._vectors.tokens <= FEW:
+                return self._rank_few(queries, k, excluded, passing)
+            share = len(passing) / len(allowed)
         numbers = [[number_of(self.ids[row]) for row in own] for own in excluded]
         condition = expression(self.columns, filter) if filter else ""
         rows = np.full((len(queries), k), -1, np.int32)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        for i, hits in enumerate(self._engine.rank(queries, k, numbers, condition)):
+        for i, hits in enumerate(self._engine.rank(queries, k, numbers, condition, share)):
             known = [(self._row_of_number[n], x) for n, x in hits if n in self._row_of_number]
             for place, (row, score) in enumerate(known):
                 rows[i, place], scores[i, place] = row, score
         return rows, scores
+
+    def _rank_few(
+        self, queries: np.ndarray, k: int, excluded: Sequence[Sequence[int]], passing: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `_rank`, exactly, of the few rows `passing`: an engine's graph finds such badly."""
+        if not len(passing):
+            empty = (len(queries), k)
+            return np.full(empty, -1, np.int32), np.full(empty, -np.inf, np.float32)
+        embeddings = self._vectors.embeddings([self._contents[row] for row in passing])
+        # A power of two of rows: few programs are compiled.
+        size = 1 << max(len(passing) - 1, 511).bit_length()
+        gallery = np.zeros((size, *embeddings.shape[1:]), np.float32)
+        gallery[: len(passing)] = embeddings
+        place = {int(row): i for i, row in enumerate(passing)}
+        out = [[place[row] for row in own if row in place] for own in excluded]
+        found, scores = PlacedGallery(gallery, devices=self.model.devices).rank(
+            queries, k, excluded=_padded(out), allowed=np.arange(size) < len(passing)
+        )
+        rows = np.where(found >= 0, passing[np.maximum(found, 0)], -1)
+        return rows.astype(np.int32), scores
 
     def _result(self, row: int, score: float, similar: bool) -> Result:
         metadata = {name: column[row] for name, column in self.columns.items()}

@@ -32,7 +32,8 @@ from dqe_jax.utils.progress import progress
 WRITTEN = "milvus.npz"  # what the store holds, in the directory of the index
 ROWS = 2000  # token rows that are sent at a time
 READ = 10_000  # rows that are read at a time
-EF, LINKS, BUILD = 128, 16, 200  # of HNSW: search width, links of a node, width of building
+# Of HNSW: search width and its most, links of a node, width of building.
+EF, MOST, LINKS, BUILD = 512, 16_384, 16, 200
 TEXT = 1024  # bytes of a cell of metadata
 QUERIES = 64  # that are searched in one request
 DROPPED = 100  # images that are left out after a search; more are a filter of the search
@@ -205,6 +206,7 @@ class Engine:
         k: int,
         excluded: Sequence[Sequence[int]],
         condition: str,
+        share: float = 1.0,
     ) -> list[list[tuple[int, float]]]:
         """Numbers and scores of the `k` nearest images of each query `[Q, d]`, best first.
 
@@ -213,6 +215,7 @@ class Engine:
           k: length of the lists.
           excluded: for each query, numbers of images that must not be found.
           condition: an expression on metadata, or "".
+          share: of the images that pass it: the fewer, the wider the search must be.
         """
         found: dict[int, list[tuple[int, float]]] = {}
         # One request for many queries: Milvus Lite looks at every row in each request.
@@ -221,16 +224,18 @@ class Engine:
             for start in range(0, len(few), QUERIES):
                 rows = few[start : start + QUERIES]
                 more = max(len(set(excluded[i])) for i in rows)
-                for i, hits in zip(rows, self._search(queries[rows], k + more, condition)):
+                for i, hits in zip(rows, self._search(queries[rows], k + more, condition, share)):
                     out = frozenset(excluded[i])
                     found[i] = [one for one in hits if one[0] not in out][:k]
             for i in sorted(set(range(len(queries))) - found.keys()):
                 others = f"image not in {sorted(set(excluded[i]))}"
                 parts = [condition, others] if condition else [others]
-                (found[i],) = self._search(queries[i : i + 1], k, " and ".join(parts))
+                (found[i],) = self._search(queries[i : i + 1], k, " and ".join(parts), share)
         return [found[i] for i in range(len(queries))]
 
-    def _search(self, queries: np.ndarray, k: int, condition: str) -> list[list[tuple[int, float]]]:
+    def _search(
+        self, queries: np.ndarray, k: int, condition: str, share: float
+    ) -> list[list[tuple[int, float]]]:
         """The images that are nearest to each query."""
         answer = self._client.search(
             self._name,
@@ -240,7 +245,7 @@ class Engine:
             group_by_field="image",
             output_fields=["image"],
             filter=condition,
-            search_params={"params": {"ef": max(EF, 4 * k)}},
+            search_params={"params": {"ef": min(int(max(EF, 20 * k) / share), MOST)}},
         )
         return [
             [(int(hit["entity"]["image"]), float(hit["distance"])) for hit in hits]

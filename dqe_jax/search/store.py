@@ -242,6 +242,11 @@ class Vectors:
     def __contains__(self, content: bytes) -> bool:
         return content in self._place
 
+    @property
+    def tokens(self) -> int:
+        """`M`."""
+        return self._facts.tokens
+
     def __len__(self) -> int:
         return len(self._place)
 
