@@ -58,7 +58,9 @@ def small_clip(
     return randomize(transformers.CLIPModel(config))
 
 
-def small_blip2(qkv_bias: bool = True) -> transformers.Blip2ForImageTextRetrieval:
+def small_blip2(
+    qkv_bias: bool = True, query_tokens: int = 4
+) -> transformers.Blip2ForImageTextRetrieval:
     """A `Blip2ForImageTextRetrieval` of a few thousand parameters."""
     import transformers
 
@@ -84,7 +86,7 @@ def small_blip2(qkv_bias: bool = True) -> transformers.Blip2ForImageTextRetrieva
     config = transformers.Blip2Config(
         vision_config=vision,
         qformer_config=qformer,
-        num_query_tokens=4,
+        num_query_tokens=query_tokens,
         image_text_hidden_size=8,
     )
     return randomize(transformers.Blip2ForImageTextRetrieval(config))
