@@ -245,6 +245,7 @@ def test_random_baseline_equals_simulation(N):
 def test_random_baseline_edge_cases():
     assert metrics.random_baseline(200, ks=(1, 50)) == {"R@1": 1 / 200, "R@50": 1 / 4}
     assert metrics.random_baseline(200, [0, 0], ks=(1,)) == {"R@1": 1 / 200}
+    assert set(metrics.random_baseline(200)) == {"R@1", "R@5", "R@10", "R@50"}
     everything = metrics.random_baseline(12, [12], ks=(1, 5))
     assert everything["mAP@10"] == pytest.approx(1)
     assert everything["R_valid@1"] == everything["P@10"] == 1

@@ -215,8 +215,9 @@ def test_errors():
     for bad in ([[4], [0]], [[-2], [0]]):
         with pytest.raises(ValueError, match=r"\[-1, 4\)"):
             rank(np.zeros((2, 3)), np.zeros((4, 1, 3)), excluded=np.array(bad))
-    with pytest.raises(ValueError, match=r"expected excluded \[2, E\]"):
-        rank(np.zeros((2, 3)), np.zeros((4, 1, 3)), excluded=np.array([1, 2]))
+    for bad in ([1, 2], [[[1]], [[2]]]):
+        with pytest.raises(ValueError, match=r"expected excluded \[2, E\]"):
+            rank(np.zeros((2, 3)), np.zeros((4, 1, 3)), excluded=np.array(bad))
     with pytest.raises(UserError, match="gallery embeddings hold values that are not finite"):
         rank(np.zeros((2, 3)), np.full((4, 1, 3), np.nan))
     with pytest.raises(ValueError, match="positive"):
