@@ -87,6 +87,8 @@ def decode(data: bytes, decode_side: int | None = None) -> Image.Image:
         return open_photo(data, decode_side)[0]
     except UnidentifiedImageError as error:  # its text holds an address in memory
         raise UnreadableError("is no JPEG, PNG or WebP") from error
+    except Image.DecompressionBombError as error:  # more than twice what Pillow warns of
+        raise UnreadableError(f"has more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # decoders of damaged files raise nearly anything
         said = " ".join(str(error).split())[:80]
         # What `open_photo` says itself.

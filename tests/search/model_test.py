@@ -158,6 +158,13 @@ def test_unreadable_images_are_named(model, photos, tmp_path):
         model.encode_query(photos / "000.png", [3])
 
 
+def test_what_pillow_refuses_has_too_many_pixels(tmp_path, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(png())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableError, match="^has more than 50,000,000 pixels$"):
+        to_rgb(tmp_path / "bomb.png")
+
+
 def test_weights_multiply_the_predicted_ones(model, photos):
     image, text = photos / "000.png", "make the red circle blue"
     plain = model.encode_query(image, text)
