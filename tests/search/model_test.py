@@ -161,7 +161,7 @@ def test_unreadable_images_are_named(model, photos, tmp_path):
 def test_what_pillow_refuses_has_too_many_pixels(tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(png())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableError, match="^has more than 50,000,000 pixels$"):
+    with pytest.raises(UnreadableError, match=r"^has more than 50,000,000 pixels$"):
         to_rgb(tmp_path / "bomb.png")
 
 
