@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -67,8 +67,8 @@ class Ask:
     text: str
     k: int = 10
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    exclude: tuple[str, ...] = ()
+    exclude: Sequence[str] = ()
     filter: Filter | None = None
     include_reference: bool = False
-    rejected: tuple[str, ...] = ()
-    earlier: tuple[Turn, ...] = ()
+    rejected: Sequence[str] = ()
+    earlier: Sequence[Turn] = ()

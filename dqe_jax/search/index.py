@@ -153,16 +153,21 @@ class Index:
           UserError: an image cannot be used, or there is no such id, attribute or column.
         """
         queries = queries_of(image, text)
-        shared = {
-            "k": k,
-            "weights": weights or {},
-            "exclude": exclude,
-            "filter": filter,
-            "include_reference": include_reference,
-            "rejected": rejected,
-            "earlier": tuple(earlier),
-        }
-        found = self.answer([Ask(query.images, query.text, **shared) for query in queries])
+        asks = [
+            Ask(
+                images=query.images,
+                text=query.text,
+                k=k,
+                weights=weights or {},
+                exclude=exclude,
+                filter=filter,
+                include_reference=include_reference,
+                rejected=rejected,
+                earlier=earlier,
+            )
+            for query in queries
+        ]
+        found = self.answer(asks)
         return found[0] if isinstance(text, str) else found
 
     @property
