@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import anyio.to_thread
+from absl import logging
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -211,7 +212,11 @@ def _add_search(app: FastAPI, service: Service) -> None:
         for id_ in (request.image, *request.shown):
             if not index.has(id_):
                 raise HTTPException(404, f"There is no image {id_!r:.200} in the index.")
-        logged = await anyio.to_thread.run_sync(service.write, request)
+        try:
+            logged = await anyio.to_thread.run_sync(service.write, request)
+        except UserError as error:  # its sentence names the file
+            logging.error("%s", error)
+            raise HTTPException(507, "The log cannot be written: see the server's log.") from error
         return schemas.FeedbackAnswer(logged=logged)
 
 

@@ -36,7 +36,7 @@ def serve(service: Service, *, host: str, port: int, access: Access) -> None:
             f"--host={host} can be reached from other machines: give --token as well, or leave out "
             "--host."
         )
-    listening = _listen(host, port)
+    listening = listen(host, port)
     number = listening.getsockname()[1]
     name = f"[{host}]" if ":" in host else host
     server = make_server(service, access)
@@ -89,7 +89,8 @@ def make_server(service: Service, access: Access) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound; raises a `UserError` if the address cannot be used."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
