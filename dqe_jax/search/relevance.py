@@ -5,8 +5,8 @@ After Rocchio (1971), in the space of embeddings. The moved query is
     q' = unit(q + EARLIER * sum_i DECAY^i q_i - REJECTED * mean_r t_r)
 
 `q_i` are the queries of the turns before, the latest first (i = 0). `t_r` is of each rejected image
-the token that is most similar to `q`: the one by which it was found. The constants were set by hand;
-`dqe-jax simulate` measures them and others (`--earlier`, `--decay`, `--rejected`).
+the token that is most similar to `q`: the one by which it was found. The constants were set by
+hand; `dqe-jax simulate` measures them and others (`--earlier`, `--decay`, `--rejected`).
 """
 
 from __future__ import annotations
