@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -207,8 +208,9 @@ def _click_of(data: bytes) -> Click | str:
         return "names no image"
     if not isinstance(held.get("turn"), int) or isinstance(held["turn"], bool):
         return "has no turn"
-    fields = {field.name: held[field.name] for field in dataclasses.fields(Click)}
-    return Click(**{k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()})
+    named = {field.name: held[field.name] for field in dataclasses.fields(Click)}
+    own: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in named.items()}
+    return Click(**own)
 
 
 def judged(clicks: Sequence[Click]) -> list[Judged]:
