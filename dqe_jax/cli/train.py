@@ -3,11 +3,13 @@
 python -m dqe_jax.main --config=configs/shapes.py [--workdir=DIR] [--config.field=value]
 
 Several processes can train one run together: see --distributed. After SIGTERM or SIGINT the run
-saves and ends with status 143 or 130; the same command continues it.
+saves and ends with status 143 or 130; the same command continues it. `--init` starts from another
+run, and `--feedback` learns from what users picked and rejected.
 """
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +31,15 @@ _STOP_AT = flags.DEFINE_integer(
     "End after this step, as if interrupted; the same command without it continues.",
     1,
 )
+_INIT = flags.DEFINE_string(
+    "init", None, "Run or export whose parameters the run starts from; default: fresh ones."
+)
+_FEEDBACK = flags.DEFINE_string(
+    "feedback", None, "Log of picks and rejections that dqe-jax serve wrote, to learn from too."
+)
+_FEEDBACK_SHARE = flags.DEFINE_float(
+    "feedback_share", 0.2, "Share of the queries of an epoch that are of the log of --feedback."
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -47,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     from dqe_jax.distributed import compiled, processes  # importing JAX takes seconds
     from dqe_jax.distributed.interrupts import Interrupted
     from dqe_jax.training.loop import train_and_evaluate
+    from dqe_jax.training.session import Feedback
 
     processes.join(
         _DISTRIBUTED.value,
@@ -60,7 +72,13 @@ def main(argv: Sequence[str]) -> None:
     workdir = _WORKDIR.value or command_line.default_workdir()
     with processes.ending_together():
         try:
-            train_and_evaluate(config, workdir, stop_at=_STOP_AT.value)
+            log = None
+            if _FEEDBACK.value is not None:
+                place = pathlib.Path(_FEEDBACK.value).expanduser().absolute()
+                log = Feedback(place, _FEEDBACK_SHARE.value)
+            train_and_evaluate(
+                config, workdir, stop_at=_STOP_AT.value, init=_INIT.value, feedback=log
+            )
         except Interrupted as interrupted:
             logging.info("Ended by %s; run the same command again to continue.", interrupted)
             processes.leave_at_once(interrupted.status)

@@ -153,6 +153,7 @@ class _Loader:
             relevant=self.relevant[rows],
             mentions=self.mentions[rows],
             query_mask=units.mask[self.part].ravel(),
+            rejected=None if self.split.rejected is None else self.split.rejected[rows],
         )
 
 

@@ -123,7 +123,8 @@ class Split:
     A query whose reference or target is not at hand is not among the queries. Of its other
     annotated targets those that are not at hand are left out; of its relevant ones they are counted
     as rows beyond the gallery: no ranking finds them. `digest` is that of `data/digest.py`, "" if
-    it is not known.
+    it is not known. `rejected` are rows that users said are not what a query means, int32 `[n, J]`
+    padded with -1; None where there is no log of such (`feedback_split.py`).
     """
 
     name: str
@@ -132,6 +133,7 @@ class Split:
     pools: dict[str, np.ndarray]
     coverage: Coverage
     digest: str = ""
+    rejected: np.ndarray | None = None
 
 
 def load_split(
@@ -214,6 +216,15 @@ def make_split(
     official = len(records) if official_queries is None else official_queries
     coverage = Coverage(len(queries), official, len(gallery), len(index))
     return Split(name, queries, gallery, pools, coverage)
+
+
+def gallery_attributes(builder: Builder, name: str) -> list[tuple[str, ...]]:
+    """Attributes of the images of a split's gallery as `name=value`, by its rows."""
+    stored = gallery_split(name, builder.info.splits)
+    index = read_index(builder, stored)
+    every = enumerate(read_records(builder, stored))
+    kept = (record for row, record in every if row not in index.missing)
+    return [tuple(value.decode() for value in record["attributes"]) for record in kept]
 
 
 def _make_queries(

@@ -50,6 +50,8 @@ class Batch:
       mentions: float32 `[B, K]`, 1 where the text mentions the attribute, else 0.
       query_mask: bool `[B]`, false for padding.
       mined: what was mined at the last refresh of the bank, if negatives are mined then.
+      rejected: int32 `[B, J]`, rows of the bank that users rejected for the query, padded with -1:
+        negatives beside those that are mined. None without a log of users.
     """
 
     reference_image: Tree
@@ -66,6 +68,7 @@ class Batch:
     mentions: Array
     query_mask: Array
     mined: MinedNegatives | None = None
+    rejected: Array | None = None
 
     @classmethod
     def spec(

@@ -307,20 +307,28 @@ def from_bank(
             key, all_queries, target_row, known, row_ids, bank, rule, axis=axis
         )
         rows, drawn = mined.rows, mined.drawn
+    own = rows.shape[1]  # what the rule has drawn; what users rejected follows
+    if batch.rejected is not None:
+        rejected = gather(batch.rejected)
+        rows = jnp.concatenate([rows, jnp.maximum(rejected, 0)], axis=1)
+        drawn = jnp.concatenate([drawn, rejected >= 0], axis=1)
     wanted = jnp.concatenate([target_row[:, None], rows], axis=1)
     scores = token_similarity(query, mining.best_tokens(all_queries, wanted, bank, axis))
     drawn, delta = local(drawn), lax.stop_gradient(scores[:, :1] - scores[:, 1:])
+    by_rule, delta = drawn[:, :own], delta[:, :own]
     relevant, false = batch.relevant, None
     if relevant.shape[1]:
         image_ids = lax.all_gather(bank.image_id, axis, tiled=True)
-        false = _among(image_ids[local(rows)], relevant)
+        false = _among(image_ids[local(rows[:, :own])], relevant)
     if mined is None:
-        number = jnp.maximum(drawn.sum(1), 1)
-        logs: Metrics = {"negatives/delta": jnp.where(drawn, delta, 0).sum(1) / number}
+        number = jnp.maximum(by_rule.sum(1), 1)
+        logs: Metrics = {"negatives/delta": jnp.where(by_rule, delta, 0).sum(1) / number}
         if false is not None:
-            logs["negatives/false"] = (false & drawn).sum(1) / number
+            logs["negatives/false"] = (false & by_rule).sum(1) / number
     else:
         logs = mining.describe(jax.tree.map(local, mined), delta, false, rule)
+    if batch.rejected is not None:
+        logs["negatives/rejected"] = drawn[:, own:].sum(1)
     return Compared(scores[:, 0], scores[:, 1:], drawn, logs)
 
 

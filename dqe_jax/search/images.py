@@ -158,9 +158,9 @@ def read_images(images: Sequence[AnyImage], how: Preprocessing, threads: int = 4
     return np.stack(squares) if squares else np.zeros((0, how.size, how.size, 3), np.uint8)
 
 
-def thumbnail(photo: Image.Image) -> bytes:
-    """A photo as a small JPEG."""
-    scale = THUMBNAIL / max(photo.size)
+def thumbnail(photo: Image.Image, side: int = THUMBNAIL) -> bytes:
+    """A photo as a JPEG of at most `side` pixels a side."""
+    scale = side / max(photo.size)
     if scale < 1:
         size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
         photo = photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,12 +14,14 @@ import numpy as np
 from dqe_jax.evaluation.placed import PlacedGallery
 from dqe_jax.search import images as photos
 from dqe_jax.search import store as files
+from dqe_jax.search.asks import Ask, Known, Reference, Turn
 from dqe_jax.search.building import Report, update
 from dqe_jax.search.folder import folder_of
 from dqe_jax.search.images import AnyImage, UnreadableError
 from dqe_jax.search.loading import load
 from dqe_jax.search.milvus import Engine, expression, number_of, store_of
 from dqe_jax.search.model import Model, Query, queries_of
+from dqe_jax.search.relevance import MOVES, Moves, moved
 from dqe_jax.search.results import Result, Results
 from dqe_jax.search.store import Facts, Listing, Vectors
 from dqe_jax.search.tables import Column, Filter, allowed_rows
@@ -100,6 +103,8 @@ class Index:
         exclude: Sequence[str] = (),
         filter: Filter | None = None,
         include_reference: bool = False,
+        rejected: Sequence[str] = (),
+        earlier: Sequence[Turn] = (),
     ) -> Results: ...
     @overload
     def search(
@@ -112,6 +117,8 @@ class Index:
         exclude: Sequence[str] = (),
         filter: Filter | None = None,
         include_reference: bool = False,
+        rejected: Sequence[str] = (),
+        earlier: Sequence[Turn] = (),
     ) -> list[Results]: ...
     def search(
         self,
@@ -123,6 +130,8 @@ class Index:
         exclude: Sequence[str] = (),
         filter: Filter | None = None,
         include_reference: bool = False,
+        rejected: Sequence[str] = (),
+        earlier: Sequence[Turn] = (),
     ) -> Results | list[Results]:
         """Finds the images that fit reference images and texts best.
 
@@ -138,35 +147,123 @@ class Index:
           filter: conditions by column: a value, a list of values, or a tuple (least, most).
           include_reference: whether the reference itself, and images whose files equal its own, may
             be found.
+          rejected: ids that are not what is meant: the query moves away from them, and they are not
+            found (`relevance.py`).
+          earlier: the turns of the conversation so far, the oldest first: the query moves towards
+            theirs.
 
         Raises:
           UserError: an image cannot be used, or there is no such id, attribute or column.
         """
-        if not isinstance(k, int) or k < 1:
-            raise UserError(f"k is {k!r}: give a number of images of at least 1.")
         queries = queries_of(image, text)
-        left_out = self._rows_of(exclude, "exclude")
-        allowed = allowed_rows(self.columns, len(self), filter) if filter else None
-        paths = [tuple(self._file_of(one) for one in query.images) for query in queries]
-        located = [Query(own, query.text) for own, query in zip(paths, queries)]
+        asks = [
+            Ask(
+                images=query.images,
+                text=query.text,
+                k=k,
+                weights=weights or {},
+                exclude=exclude,
+                filter=filter,
+                include_reference=include_reference,
+                rejected=rejected,
+                earlier=earlier,
+            )
+            for query in queries
+        ]
+        found = self.answer(asks)
+        return found[0] if isinstance(text, str) else found
+
+    @property
+    def root(self) -> Path:
+        """The folder of the images."""
+        return self._root
+
+    def has(self, id: str) -> bool:
+        """Whether an image is in the index."""
+        return id in self._row
+
+    def check(self, ask: Ask) -> None:
+        """Raises a `UserError` for what `answer` would refuse, without embedding anything."""
+        if not isinstance(ask.k, int) or ask.k < 1:
+            raise UserError(f"k is {ask.k!r}: give a number of images of at least 1.")
+        self._rows_of(ask.exclude, "exclude")
+        self._rows_of(ask.rejected, "rejected")
+        self.model.factors(ask.weights)
+        if ask.filter:
+            allowed_rows(self.columns, len(self), ask.filter)
+
+    def known(self, id: str) -> Known:
+        """An image of the index, read once for several searches.
+
+        Raises:
+          UserError: there is no such image, or its file cannot be read any more.
+        """
+        row = self._rows_of([id], "image")[0]
+        try:
+            data = photos.read_file(self._inside(id))
+            photo = photos.decode(data, self.model.preprocessing.decode_side)
+        except UnreadableError as error:
+            raise UserError(
+                f"the image {id!r} of the index {error}: index the folder again."
+            ) from (error)
+        return Known(id, self.model.preprocessing.square(photo), self._contents[row])
+
+    def photo(self, id: str, side: int) -> bytes:
+        """A JPEG of an image of the index with at most `side` pixels a side; raises as `known`."""
+        self._rows_of([id], "image")
+        try:
+            return photos.thumbnail(photos.to_rgb(self._inside(id), side), side)
+        except UnreadableError as error:
+            raise UserError(
+                f"the image {id!r} of the index {error}: index the folder again."
+            ) from (error)
+
+    def answer(self, asks: Sequence[Ask], moves: Moves = MOVES) -> list[Results]:
+        """Searches of one batch, each with its own weights, filters and exclusions.
+
+        Args:
+          asks: at least one.
+          moves: how far a conversation moves its query.
+
+        Raises:
+          UserError: an image cannot be used, or there is no such id, attribute or column.
+        """
+        for ask in asks:
+            self.check(ask)
+        # The earlier turns of all asks follow the asks themselves: one batch of queries.
+        turns = [turn for ask in asks for turn in ask.earlier]
+        everything = [*asks, *turns]
+        paths = [tuple(self._file_of(one) for one in own.images) for own in everything]
+        located = [Query(images, own.text) for images, own in zip(paths, everything)]
+        weights = [*(ask.weights for ask in asks), *({} for _ in turns)]
         embedded = self.model.embed_queries(located, weights)
-        own_rows = [[] if include_reference else self._copies_of(q.images) for q in queries]
-        excluded = [[*left_out, *rows] for rows in own_rows]
-        rows, scores = self._rank(embedded.embedding, k, excluded, allowed, filter)
+        queries = embedded.embedding[: len(asks)].copy()
+        begin = len(asks)
+        for i, ask in enumerate(asks):
+            earlier = embedded.embedding[begin : begin + len(ask.earlier)]
+            begin += len(ask.earlier)
+            away = self._vectors.embeddings([self._contents[self._row[x]] for x in ask.rejected])
+            queries[i] = moved(queries[i], earlier, away, moves)
+        excluded = [
+            [
+                *self._rows_of([*ask.exclude, *ask.rejected], "exclude"),
+                *([] if ask.include_reference else self._copies_of(ask.images)),
+            ]
+            for ask in asks
+        ]
+        rows, scores, empty = self._ranked(asks, queries, excluded)
         found = []
-        for i, query in enumerate(queries):
+        for i, ask in enumerate(asks):
             warnings = embedded.warnings[i]
-            if allowed is not None and not allowed.any():
+            if empty[i]:
                 warnings += ("no image passes the filter",)
             places = [int(row) for row in rows[i] if row >= 0]
             found.append(
                 Results(
-                    text=query.text,
-                    references=tuple(
-                        photos.name_of(one, n + 1) for n, one in enumerate(query.images)
-                    ),
+                    text=ask.text,
+                    references=tuple(_name_of(one, n + 1) for n, one in enumerate(ask.images)),
                     results=tuple(
-                        self._result(row, float(score), not query.text.strip())
+                        self._result(row, float(score), not ask.text.strip())
                         for row, score in zip(places, scores[i])
                     ),
                     attribute_weights=embedded.weights(i),
@@ -174,7 +271,30 @@ class Index:
                     thumbnails=self._thumbnails(paths[i], places),
                 )
             )
-        return found[0] if isinstance(text, str) else found
+        return found
+
+    def _ranked(
+        self, asks: Sequence[Ask], queries: np.ndarray, excluded: Sequence[Sequence[int]]
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[bool]]:
+        """Of each ask: rows, scores, and whether its filter lets nothing pass.
+
+        Those with the same filter are ranked together, for as many images as one of them asks for.
+        """
+        rows: list[np.ndarray] = [np.zeros(0, np.int32)] * len(asks)
+        scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(asks)
+        empty = [False] * len(asks)
+        groups: dict[str, list[int]] = {}
+        for i, ask in enumerate(asks):
+            groups.setdefault(repr(ask.filter) if ask.filter else "", []).append(i)
+        for own in groups.values():
+            wanted = asks[own[0]].filter
+            allowed = allowed_rows(self.columns, len(self), wanted) if wanted else None
+            k = max(asks[i].k for i in own)
+            best, values = self._rank(queries[own], k, [excluded[i] for i in own], allowed, wanted)
+            for place, i in enumerate(own):
+                rows[i], scores[i] = best[place][: asks[i].k], values[place][: asks[i].k]
+                empty[i] = allowed is not None and not allowed.any()
+        return rows, scores, empty
 
     def _rank(
         self,
@@ -244,26 +364,42 @@ class Index:
 
         return make
 
-    def _file_of(self, image: AnyImage) -> AnyImage:
+    def _file_of(self, image: Reference) -> AnyImage:
         """An image, or the file of an id of the index."""
+        if isinstance(image, Known):
+            return image.pixels
         if isinstance(image, str) and image in self._row:
             return self._root / image
         return image
 
-    def _copies_of(self, images: Sequence[AnyImage]) -> list[int]:
+    def _inside(self, id: str) -> Path:
+        """The file of an image of the index, which a link may not have led elsewhere since."""
+        path = self._root / id
+        root, real = os.path.realpath(self._root), os.path.realpath(path)
+        if os.path.commonpath([root, real]) != root:
+            raise UnreadableError("is a link that leads out of the folder")
+        return path
+
+    def _copies_of(self, images: Sequence[Reference]) -> list[int]:
         """Rows of images of the index that are these, or whose files equal theirs."""
         rows: set[int] = set()
         for image in images:
-            file = self._file_of(image)
-            if isinstance(file, (str, os.PathLike)):
-                content = files.content_of(photos.read_file(file))
-                rows.update(self._rows_with(content))
+            if isinstance(image, Known):
+                rows.update(self._rows_with.get(image.content, ()))
+            elif isinstance(image, str) and image in self._row:
+                rows.update(self._rows_with[self._contents[self._row[image]]])
+            elif isinstance(image, (str, os.PathLike)):
+                content = files.content_of(photos.read_file(image))
+                rows.update(self._rows_with.get(content, ()))
         return sorted(rows)
 
-    def _rows_with(self, content: bytes) -> list[int]:
-        if content not in self._vectors:
-            return []
-        return [row for row, own in enumerate(self._contents) if own == content]
+    @functools.cached_property
+    def _rows_with(self) -> dict[bytes, list[int]]:
+        """Rows by the content of their files."""
+        rows: dict[bytes, list[int]] = {}
+        for row, content in enumerate(self._contents):
+            rows.setdefault(content, []).append(row)
+        return rows
 
     def _rows_of(self, ids: Sequence[str], what: str) -> list[int]:
         if isinstance(ids, str):
@@ -345,6 +481,14 @@ def open_index(directory: str | os.PathLike[str], *, model: Model | None = None)
             ) from error
     _check_model(place, facts, model)
     return Index(place, model, facts, listing)
+
+
+def _gone(id: str, error: UnreadableError) -> UserError:
+    return UserError(f"the image {id!r} of the index {error}: index the folder again.")
+
+
+def _name_of(image: Reference, number: int) -> str:
+    return image.name if isinstance(image, Known) else photos.name_of(image, number)
 
 
 def _directory_of(path: str | os.PathLike[str]) -> Path:

@@ -192,10 +192,13 @@ class Model:
         return self.embed_queries(queries_of(image, text), weights)
 
     def embed_queries(
-        self, queries: Sequence[Query], weights: Mapping[str, float] | None = None
+        self,
+        queries: Sequence[Query],
+        weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
     ) -> QueryEmbeddings:
-        """As `encode_query`, of a list of queries."""
-        factors = self._factors(weights or {})
+        """As `encode_query`, of a list of queries; `weights` may be a list with those of each."""
+        each = [weights] * len(queries) if isinstance(weights, Mapping) else weights
+        factors = np.stack([self.factors(own) for own in each or [{}] * len(queries)])
         ids, warnings = encode_texts(self.tokenizer, [query.text for query in queries])
         counts = [len(query.images) for query in queries]
         owner = np.repeat(np.arange(len(queries)), counts)
@@ -213,9 +216,7 @@ class Model:
         states = jax.tree.map(lambda x: x[place], self._inputs.images(pixels))
         texts = self._inputs.texts([query.text for query in queries], ids)
         texts = jax.tree.map(lambda x: x[owner], texts)
-        composed, used = self._mapped(
-            self._encode_query, states, texts, np.tile(factors, (len(owner), 1))
-        )
+        composed, used = self._mapped(self._encode_query, states, texts, factors[owner])
         # No model was trained on empty texts. On photos the reference's own embedding finds more
         # images of its kind than what is composed with nothing.
         empty = np.array([not query.text.strip() for query in queries], bool)[owner]
@@ -258,8 +259,15 @@ class Model:
 
         return build_index(self, photos, output=output, table=table, store=store)
 
-    def _factors(self, weights: Mapping[str, float]) -> np.ndarray:
-        """float32 `[K]`."""
+    def factors(self, weights: Mapping[str, float]) -> np.ndarray:
+        """Factors float32 `[K]` of the attribute weights.
+
+        Args:
+          weights: by name; 1 for those that it lacks.
+
+        Raises:
+          UserError: there is no such attribute, or a factor is negative or not finite.
+        """
         for name, factor in weights.items():
             if name not in self.attribute_names:
                 known = ", ".join(self.attribute_names) or "none"

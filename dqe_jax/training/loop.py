@@ -29,7 +29,8 @@ from dqe_jax.training.accumulate import Accumulation
 from dqe_jax.training.data_wait import DataWait
 from dqe_jax.training.faults import Guard, in_sentences
 from dqe_jax.training.optimizer import make_schedule
-from dqe_jax.training.session import Session, open_session, restore_or_init, save
+from dqe_jax.training.session import Feedback, Session, open_session, restore_or_init, save
+from dqe_jax.training.start import open_start
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import StepOutput
 from dqe_jax.training.workdir import claim_workdir, write_config
@@ -41,7 +42,12 @@ if TYPE_CHECKING:
 
 
 def train_and_evaluate(
-    config: AnyConfig, workdir: str | os.PathLike[str], *, stop_at: int | None = None
+    config: AnyConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    stop_at: int | None = None,
+    init: str | os.PathLike[str] | None = None,
+    feedback: Feedback | None = None,
 ) -> dict[str, float]:
     """Trains by a config, resuming what the workdir holds, and evaluates on the last split.
 
@@ -50,6 +56,9 @@ def train_and_evaluate(
       workdir: gets `config.json`, `checkpoints/`, the files of `MetricLog` and `eval/`.
       stop_at: ends after this step as if the run were interrupted there: a checkpoint is saved, the
         same command without it goes on.
+      init: the run, or the export, whose parameters it starts from; None for fresh ones. A run that
+        was saved goes on from what was saved.
+      feedback: a log of picks and rejections to learn from, beside the training split.
 
     Returns:
       The metrics of `config.eval.split`, or of the last validation if `stop_at` ended the run; none
@@ -75,7 +84,10 @@ def train_and_evaluate(
         if pretrained is not None:
             tokenizer = setup.tokenizer_of(config.model, config.data, pretrained)
         builder = processes.leader_first("data", lambda: datasets.open_dataset(config.data))
-        session = open_session(config, path, builder, devices, pretrained, tokenizer)
+        start = None if init is None else open_start(init, config)
+        session = open_session(
+            config, path, builder, devices, pretrained, tokenizer, start, feedback
+        )
         with (
             in_sentences(path, session.data_dir),
             contextlib.closing(store.open_for_training(path, config)) as manager,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -16,6 +17,7 @@ from dqe_jax.checkpoints import store
 from dqe_jax.config import RunConfig
 from dqe_jax.data import lexicon, pipeline, splits
 from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.feedback_split import with_feedback
 from dqe_jax.data.packing import check_parts
 from dqe_jax.data.pipeline import Images, Texts
 from dqe_jax.data.splits import Split
@@ -37,6 +39,7 @@ from dqe_jax.training import state as states
 from dqe_jax.training.accumulate import Accumulation, make_accumulation
 from dqe_jax.training.bank import BankKeeper, make_bank_keeper
 from dqe_jax.training.prefetch import DeviceBatches, send
+from dqe_jax.training.start import Start
 from dqe_jax.training.state import Optimizer, TrainState
 from dqe_jax.training.step import Step, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
@@ -44,6 +47,19 @@ from dqe_jax.utils.files import JsonObject
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp  # slow to import
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """A log of picks and rejections to learn from.
+
+    Attributes:
+      path: of the log.
+      share: of the queries of an epoch that are the log's, above 0 and below 1.
+    """
+
+    path: Path
+    share: float = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +86,7 @@ class Session:
       last: the evaluator of the split of the last evaluation.
       features: what frozen towers make of images and texts; filled by `restore_or_init`.
       data: digests of the splits that it is trained and evaluated on, by their names.
+      start: what it starts from; None for fresh parameters.
     """
 
     config: RunConfig
@@ -91,6 +108,7 @@ class Session:
     last: RetrievalEvaluator
     features: Features
     data: dict[str, str]
+    start: Start | None = None
 
     def evaluated(self, state: TrainState) -> Params:
         """The parameters that are evaluated: replicated, with the average if there is one."""
@@ -104,6 +122,8 @@ def open_session(
     devices: list[jax.Device],
     pretrained: Pretrained | None,
     tokenizer: Tokenizer | None,
+    start: Start | None = None,
+    feedback: Feedback | None = None,
 ) -> Session:
     """Sets up a run; compiles nothing yet.
 
@@ -114,6 +134,8 @@ def open_session(
       devices: of all processes.
       pretrained: weights to start from.
       tokenizer: of these weights; None makes one of the words of the training texts.
+      start: what the run starts from, whose tokenizer it takes; None for fresh parameters.
+      feedback: a log of picks and rejections to learn from too; None for none.
 
     Raises:
       UserError: the data lack something that the config asks for.
@@ -122,6 +144,11 @@ def open_session(
     last = splits.open_split(config.data, builder, config.eval.split)
     split = splits.open_split(config.data, builder, "train")
     _check_oracle(config, split)
+    if feedback is not None:
+        split = with_feedback(split, config.data, feedback.path, feedback.share)
+        split = _usable(config, split)
+    if start is not None:
+        tokenizer = start.tokenizer
     if tokenizer is None:
         tokenizer = text_tokens.train_word_tokenizer(split.queries.texts, config.data.max_length)
     text = encode_wordings(tokenizer, split, config.data.captions)
@@ -165,6 +192,7 @@ def open_session(
         last=final,
         features=features,
         data={each.name: each.digest for each in (split, held_out, last)},
+        start=start,
     )
 
 
@@ -224,6 +252,18 @@ def _reads_words(model: ModelConfig) -> bool:
     return model.backbone != "features" or own.words or not own.texts
 
 
+def _usable(config: RunConfig, split: Split) -> Split:
+    """The split without rejections if no negatives are mined from the bank, which is said."""
+    if split.rejected is None or uses_bank(config.negatives):
+        return split
+    logging.warning(
+        "What users rejected is not used: it joins the negatives that are mined from the bank, and "
+        "config.negatives.rule is %r, config.negatives.pool %r.",
+        *(config.negatives.rule, config.negatives.pool),
+    )
+    return dataclasses.replace(split, rejected=None)
+
+
 def _check_oracle(config: RunConfig, split: Split) -> None:
     """Raises a `UserError` if an oracle is asked for what the data do not say."""
     if config.negatives.oracle != "none" and not any(map(len, split.queries.relevant)):
@@ -247,10 +287,13 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
     """The state of the newest checkpoint, or a fresh one; and the seconds trained before."""
     config, keeper = session.config, session.keeper
     if manager.latest_step() is None:
-        params = setup.init_params(
-            session.model, config.model, config.data, config.seed, session.pretrained
-        )
-        params = session.features.standardize(params)
+        if session.start is not None:
+            params = session.start.fitted(session.params)
+        else:
+            params = setup.init_params(
+                session.model, config.model, config.data, config.seed, session.pretrained
+            )
+            params = session.features.standardize(params)
         state = states.init_state(config, session.optimizer, params, session.devices)
         session.features.fill(state.params)
         return averages.begun(config, session.optimizer, state, session.devices), 0.0

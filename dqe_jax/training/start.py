@@ -1,0 +1,73 @@
+"""Where a run starts from: the parameters of another run, rather than fresh ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer
+
+from dqe_jax.checkpoints.opened import open_model
+from dqe_jax.config import RunConfig, differences
+from dqe_jax.method.arrays import Params
+from dqe_jax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run takes over from another one.
+
+    Attributes:
+      origin: the path of that run.
+      params: its parameters, as NumPy arrays: their moving average if it has one.
+      tokenizer: of its texts.
+    """
+
+    origin: str
+    params: Params
+    tokenizer: Tokenizer
+
+    def fitted(self, shapes: Params) -> Params:
+        """The parameters in the dtypes of a model.
+
+        Args:
+          shapes: of the parameters of the model.
+
+        Raises:
+          UserError: they are not those of the model.
+        """
+        held, wanted = flatten_dict(self.params, sep="/"), flatten_dict(shapes, sep="/")
+        wrong = sorted(held.keys() ^ wanted.keys())
+        wrong += [
+            path for path in held if path in wanted and held[path].shape != wanted[path].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"--init: the model in {self.origin} is not of this config; they differ first in "
+                f"{wrong[0]}: take the config of that run."
+            )
+        return unflatten_dict({p: np.asarray(x, wanted[p].dtype) for p, x in held.items()}, sep="/")
+
+
+def open_start(path: str | os.PathLike[str], config: RunConfig) -> Start:
+    """Opens the model that a run starts from.
+
+    Args:
+      path: a workdir, or a directory that `dqe-jax export` wrote.
+      config: of the run that starts.
+
+    Raises:
+      UserError: there is no model, or it has other sizes than the config says.
+    """
+    opened = open_model(path, num_devices=config.num_devices)
+    changed = differences(config, opened.config.to_dict(), ("model",))
+    if changed:
+        raise UserError(
+            f"--init: the model in {opened.origin} is of another config; it differs in "
+            f"{'; '.join(changed)}: take the config of that run."
+        )
+    logging.info("The run starts from step %d of %s.", opened.step, opened.origin)
+    return Start(opened.origin, opened.params, opened.tokenizer)
