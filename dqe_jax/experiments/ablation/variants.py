@@ -10,25 +10,54 @@ from dqe_jax.data.datasets import DATASETS
 from dqe_jax.utils.errors import UserError
 
 BASE = "infonce"
+# Queries without a composer, by what they are made of (`config.model.query`).
+PURE = {
+    "text-only": "text",
+    "image-only": "image",
+    "sum-of-both": "sum",
+    "product-of-both": "product",
+}
 # What each variant changes of the config.
 VARIANTS: dict[str, dict[str, Any]] = {
     BASE: {"negatives.rule": "in_batch", "model.attributes.enabled": False},
     "attributes": {"negatives.rule": "in_batch", "model.attributes.enabled": True},
     "trns": {"negatives.rule": "trns", "model.attributes.enabled": False},
     "full": {"negatives.rule": "trns", "model.attributes.enabled": True},
+    "attributes-sum": {
+        "negatives.rule": "in_batch",
+        "model.attributes.enabled": True,
+        "model.attributes.form": "sum",
+    },
+    "attributes-gate": {
+        "negatives.rule": "in_batch",
+        "model.attributes.enabled": True,
+        "model.attributes.form": "gate",
+    },
     "qure": {"negatives.rule": "qure"},
     "hardest": {"negatives.rule": "hardest"},
     "random": {"negatives.rule": "random"},
     "in_batch-oracle": {"negatives.rule": "in_batch", "negatives.oracle": "all"},
     "trns-oracle": {"negatives.rule": "trns", "negatives.oracle": "mined"},
     "hardest-oracle": {"negatives.rule": "hardest", "negatives.oracle": "mined"},
+    **{
+        name: {
+            "negatives.rule": "in_batch",
+            "model.attributes.enabled": False,
+            "model.query": query,
+        }
+        for name, query in PURE.items()
+    },
 }
+# Trained only where they are named: each is `attributes` in one of its two forms, or has no
+# composer.
+NAMED = ("attributes-sum", "attributes-gate", *PURE)
 
 
 def choose_variants(names: Sequence[str], dataset: str = "shapes") -> tuple[str, ...]:
-    """The variants of these names, all for none, in the order of `VARIANTS` and with `infonce`.
+    """The variants of these names, in the order of `VARIANTS` and with `infonce`.
 
-    Without names, oracles are left out for a data set whose truth is not known.
+    Without names all but those of `NAMED`, and without oracles for a data set whose truth is not
+    known.
 
     Raises:
       UserError: a name is not known.
@@ -40,7 +69,11 @@ def choose_variants(names: Sequence[str], dataset: str = "shapes") -> tuple[str,
             )
     if not names:
         tells = DATASETS[dataset].has_truth
-        names = [v for v, changes in VARIANTS.items() if tells or "negatives.oracle" not in changes]
+        names = [
+            variant
+            for variant, changes in VARIANTS.items()
+            if variant not in NAMED and (tells or "negatives.oracle" not in changes)
+        ]
     return tuple(v for v in VARIANTS if v in names or v == BASE)
 
 
