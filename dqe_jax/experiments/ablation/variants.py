@@ -10,16 +10,10 @@ from dqe_jax.data.datasets import DATASETS
 from dqe_jax.utils.errors import UserError
 
 BASE = "infonce"
-# Queries without a composer, by what they are made of (`config.model.query`).
-PURE = {
-    "text-only": "text",
-    "image-only": "image",
-    "sum-of-both": "sum",
-    "product-of-both": "product",
-}
+_PLAIN: dict[str, Any] = {"negatives.rule": "in_batch", "model.attributes.enabled": False}
 # What each variant changes of the config.
 VARIANTS: dict[str, dict[str, Any]] = {
-    BASE: {"negatives.rule": "in_batch", "model.attributes.enabled": False},
+    BASE: _PLAIN,
     "attributes": {"negatives.rule": "in_batch", "model.attributes.enabled": True},
     "trns": {"negatives.rule": "trns", "model.attributes.enabled": False},
     "full": {"negatives.rule": "trns", "model.attributes.enabled": True},
@@ -39,18 +33,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in_batch-oracle": {"negatives.rule": "in_batch", "negatives.oracle": "all"},
     "trns-oracle": {"negatives.rule": "trns", "negatives.oracle": "mined"},
     "hardest-oracle": {"negatives.rule": "hardest", "negatives.oracle": "mined"},
-    **{
-        name: {
-            "negatives.rule": "in_batch",
-            "model.attributes.enabled": False,
-            "model.query": query,
-        }
-        for name, query in PURE.items()
-    },
+    # Queries without a composer.
+    "text-only": {**_PLAIN, "model.query": "text"},
+    "image-only": {**_PLAIN, "model.query": "image"},
+    "sum-of-both": {**_PLAIN, "model.query": "sum"},
+    "product-of-both": {**_PLAIN, "model.query": "product"},
 }
 # Trained only where they are named: each is `attributes` in one of its two forms, or has no
 # composer.
-NAMED = ("attributes-sum", "attributes-gate", *PURE)
+NAMED = (
+    *("attributes-sum", "attributes-gate"),
+    *("text-only", "image-only", "sum-of-both", "product-of-both"),
+)
 
 
 def choose_variants(names: Sequence[str], dataset: str = "shapes") -> tuple[str, ...]:
