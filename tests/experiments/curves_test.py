@@ -141,7 +141,7 @@ def test_a_variant_that_does_not_read_a_field_has_one_run():
 
     def labels(variant, name):
         configs = [sweep.swept_config(config, variant, 0, name, x) for x in (0.1, 0.3)]
-        return {sweep._label(config, each) for each in configs}
+        return {sweep._label(each) for each in configs}
 
     assert len(labels("infonce", "negatives.upper")) == 1
     assert len(labels("infonce", "loss.intent")) == 1

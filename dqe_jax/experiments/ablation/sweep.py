@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from dqe_jax.config import AnyConfig, RunConfig, fields
+from dqe_jax.config import AnyConfig, RunConfig, fields, flatten
 from dqe_jax.evaluation import protocols
 from dqe_jax.experiments.ablation import curves, figure, scores
 from dqe_jax.experiments.ablation.curves import Curve, Difference
@@ -162,19 +163,22 @@ def _complete(
       UserError: as `runs.complete`.
     """
     own = swept_config(config, variant, seed, name, value)
-    directory = workdir / f"{variant}-{_label(config, own)}-{seed}"
+    directory = workdir / f"{variant}-{_label(own)}-{seed}"
     metrics, _ = train_or_read(own, directory)
     log = read_log(directory)
     seconds, found = training_times(log)[-1][1], validation_metrics(log)
     return Run(variant, name, seed, own.total_steps, seconds, metrics, found, directory.name)
 
 
-def _label(config: RunConfig, own: RunConfig) -> str:
-    """Names what a run has in common with others: a digest of its config but for the seed.
-
-    Fields that are free to differ count too, so that evaluation is as asked for.
-    """
-    text = own.with_changes({"seed": config.seed}).to_json()
+def _label(config: RunConfig) -> str:
+    """A digest of what decides a run's result but for its seed: runs of one label are alike."""
+    known = fields()
+    deciding = {
+        name: value
+        for name, value in flatten(config.to_dict()).items()
+        if known[name].role != "free" and name != "seed"
+    }
+    text = json.dumps(deciding, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
