@@ -10,12 +10,12 @@
 | `in_batch-oracle` | as the config says | none, and nothing relevant is a negative of InfoNCE |
 | `trns-oracle`, `hardest-oracle` | as the config says | by that rule, of what is not relevant |
 | `attributes-sum`, `attributes-gate` | yes, in that form | none |
-| `text-only`, `image-only` | no; the query is the text, or the reference, without a composer | none |
-| `sum-of-both`, `product-of-both` | no; the query is the sum or product of their embeddings | none |
+| `text-only`, `image-only` | no composer: the query is the text, or the reference | none |
+| `sum-of-both`, `product-of-both` | no composer: the sum or product of the two | none |
 
-All else is as the config says. The last three lines are trained where they are named. Oracles know which images are truly relevant (`negatives.oracle`):
-they show what a rule that told them apart without fail would gain. They are left out where the
-truth is not known.
+All else is as the config says. The last three lines are trained where they are named. Oracles know
+which images are truly relevant (`negatives.oracle`): they show what a rule that told them apart
+without fail would gain. They are left out where the truth is not known.
 
 **Equal steps**: `config.total_steps` for all. **Equal time**: a variant gets the steps that its run
 with equal steps and the first seed had taken when it had trained for as long as that of `infonce`;
