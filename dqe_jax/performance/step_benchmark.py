@@ -389,7 +389,8 @@ class Maker:
             self._held[key] = [states.init_state(config, made, params, devices)]
         holder = self._held[key]
         # On the devices already, where a run's batches are ahead of its steps.
-        made_batch, bank = random_batch(config, model, holder[0].params), ()
+        made_batch = random_batch(config, model, holder[0].params)
+        bank: tuple[Bank, ...] = ()
         if uses_bank(config.negatives):
             images = made_bank.images_of(config, self._bank_images, len(made_batch.query))
             held, made_batch = made_bank.make_bank(

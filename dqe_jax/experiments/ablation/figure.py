@@ -143,10 +143,9 @@ def draw_factor(
                 (numbers[v], d) for v, d in compared if (d.variant, d.metric) == (variant, key)
             ]
             if gains:
-                mean = [each.mean for _, each in gains]
+                x, gain = [at for at, _ in gains], [each.mean for _, each in gains]
                 ends = [[d.mean - d.low for _, d in gains], [d.high - d.mean for _, d in gains]]
-                x = [at for at, _ in gains]
-                right.errorbar(x, mean, ends, color=color, marker=marker, capsize=2)
+                right.errorbar(x, gain, ends, color=color, marker=marker, capsize=2)
         left.set(ylabel=f"{key}, {split}")
         right.set(ylabel=f"{key} - {BASE}, 95% interval")
         right.axhline(0, color="#888888", lw=0.8)
