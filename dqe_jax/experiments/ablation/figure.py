@@ -144,7 +144,8 @@ def draw_factor(
             ]
             if gains:
                 x, gain = [at for at, _ in gains], [each.mean for _, each in gains]
-                ends = [[d.mean - d.low for _, d in gains], [d.high - d.mean for _, d in gains]]
+                reach = [[d.mean - d.low for _, d in gains], [d.high - d.mean for _, d in gains]]
+                ends = np.maximum(reach, 0.0)  # rounding may leave the mean outside
                 right.errorbar(x, gain, ends, color=color, marker=marker, capsize=2)
         left.set(ylabel=f"{key}, {split}")
         right.set(ylabel=f"{key} - {BASE}, 95% interval")
