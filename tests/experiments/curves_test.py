@@ -180,6 +180,7 @@ def trained(monkeypatch, job):
         return names, job()
 
 
+@pytest.mark.slow
 def test_a_tuned_ablation(base, monkeypatch):
     def job():
         return tuned.run_tuned(

@@ -76,6 +76,7 @@ def test_without_a_run_parameters_stay(base):
     assert start_from(config, params, _Other()) is params
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_aligned_one(base, caplog):
     config = config_of(base, **{"init.run": str(base / "aligned")})
     with caplog.at_level(logging.INFO):
