@@ -98,5 +98,5 @@ def test_a_run_that_cannot_be_a_start(base):
 
 @pytest.mark.parametrize("query", ["text", "image", "sum", "product"])
 def test_a_query_without_a_composer_weighs_nothing(base, query):
-    with pytest.raises(UserError, match=rf"config\.model\.query is '{query}': .* in_batch"):
+    with pytest.raises(UserError, match=rf"config\.model\.query is '{query}': .*in_batch"):
         RunConfig.of(config_of(base, **{"model.query": query}))
