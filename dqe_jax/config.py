@@ -49,8 +49,14 @@ YOUNGER = (
     "batch.accumulate",
     "batch.chunks",
     "data.image_format",
+    "data.queries",
+    "data.train_share",
+    "eval.curve",
     "features.",
+    "init.",
+    "loss.form",
     "model.features.",
+    "model.query",
     "model.attributes.form",
     "model.attributes.parts",
     "optimizer.ema_decay",
@@ -136,6 +142,26 @@ class EvalConfig:
         "free",
     )
     sheet_queries: int = field(10, "Queries on the contact sheet.", integer(1, 10_000), "free")
+    curve: bool = field(
+        False,
+        "At each evaluation measure config.eval.split too, and keep what each query got in curve/ "
+        "of the run: dqe-jax ablate compares variants by it.",
+        flag(),
+        "free",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What a run starts from, beside the weights of a pretrained backbone."""
+
+    run: str = field(
+        "",
+        "A run, or an exported model, whose parameters this run starts from where path and shape "
+        'are the same, such as one that was aligned on captions; "" for none.',
+        text(),
+        "start",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +179,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)
     negatives: NegativesConfig = dataclasses.field(default_factory=NegativesConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -323,6 +350,12 @@ def _check_sizes(config: RunConfig) -> None:
     """Raises a `UserError` for sizes of the model that do not divide one another."""
     model, size = config.model, config.data.image_size
     attributes = model.attributes
+    if model.query != "composed" and (attributes.enabled or config.negatives.rule != "in_batch"):
+        raise UserError(
+            f"config.model.query is {model.query!r}: a query without a composer has neither "
+            "attribute weights nor mined negatives; set config.model.attributes.enabled=False and "
+            "config.negatives.rule=in_batch."
+        )
     width = (attributes.width, "model.attributes.width")
     shared = [(*width, attributes.heads, "model.attributes.heads")]
     if model.backbone == "tiny":

@@ -3,7 +3,10 @@
 python -m dqe_jax.ablate --config=configs/shapes.py [--seeds=3] [--equal=both] [--workdir=DIR]
 
 The same command continues an interrupted ablation. `dqe_jax/experiments/ablation/` lists the
-variants, and says what equal time means and what is written. With `--lowers=0,0.005,0.02,0.1` it
+variants, and says what equal time means and what is written. With `--rates` or `--lengths` each
+variant has the learning rate and the steps that are best on validation, and the results are curves
+over steps and time. With `--sweep=negatives.upper=0.02,0.1,0.6` variants are trained with these
+values of a field. With `--lowers=0,0.005,0.02,0.1` it
 trains TRNS with these lower quantiles instead, at equal steps: see
 `dqe_jax/experiments/bound_curve.py`.
 """
@@ -39,6 +42,15 @@ _EQUAL = flags.DEFINE_enum(
 _LOWERS = flags.DEFINE_list(
     "lowers", [], "Lower quantiles of trns to train, in place of the variants: the curve of bounds."
 )
+_RATES = flags.DEFINE_list(
+    "rates", [], "Learning rates of which each variant takes the best on validation: curves."
+)
+_LENGTHS = flags.DEFINE_list(
+    "lengths", [], "Steps of a run of which each variant takes the best on validation: curves."
+)
+_SWEEP = flags.DEFINE_string(
+    "sweep", None, "A field of the config and values to train variants with: FIELD=VALUE,VALUE."
+)
 REQUIRED = ("config",)
 
 
@@ -51,8 +63,19 @@ def main(argv: Sequence[str]) -> None:
     from dqe_jax.distributed import compiled
 
     compiled.keep_programs()
+    modes = {"--lowers": _LOWERS.value, "--sweep": _SWEEP.value}
+    modes["--rates and --lengths"] = _RATES.value or _LENGTHS.value
+    given = [name for name, value in modes.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} do not go together: give one of them.")
     if _LOWERS.value:
         _run_curve(config)
+        return
+    if _SWEEP.value:
+        _run_sweep(config, _SWEEP.value)
+        return
+    if _RATES.value or _LENGTHS.value:
+        _run_tuned(config)
         return
     from dqe_jax.experiments.ablation.record import EQUAL
     from dqe_jax.experiments.ablation.runs import run_ablation
@@ -63,6 +86,31 @@ def main(argv: Sequence[str]) -> None:
         variants=_VARIANTS.value,
         seeds=_SEEDS.value,
         equal=EQUAL if _EQUAL.value == "both" else (_EQUAL.value,),
+    )
+
+
+def _run_tuned(config: ConfigDict) -> None:
+    from dqe_jax.experiments.ablation import tuned
+
+    tuned.run_tuned(
+        config,
+        _WORKDIR.value or command_line.default_workdir("curves"),
+        rates=_RATES.value,
+        lengths=_LENGTHS.value,
+        variants=_VARIANTS.value,
+        seeds=_SEEDS.value,
+    )
+
+
+def _run_sweep(config: ConfigDict, text: str) -> None:
+    from dqe_jax.experiments.ablation import sweep
+
+    sweep.run_sweep(
+        config,
+        _WORKDIR.value or command_line.default_workdir("sweep"),
+        sweep=text,
+        variants=_VARIANTS.value,
+        seeds=_SEEDS.value,
     )
 
 

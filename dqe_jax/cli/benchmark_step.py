@@ -43,6 +43,12 @@ _LAYERS = flags.DEFINE_integer(
     "Layers of a pretrained vision tower, to measure a part of one that is too large; 0 for all.",
     0,
 )
+_BANK = flags.DEFINE_integer(
+    "bank_images",
+    0,
+    "Images of the bank, if config.negatives.pool is bank; 0 for those of the published gallery.",
+    0,
+)
 _JSON = flags.DEFINE_string("json", None, "File that gets the figures as JSON.")
 _TRACE = flags.DEFINE_string(
     "trace", None, "Directory that gets a profile of the first step, for TensorBoard and Perfetto."
@@ -81,7 +87,9 @@ def main(argv: Sequence[str]) -> None:
             comparison = compare_with_torch(config, **shared, torch_compile=_COMPILE.value)
             results[name] = comparison.as_json()
         else:
-            results[name] = benchmark_step(config, names=_VARIANTS.value, **shared).as_json()
+            results[name] = benchmark_step(
+                config, names=_VARIANTS.value, bank_images=_BANK.value, **shared
+            ).as_json()
     records.write(
         _JSON.value,
         "step",

@@ -2,6 +2,11 @@
 
 python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes [--split=test]
 
+To evaluate on a second directory of photos with its own styles.csv, all rows as one gallery:
+
+python -m dqe_jax.evaluate --config=configs/fashion_products.py --data_dir=DIR --split=all \
+  --workdir=runs/fashion_products
+
 To evaluate checkpoints while another machine trains:
 
 python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes --watch
@@ -28,7 +33,8 @@ _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the
 _SPLIT = flags.DEFINE_string(
     "split",
     None,
-    "train, validation (val) or test (test1); default: config.eval.split; of --watch: validation.",
+    "train, validation (val) or test (test1), or all: every row of a directory of fashion_products "
+    "as one gallery; default: config.eval.split; of --watch: validation.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Where results go; default: <run>/eval, or a place named by another data set."

@@ -8,6 +8,7 @@ long and ends in a report to be read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from etils import epath
 from dqe_jax.data import preparation
 from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
 from dqe_jax.data.annotations.schema import RawFormat
-from dqe_jax.data.examples import SPLITS
+from dqe_jax.data.examples import SPLITS, WHOLE
 from dqe_jax.data.made.settings import read_facts
 from dqe_jax.data.packing import BatchShape, even_shape, shape_for
 from dqe_jax.data.settings import BatchConfig, DataConfig
@@ -45,7 +46,9 @@ def _shapes(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _fashion_products(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
+def _fashion_products(
+    data: DataConfig, prepared_dir: str, *, whole: bool = False
+) -> tfds.core.DatasetBuilder:
     from dqe_jax.data.builders import fashion_products
 
     if not data.data_dir:
@@ -66,6 +69,7 @@ def _fashion_products(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetB
         max_bad_fraction=data.max_bad_fraction,
         relevance=relevance,
         image_format=data.image_format,
+        whole=whole,
     )
 
 
@@ -142,6 +146,8 @@ class DatasetInfo:
         another of.
       server: where ranked lists are scored if labels are not public; None if they all are.
       raw: how `dqe_jax.prepare` reads its raw files; None for what is prepared on first use.
+      open_whole: as `open`, with all rows of its directory as the one split `examples.WHOLE`; None
+        where that cannot be had.
     """
 
     name: str
@@ -152,6 +158,7 @@ class DatasetInfo:
     sizes: Mapping[str, SplitSize] = dataclasses.field(default_factory=dict)
     server: str | None = None
     raw: RawFormat | None = None
+    open_whole: Callable[[DataConfig, str], tfds.core.DatasetBuilder] | None = None
 
     @property
     def must_be_prepared(self) -> bool:
@@ -177,6 +184,7 @@ DATASETS = {
             protocols={"original": "plain"},
             has_truth=True,
             sizes={"train": SplitSize(44_000)},
+            open_whole=functools.partial(_fashion_products, whole=True),
         ),
         DatasetInfo(
             name="fashioniq",
@@ -231,14 +239,16 @@ def split_of(dataset: str, name: str) -> str:
 
     Args:
       dataset: a key of `DATASETS`.
-      name: ours (`validation`), the official one (`test1`), or `val`.
+      name: ours (`validation`), the official one (`test1`), `val`, or `all` where all rows can be
+        one split.
 
     Raises:
       UserError: there is no such data set, or it has no such split.
     """
     if dataset not in DATASETS:
         raise UserError(f"There is no data set {dataset!r}; known are {', '.join(DATASETS)}.")
-    splits = DATASETS[dataset].splits
+    info = DATASETS[dataset]
+    splits = info.splits if info.open_whole is None else {**info.splits, WHOLE: "all"}
     names = {official: ours for ours, official in splits.items()}
     if "validation" in splits:
         names["val"] = "validation"
@@ -267,8 +277,12 @@ def expected_shape(dataset: str, batch: BatchConfig) -> BatchShape:
     return shape_for(size.references, batch.references, batch.queries_per_reference)
 
 
-def find_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
+def find_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBuilder:
     """The TFDS builder of `config.data`, checked, and perhaps not prepared yet: takes no time.
+
+    Args:
+      data: `config.data`.
+      split: as `split_of` gives it; `whole` is of a builder of its own, which has no other.
 
     Raises:
       UserError: the raw data or the directory for prepared data cannot be used, or the data set has
@@ -282,11 +296,13 @@ def find_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
             f"config.data.prepared_dir: cannot make {prepared_dir} ({error.strerror}); name a "
             "directory that is writable."
         ) from error
-    return DATASETS[data.dataset].open(data, os.fspath(prepared_dir))
+    info = DATASETS[data.dataset]
+    whole = info.open_whole if split == WHOLE else None
+    return (whole or info.open)(data, os.fspath(prepared_dir))
 
 
-def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
-    """The prepared TFDS builder of `config.data`; raises as `find_dataset`."""
-    builder = find_dataset(data)
+def open_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBuilder:
+    """The prepared TFDS builder of `config.data`; arguments and errors as of `find_dataset`."""
+    builder = find_dataset(data, split)
     preparation.prepare(builder)
     return builder

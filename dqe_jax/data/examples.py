@@ -45,6 +45,9 @@ Record = Mapping[str, Any]
 SPLITS = settings.SPLITS
 # The gallery of all splits, where they share one.
 GALLERY = "gallery"
+# In place of these: all rows of a directory as one split, to evaluate on (TFDS keeps the name
+# `all`, by which users call it, for itself).
+WHOLE = "whole"
 
 
 # The records that a TFDS builder generates for a split, each with its row.

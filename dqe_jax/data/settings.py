@@ -14,6 +14,7 @@ AUGMENTATIONS = ("none", "flip", "flip_shift")
 # Orders in which captions are joined; "random" is one of the others, drawn anew in training.
 CAPTION_ORDERS = ("forward", "reverse", "random")
 SPLITS = ("train", "validation", "test")
+QUERIES = ("triplets", "captions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,19 @@ class DataConfig:
         "",
         'File with the words of each attribute; "" for dqe_jax/data/lexicon.txt.',
         text(),
+    )
+    queries: str = field(
+        "triplets",
+        'What the queries are: "triplets" (reference, modification text and target) or "captions" '
+        "(for each photo of the gallery the attributes that are stated of it, and the photo: to "
+        "align a model before it is trained on triplets).",
+        one_of(*QUERIES),
+    )
+    train_share: float = field(
+        1.0,
+        "Share of the training queries that are kept, chosen by their ids; a smaller share is part "
+        "of a larger one.",
+        number(0.0001, 1),
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dqe_jax.data.chosen import captions_of, share_of
 from dqe_jax.data.digest import contents_of, digest_of, digests_of_rows
 from dqe_jax.data.examples import SPLITS, Queries, Record, Source, gallery_split
 from dqe_jax.data.index import GalleryIndex, read_index
@@ -23,9 +25,40 @@ if TYPE_CHECKING:
 
 
 def open_split(data: DataConfig, builder: Builder, name: str) -> Split:
-    """A split of the data set of `config.data`; captions are in order where training draws it."""
+    """A split of the data set of `config.data`, with the queries that it asks for.
+
+    Captions are in order where training draws it.
+
+    Raises:
+      UserError: as `load_split`, or the gallery states no attributes to make captions of.
+    """
     order = "forward" if data.captions == "random" else data.captions
-    return load_split(builder, name, data.image_size, data.cache_images, order)
+    split = load_split(builder, name, data.image_size, data.cache_images, order)
+    if data.queries == "captions":
+        split = _with_captions(split, builder)
+    if name == "train":
+        split = dataclasses.replace(split, queries=share_of(split.queries, data.train_share))
+    return split
+
+
+def _with_captions(split: Split, builder: Builder) -> Split:
+    """The split with captions of its photos in place of its queries, and a digest of its own."""
+    stored = read_records(builder, gallery_split(split.name, builder.info.splits))
+    attributes = [
+        tuple(pair.decode() for pair in record["attributes"])
+        for record in stored
+        if len(record["image"])
+    ]
+    queries = captions_of(attributes, split.gallery.ids)
+    if not len(queries):
+        raise UserError(
+            f"config.data.queries is 'captions': {builder.name} states no attributes of its "
+            "photos; take 'triplets'."
+        )
+    count, gallery = len(queries), len(split.gallery)
+    digest = hashlib.sha256(f"captions:{split.digest}".encode()).hexdigest()[:32]
+    coverage = Coverage(count, count, gallery, split.coverage.official_gallery)
+    return dataclasses.replace(split, queries=queries, pools={}, coverage=coverage, digest=digest)
 
 
 class Gallery:

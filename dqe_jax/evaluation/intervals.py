@@ -5,6 +5,10 @@ queries: the intervals would be too narrow otherwise. Where a metric is an unwei
 categories (FashionIQ), each category is drawn from by itself. An interval is that between
 percentiles of the metric over the draws (Efron and Tibshirani, An Introduction to the Bootstrap,
 1993, chapter 13). Two runs are compared query by query, over the same draws.
+
+Where a variant was trained with several seeds, seeds are drawn first, and then references, the same
+ones for all seeds: the test queries are one sample that all runs share. With two or three seeds
+their part of the interval is rough.
 """
 
 from __future__ import annotations
@@ -121,6 +125,42 @@ def intervals(
     return {
         key: Interval(float(found[i]), float(low[i]), float(high[i])) for i, key in enumerate(keys)
     }
+
+
+def over_seeds(
+    values: np.ndarray,
+    reference: np.ndarray,
+    strata: np.ndarray,
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Interval:
+    """The mean over seeds and queries, with its interval; see the module.
+
+    Args:
+      values: float `[S, Q]` of one metric, of `S` seeds; of two variants with the same seeds their
+        difference. NaN where a query does not count.
+      reference: int `[Q]`, the reference image of each query.
+      strata: int `[Q]`, as `strata_of` gives it.
+      seed: of the draws.
+      draws: how many.
+    """
+    rng, number = np.random.default_rng(seed), len(values)
+    seeds = rng.multinomial(number, np.full(number, 1 / number), draws).astype(float)
+    whole, drawn = [], []
+    for stratum in np.unique(strata):
+        members = strata == stratum
+        # `[U, S]`: a column for each seed.
+        totals, counts = _by_reference(values[:, members].T, reference[members])
+        size = len(totals)
+        times = rng.multinomial(size, np.full(size, 1 / size), draws).astype(float)
+        of_seeds = ((seeds @ x.T) * times for x in (totals, counts))
+        drawn.append(_ratio(*(x.sum(1) for x in of_seeds)))
+        whole.append(_ratio(totals.sum(keepdims=True)[0], counts.sum(keepdims=True)[0]))
+    found, spread = (_mean_of_known(np.stack(x)) for x in (whole, drawn))
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.nanpercentile(spread, [tail, 100 - tail])
+    return Interval(float(found[0]), float(low), float(high))
 
 
 def _by_reference(table: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from dqe_jax.checkpoints.trained import Trained, open_trained
 from dqe_jax.config import AnyConfig, RunConfig, flatten
 from dqe_jax.data import datasets, splits
 from dqe_jax.data.digest import SHOWN
+from dqe_jax.data.examples import WHOLE
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import processes
@@ -60,10 +61,10 @@ def evaluate_checkpoint(
     """
     config = RunConfig.of(config)
     split = datasets.split_of(config.data.dataset, split or config.eval.split)
-    datasets.find_dataset(config.data)
+    datasets.find_dataset(config.data, split)
     trained = open_trained(config, directory, step)
     words, step = trained.tokenizer, trained.step
-    opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config.data, datasets.open_dataset(config.data, split), split)
     features = Features(config, trained.model, trained.devices)
     judged, judged_texts = None, None
     if hp_fashioniq is not None:
@@ -176,7 +177,8 @@ def output_of(trained: Trained, split: Split) -> epath.Path:
     """Where results go: `eval/`, or a place of its own for what the run was not trained on.
 
     Data that differ from those of the run name the place by their digest. Where the run does not
-    know those of a split, the first that it was evaluated on count as its own.
+    know those of a split, the first that it was evaluated on count as its own; those of all rows of
+    a directory are never its own.
 
     Args:
       trained: the checkpoint.
@@ -197,7 +199,7 @@ def output_of(trained: Trained, split: Split) -> epath.Path:
     held = (
         _digests_in(parent / "-".join(["eval", *other]), split.name) if known is None else {known}
     )
-    if held - {split.digest}:
+    if held - {split.digest} or split.name == WHOLE:
         other.append(f"data-{split.digest[:SHOWN]}")
         logging.info("These are not the data of the run: their digest names the results.")
     return parent / "-".join(["eval", *other])

@@ -61,7 +61,7 @@ def watch(
     config = RunConfig.of(config)
     split = datasets.split_of(config.data.dataset, split)
     root = whole_path(workdir)
-    opened = splits.open_split(config.data, datasets.open_dataset(config.data), split)
+    opened = splits.open_split(config.data, datasets.open_dataset(config.data, split), split)
     log = MetricLog(root / f"watch-{split}", resume_step=None, again="")
     seen = set(log.steps())
     found: dict[int, dict[str, float]] = {}

@@ -197,8 +197,9 @@ class Objective:
     def _mined(self, compared: Compared, tau: Float[Array, ""]) -> dict[str, Float[Array, " B"]]:
         """Terms over the mined negatives."""
         inputs = (compared.target_score, compared.negative_scores, compared.negative_mask)
+        preference = losses.info_nce if self.weights.form == "softmax" else losses.preference
         return {
-            "preference": losses.preference(*inputs, tau),
+            "preference": preference(*inputs, tau),
             "margin": losses.margin_ranking(*inputs, self.weights.margin_size),
         }
 

@@ -18,6 +18,7 @@ from dqe_jax.utils.fields import (
 RULES = ("in_batch", "random", "hardest", "qure", "trns")
 BOUND_MODES = ("absolute", "quantile", "std", "drops")
 ORACLES = ("none", "mined", "all")
+FORMS = ("pairs", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,12 @@ class LossConfig:
     in_batch: float = field(1.0, "Weight of symmetric InfoNCE over the batch.", weight(1_000_000))
     preference: float = field(
         0.5, "Weight of the preference term over the mined negatives.", weight(1_000_000)
+    )
+    form: str = field(
+        "pairs",
+        'Form of the preference term: "pairs" (the mean over the negatives of the target against '
+        'each) or "softmax" (the target against all of them at once, as InfoNCE).',
+        one_of(*FORMS),
     )
     margin: float = field(
         0.1, "Weight of the margin term over the mined negatives.", weight(1_000_000)

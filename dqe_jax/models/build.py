@@ -34,7 +34,11 @@ VARIANTS: dict[str, Mapping[str, PretrainedSizes]] = {
 }
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Parts of the model that do not belong to its backbone.
-PARTS = {"attributes": ("attributes/*", "gates/*"), "temperature": ("log_scale",)}
+# The head of texts is that of a query without a composer, which has no attribute weights.
+PARTS = {
+    "attributes": ("attributes/*", "gates/*", "text_head_*"),
+    "temperature": ("log_scale",),
+}
 
 
 def parts_of(backbone: str) -> dict[str, tuple[str, ...]]:
@@ -144,6 +148,7 @@ def build_model(
         width=attributes.width,
         heads=attributes.heads,
         activation=attributes.activation,
+        query=config.query,
         initial_tau=config.initial_tau,
         dtype=DTYPES[config.dtype],
     )

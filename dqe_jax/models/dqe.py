@@ -45,6 +45,8 @@ class DQE(nn.Module):
       width: of the attribute features, or of the hidden layer of the gates.
       heads: attention heads of the attribute queries.
       activation: of the attribute weights, `sigmoid` or `softmax`.
+      query: "composed", or a query without a composer: "text", "image", or their "sum" or
+        "product"; the text then has a head of its own.
       initial_tau: the temperature at the start.
       dtype: compute dtype of the matrix products.
     """
@@ -56,6 +58,7 @@ class DQE(nn.Module):
     width: int = 128
     heads: int = 4
     activation: str = "sigmoid"
+    query: str = "composed"
     initial_tau: float = 0.07
     dtype: DTypeLike = jnp.float32
 
@@ -74,6 +77,9 @@ class DQE(nn.Module):
                 self.activation,
                 self.dtype,
             )
+        if self.query not in ("composed", "image"):
+            self.text_head_hidden = nn.Dense(self.width, dtype=self.dtype)
+            self.text_head_out = nn.Dense(self.backbone.embed_dim, dtype=self.dtype)
         # An explicit dtype: a weakly typed scalar would recompile the second step.
         start = jnp.log(jnp.asarray(1 / self.initial_tau, jnp.float32))
         self.log_scale = self.param("log_scale", lambda _: start)
@@ -94,6 +100,8 @@ class DQE(nn.Module):
         rows: Int[Array, " B"] | None = None,
         factors: Float[Array, "B K"] | None = None,
     ) -> QueryOutput:
+        if self.query != "composed":
+            return self._pure(image, text, rows)
         h = self.backbone.compose(image, text, train, rows)
         if not self.attribute_names:
             none = jnp.zeros((len(h), 0), jnp.float32)
@@ -114,6 +122,20 @@ class DQE(nn.Module):
         features = self.attributes.features(image.tokens, text.pooled, rows)
         q = normalize(h + self.attributes.contribute(features, weights))
         return QueryOutput(q, weights, features)
+
+    def _pure(
+        self, image: ImageFeatures, text: TextFeatures, rows: Int[Array, " B"] | None
+    ) -> QueryOutput:
+        """A query without a composer, of the text, of the reference's own embedding or of both."""
+        count = len(text.ids)
+        reference = of_queries(normalize(image.gallery).mean(1), rows, count)
+        q: Array = normalize(reference)
+        if self.query != "image":
+            asked = self.text_head_out(nn.relu(self.text_head_hidden(text.pooled)))
+            asked = normalize(asked)
+            q = {"text": asked, "sum": q + asked, "product": q * asked}[self.query]
+        none = jnp.zeros((count, 0), jnp.float32)
+        return QueryOutput(normalize(q), none, jnp.zeros((count, 0, self.width), q.dtype))
 
     def _image(self, image: Images, train: bool = False) -> ImageFeatures:
         states = image if isinstance(image, Mapping) else self.backbone.image_states(image, train)

@@ -24,6 +24,7 @@ BLIP2_VARIANTS = ("vit_g_14", "vit_l_14")
 FEATURES = ("penultimate", "last")
 ACTIVATIONS = ("sigmoid", "softmax")
 FORMS = ("sum", "gate")
+QUERIES = ("composed", "text", "image", "sum", "product")
 # Of the backbone `features`.
 COMPOSERS = ("mlp", "attention")
 
@@ -262,6 +263,14 @@ class ModelConfig:
         'bfloat16), or "auto": cudnn where it works.',
         one_of("auto", "xla", "cudnn"),
         "start",
+    )
+    query: str = field(
+        "composed",
+        'What a query is made of: "composed" (the model), or for comparison, without a composer: '
+        '"text" alone, the reference "image" alone, or the "sum" or "product" of the two '
+        "embeddings.",
+        one_of(*QUERIES),
+        "model",
     )
     initial_tau: float = field(
         0.07, "Temperature at the start; it is learned.", number(0.0001, 10_000), "model"

@@ -28,6 +28,7 @@ from dqe_jax.distributed import mesh
 from dqe_jax.feature_store.features import given_kinds, sizes_of, states_spec, stored_kinds
 from dqe_jax.method.arrays import Params, Tree
 from dqe_jax.method.batch import Batch
+from dqe_jax.method.mining import Bank
 from dqe_jax.models import setup
 from dqe_jax.models.build import DTYPES, build_model
 from dqe_jax.models.clip import ClipSizes
@@ -35,11 +36,11 @@ from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
 from dqe_jax.models.given import GivenSizes
 from dqe_jax.models.weights.sizes import Sizes
-from dqe_jax.performance import records
+from dqe_jax.performance import made_bank, records
 from dqe_jax.performance.records import Seconds, Spread
 from dqe_jax.training import state as states
 from dqe_jax.training.state import TrainState
-from dqe_jax.training.step import batch_spec, make_step
+from dqe_jax.training.step import batch_spec, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
@@ -157,6 +158,7 @@ def benchmark_step(
     steps: int = 3,
     names: Sequence[str] = (),
     tower_layers: int = 0,
+    bank_images: int = 0,
     trace: str | os.PathLike[str] | None = None,
     label: str = "",
     started: float | None = None,
@@ -173,6 +175,7 @@ def benchmark_step(
         state of its own.
       tower_layers: of the vision tower of a pretrained backbone, which is cut or repeated to them;
         0 for those that it has.
+      bank_images: of the bank, if the config mines from one; 0 for those of the published gallery.
       trace: directory for a profile of a few steps of the first variant, taken after the rounds.
       label: the config's name, for the report.
       started: seconds in which the process came here, for `FirstStep`.
@@ -190,7 +193,7 @@ def benchmark_step(
     unknown = [name for name in names if name not in variants]
     if unknown:
         raise UserError(f"--variants={unknown[0]}: give some of {', '.join(variants)}.")
-    maker = Maker(devices, tower_layers, started)
+    maker = Maker(devices, tower_layers, started, bank_images)
     runners = {
         name: maker.make(config.with_changes(changes))
         for name, changes in variants.items()
@@ -329,6 +332,7 @@ class Runner:
       compiled: the program.
       batch: that it takes.
       stop: likewise.
+      bank: likewise, where negatives are mined from one.
       holder: the state, shared with other steps of the same parameters: each changes it.
       flop: of a step, on all devices.
       first: how long it took to the first step.
@@ -337,6 +341,7 @@ class Runner:
     compiled: Any
     batch: Batch
     stop: np.ndarray
+    bank: tuple[Bank, ...]
     holder: list[TrainState]
     flop: float
     first: FirstStep
@@ -344,7 +349,7 @@ class Runner:
     def run(self, steps: int) -> None:
         """Takes some steps and waits for them."""
         for _ in range(steps):
-            self.holder[0] = self.compiled(self.holder[0], self.batch, self.stop).state
+            self.holder[0] = self.compiled(self.holder[0], self.batch, self.stop, *self.bank).state
         jax.block_until_ready(self.holder[0])
 
     def time(self, seconds: Sequence[Seconds]) -> StepTime:
@@ -356,10 +361,15 @@ class Maker:
     """Makes steps that share a state where they have the same parameters."""
 
     def __init__(
-        self, devices: Sequence[jax.Device], tower_layers: int = 0, started: float | None = None
+        self,
+        devices: Sequence[jax.Device],
+        tower_layers: int = 0,
+        started: float | None = None,
+        bank_images: int = 0,
     ):
         """Arguments are those of `benchmark_step`."""
         self._devices, self._layers, self._started = list(devices), tower_layers, started
+        self._bank_images = bank_images
         self._held: dict[object, list[TrainState]] = {}
 
     def make(self, config: RunConfig, params: Params | None = None) -> Runner:
@@ -370,8 +380,6 @@ class Maker:
           params: to start from; random ones by default. A state that is there already stays.
         """
         began, devices = time.perf_counter(), self._devices
-        # There is no bank here: negatives are mined from the batch.
-        config = config.with_changes({"negatives.pool": "batch"})
         model = model_of(config, self._layers)
         key = config.model, config.optimizer
         if key not in self._held:
@@ -381,12 +389,21 @@ class Maker:
             self._held[key] = [states.init_state(config, made, params, devices)]
         holder = self._held[key]
         # On the devices already, where a run's batches are ahead of its steps.
-        batch = mesh.place(random_batch(config, model, holder[0].params), devices)
+        made_batch = random_batch(config, model, holder[0].params)
+        bank: tuple[Bank, ...] = ()
+        if uses_bank(config.negatives):
+            images = made_bank.images_of(config, self._bank_images, len(made_batch.query))
+            held, made_batch = made_bank.make_bank(
+                config, model, holder[0].params, made_batch, images, devices
+            )
+            bank = (held,)
+        batch = mesh.place(made_batch, devices)
         stop = np.zeros((len(devices), 1), np.int32)
         jax.block_until_ready(holder[0])
         built = time.perf_counter()
         made = states.make_optimizer(config, holder[0].params, len(devices))
-        lowered = make_step(config, model, made, devices).lower(holder[0], batch, stop)
+        step_of = functools.partial(make_step, devices=devices, bank=bool(bank))
+        lowered = step_of(config, model, made).lower(holder[0], batch, stop, *bank)
         compiled = lowered.compile()
         done = time.perf_counter()
         counted = config.with_changes(COUNTED)
@@ -396,9 +413,9 @@ class Maker:
             made = states.make_optimizer(counted, shapes, len(devices))
             step = jnp.zeros((), jnp.int32)
             state = TrainState(step, shapes, made.shapes)
-            lowered = make_step(counted, model, made, devices).lower(state, batch, stop)
+            lowered = step_of(counted, model, made).lower(state, batch, stop, *bank)
         flop = flop_of(lowered) * len(devices)
-        runner = Runner(compiled, batch, stop, holder, flop, FirstStep(None, 0, 0, 0))
+        runner = Runner(compiled, batch, stop, bank, holder, flop, FirstStep(None, 0, 0, 0))
         start = time.perf_counter()
         runner.run(1)
         ran = time.perf_counter() - start
@@ -488,6 +505,7 @@ def settings_of(config: RunConfig, tower_layers: int = 0) -> JsonObject:
         "image_size": config.data.image_size,
         "max_length": config.data.max_length,
         "negatives": config.negatives.rule,
+        "pool": config.negatives.pool,
         "chunks": config.batch.chunks,
         "accumulate": config.batch.accumulate,
     }

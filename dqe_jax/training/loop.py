@@ -18,6 +18,7 @@ from dqe_jax.config import AnyConfig, RunConfig, check_batch
 from dqe_jax.data import datasets
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
+from dqe_jax.evaluation import curve
 from dqe_jax.evaluation.evaluator import Result
 from dqe_jax.evaluation.run import evaluate_and_report
 from dqe_jax.method.arrays import Tree
@@ -271,6 +272,14 @@ def _validate(
     """What the validation split gives; its metrics are logged."""
     step, result = int(state.step), session.validation.run(session.evaluated(state))
     log.write(step, {f"validation/{k}": v for k, v in result.metrics.items()})
+    if session.config.eval.curve:
+        last = session.last
+        same = last is session.validation
+        found = result if same else last.run(session.evaluated(state))
+        log.write(step, {f"curve/{k}": v for k, v in found.metrics.items()})
+        if processes.leads():
+            epochs = step * session.examples / session.queries
+            curve.write_point(last, found, session.workdir, step, epochs)
     if processes.leads():
         bar.write(f"step {step}, {session.validation.describe(result.metrics)}")
     return result

@@ -39,7 +39,7 @@ from dqe_jax.training import state as states
 from dqe_jax.training.accumulate import Accumulation, make_accumulation
 from dqe_jax.training.bank import BankKeeper, make_bank_keeper
 from dqe_jax.training.prefetch import DeviceBatches, send
-from dqe_jax.training.start import Start
+from dqe_jax.training.start import Start, start_from
 from dqe_jax.training.state import Optimizer, TrainState
 from dqe_jax.training.step import Step, make_step, uses_bank
 from dqe_jax.utils.errors import UserError
@@ -82,6 +82,7 @@ class Session:
       keeper: of the bank; None without one.
       batches: those of training, on the devices.
       examples: of a step without padding, on average.
+      queries: of an epoch.
       validation: the evaluator of the validation split.
       last: the evaluator of the split of the last evaluation.
       features: what frozen towers make of images and texts; filled by `restore_or_init`.
@@ -104,6 +105,7 @@ class Session:
     keeper: BankKeeper | None
     batches: DeviceBatches
     examples: float
+    queries: int
     validation: RetrievalEvaluator
     last: RetrievalEvaluator
     features: Features
@@ -188,6 +190,7 @@ def open_session(
         keeper=keeper,
         batches=batches,
         examples=config.batch.accumulate * shape.queries * (1 - padding.queries),
+        queries=len(split.queries),
         validation=validation,
         last=final,
         features=features,
@@ -293,7 +296,7 @@ def restore_or_init(session: Session, manager: ocp.CheckpointManager) -> tuple[T
             params = setup.init_params(
                 session.model, config.model, config.data, config.seed, session.pretrained
             )
-            params = session.features.standardize(params)
+            params = start_from(config, session.features.standardize(params), session.tokenizer)
         state = states.init_state(config, session.optimizer, params, session.devices)
         session.features.fill(state.params)
         return averages.begun(config, session.optimizer, state, session.devices), 0.0

@@ -17,7 +17,7 @@ from dqe_jax.config import RunConfig, flatten
 from dqe_jax.experiments.ablation import figure, record, scores
 from dqe_jax.experiments.ablation.record import EQUAL, Run
 from dqe_jax.experiments.ablation.runs import run_ablation, steps_within
-from dqe_jax.experiments.ablation.variants import VARIANTS, choose_variants, variant_config
+from dqe_jax.experiments.ablation.variants import NAMED, VARIANTS, choose_variants, variant_config
 from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop
@@ -52,7 +52,21 @@ CHANGES = {
     "in_batch-oracle": {"negatives.rule": "in_batch", "negatives.oracle": "all"},
     "trns-oracle": {"negatives.oracle": "mined"},
     "hardest-oracle": {"negatives.rule": "hardest", "negatives.oracle": "mined"},
+    "attributes-sum": {"negatives.rule": "in_batch"},
+    "attributes-gate": {"negatives.rule": "in_batch", "model.attributes.form": "gate"},
+    **{
+        name: {
+            "negatives.rule": "in_batch",
+            "model.attributes.enabled": False,
+            "model.query": query,
+        }
+        for name, query in (
+            *(("text-only", "text"), ("image-only", "image")),
+            *(("sum-of-both", "sum"), ("product-of-both", "product")),
+        )
+    },
 }
+UNNAMED = tuple(v for v in VARIANTS if v not in NAMED)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -73,16 +87,18 @@ def test_rules_without_a_word_on_attributes_leave_them_as_they_are():
         variant: variant_config(config, variant, 0, 1).model.attributes.enabled
         for variant in VARIANTS
     }
-    assert {name for name, value in enabled.items() if value} == {"attributes", "full"}
+    weighing = {"attributes", "attributes-sum", "attributes-gate", "full"}
+    assert {name for name, value in enabled.items() if value} == weighing
     assert variant_config(config, "full", 0, 1).negatives.rule == "trns"
 
 
 @pytest.mark.parametrize(
     ("names", "dataset", "chosen"),
     [
-        ([], "shapes", tuple(VARIANTS)),
-        ([], "fashion_products", tuple(VARIANTS)),
-        ([], "fashioniq", tuple(v for v in VARIANTS if "oracle" not in v)),
+        ([], "shapes", UNNAMED),
+        ([], "fashion_products", UNNAMED),
+        ([], "fashioniq", tuple(v for v in UNNAMED if "oracle" not in v)),
+        (["text-only"], "fashioniq", ("infonce", "text-only")),
         (["full", "trns", "full"], "shapes", ("infonce", "trns", "full")),
         (["trns-oracle"], "triplets", ("infonce", "trns-oracle")),
         (["infonce"], "shapes", ("infonce",)),

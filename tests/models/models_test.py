@@ -315,6 +315,36 @@ def test_without_attributes_the_model_is_the_plain_composer(model, backbone, ini
     np.testing.assert_allclose(full, out.embedding, atol=1e-6)
 
 
+@pytest.mark.parametrize("query", ["text", "image", "sum", "product"])
+def test_a_query_without_a_composer(model, backbone, query):
+    fields = {"model.attributes.enabled": False, "negatives.rule": "in_batch"}
+    config = small_model_config(backbone, **fields | {"model.query": query})
+    module = build_small_model(config)
+    params = trained(setup.init_params(module, config.model, config.data))
+    paths = set(flatten_dict(params, sep="/"))
+    assert not any("composer" in path or "residual" in path for path in paths)
+    assert ("text_head_out/kernel" in paths) == (query != "image")
+    reference, text, target = flat_inputs()
+    encode, gallery = entry_points(module)
+    found = encode(params, reference, text)
+    assert found.attribute_weights.shape == (R * Q, 0)
+    own = layers.normalize(gallery(params, reference).mean(1))
+    other = encode(params, target, text).embedding  # of other images
+    if query == "text":
+        np.testing.assert_array_equal(found.embedding, other)
+        return
+    assert np.abs(found.embedding - other).max() > 1e-3
+    if query == "image":
+        np.testing.assert_allclose(found.embedding, own, atol=1e-6)
+        return
+    bound = module.bind({"params": params})
+    asked = layers.normalize(
+        bound.text_head_out(jax.nn.relu(bound.text_head_hidden(bound._text(text).pooled)))
+    )
+    expected = own + asked if query == "sum" else own * asked
+    np.testing.assert_allclose(found.embedding, layers.normalize(expected), atol=1e-5)
+
+
 def test_gates_choose_between_the_reference_and_the_text(model, backbone):
     config = small_model_config(
         backbone, **{"model.attributes.form": "gate", "model.attributes.parts": 4}

@@ -124,6 +124,27 @@ def test_flop_are_those_of_all_layers_however_they_are_computed(monkeypatch):
     assert times[True].flop == times[False].flop > 1e5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mining", ["step", "refresh"])
+def test_a_step_that_mines_from_a_bank_is_timed(mining):
+    config = shapes.get_config("smoke")
+    config.num_devices, config.negatives.pool, config.negatives.mining = 2, "bank", mining
+    wanted = ["config", "InfoNCE"]
+    report = benchmark_step(config, rounds=1, steps=1, names=wanted, bank_images=600)
+    assert list(report.times) == wanted
+    assert report.settings["pool"] == "bank"
+    # 600 embeddings, padded to 512 rows of each device, are in the memory of the mined step.
+    more = report.times["config"].memory - report.times["InfoNCE"].memory
+    assert more > 512 * config.model.tiny.embed_dim * 4
+
+
+def test_a_bank_has_room_for_the_targets_of_a_batch():
+    config = shapes.get_config("smoke")
+    config.negatives.pool, config.num_devices = "bank", 1
+    with pytest.raises(UserError, match=r"--bank_images=5: a batch has 32 targets"):
+        benchmark_step(config, rounds=1, steps=1, bank_images=5)
+
+
 def test_layers_of_a_tower_are_cut():
     sizes = step_benchmark.sizes_for(RunConfig.of(fiq.get_config()), 8)
     assert (sizes.vision.depth, sizes.vision.width, sizes.depth) == (8, 1408, 12)

@@ -267,6 +267,25 @@ def test_loss_equals_its_plain_statement(rule):
     assert all(value > 0 for value in means.values())
 
 
+def test_the_preference_term_of_one_softmax():
+    """As InfoNCE over the mined negatives: above the mean over pairs, and of one the same."""
+    batch, key, params = make_batch(3), jax.random.key(5), init_params()[1]
+    found = {
+        form: on_one_device(objective_of(make_config("hardest", **{"loss.form": form})))(
+            params, batch, key
+        )[1]["loss/preference"]
+        for form in ("pairs", "softmax")
+    }
+    assert found["softmax"] > found["pairs"] > 0
+    one = {
+        form: on_one_device(
+            objective_of(make_config("hardest", **{"loss.form": form, "negatives.per_query": 1}))
+        )(params, batch, key)[1]["loss/preference"]
+        for form in ("pairs", "softmax")
+    }
+    np.testing.assert_allclose(one["softmax"], one["pairs"], rtol=1e-5)  # of one negative the same
+
+
 def test_an_oracle_takes_what_is_in_truth_valid_for_known_positives():
     batch, key, params = make_batch(3), jax.random.key(5), init_params()[1]
     relevant = np.random.default_rng(0).integers(-1, PHOTOS, (B, 4)).astype(np.int32)

@@ -32,6 +32,10 @@ With coarse relevance only the article type and the colour decide which products
 the other attributes all products have one value, which no text asks for. Many products are then
 relevant for a query, and its target is a random one of them.
 Gallery records state all attributes even so.
+
+A second directory of photos can be one split, `whole`, to evaluate on: all of its products are one
+gallery, with at most 2 queries a reference. Nothing is known of training there, so no query is
+dropped for a rare value.
 """
 
 from __future__ import annotations
@@ -75,6 +79,7 @@ class FashionProductsConfig(tfds.core.BuilderConfig):
         max_bad_fraction: Above this fraction of rows lost, preparing the data is an error.
         relevance: Which attributes count for validity, a name of `RELEVANCE`.
         image_format: How images are stored, of `settings.IMAGE_FORMATS`.
+        whole: Whether all products are one split, `examples.WHOLE`.
     """
 
     raw_dir: str = ""
@@ -83,6 +88,7 @@ class FashionProductsConfig(tfds.core.BuilderConfig):
     max_bad_fraction: float = 0.01
     relevance: str = "fine"
     image_format: str = "png"
+    whole: bool = False
 
 
 class FashionProducts(tfds.core.GeneratorBasedBuilder):
@@ -119,7 +125,7 @@ class FashionProducts(tfds.core.GeneratorBasedBuilder):
         self.info.metadata.update(report)
 
         generators = {}
-        for split in examples.SPLITS:
+        for split in galleries:
             generators[examples.gallery_split(split)] = self._generate_examples(
                 gallery_items(galleries[split], images, config.image_format)
             )
@@ -142,7 +148,7 @@ def _load_products(
     decoded = decode_all(photos, ids, config.image_size, config.preprocess, DECODE_SIDE)
     decoded = progress(decoded, len(styles.rows), "Photos of fashion_products")
     rows = (_row(row, RELEVANCE[config.relevance]) for row in styles.rows)
-    galleries, unseen = place_products(rows, decoded, images, SPLIT_SALT)
+    galleries, unseen = place_products(rows, decoded, images, SPLIT_SALT, whole=config.whole)
     lost = {row_id or "(no id)": "its row is incomplete" for row_id in styles.incomplete_ids}
     lost |= {row_id: f"images/{row_id}.jpg {reason}" for row_id, reason in unseen.items()}
     lost_count = len(styles.incomplete_ids) + len(unseen)
@@ -201,6 +207,7 @@ def make_builder(
     max_bad_fraction: float = 0.01,
     relevance: str = "fine",
     image_format: str = "png",
+    whole: bool = False,
 ) -> FashionProducts:
     """The builder of a copy of the data set at one size.
 
@@ -212,11 +219,12 @@ def make_builder(
         max_bad_fraction: Share of the rows that may be lost to missing or unreadable photos.
         relevance: "fine", or "coarse": see the module.
         image_format: How images are stored, of `settings.IMAGE_FORMATS`.
+        whole: Whether all products are one split, see the module.
 
     Returns:
         The builder; its configuration is named by size, preprocessing, relevance unless it is fine,
-        format unless it is PNG, and a digest of `styles.csv` and of the names and sizes of the
-        photos, which is the same for an archive and for a folder.
+        format unless it is PNG, `whole` if it is one split, and a digest of `styles.csv` and of the
+        names and sizes of the photos, which is the same for an archive and for a folder.
 
     Raises:
         errors.UserError: The directory is not there or not complete, or the size is out of range.
@@ -243,8 +251,9 @@ def make_builder(
         digest.update(f"\n{photo_id}:{size}".encode())
     coarse = "" if relevance == "fine" else f"{relevance}-"
     stored = "" if image_format == "png" else f"{image_format}-"
+    together = f"{examples.WHOLE}-" if whole else ""
     config = FashionProductsConfig(
-        name=f"{image_size}px-{preprocess}-{coarse}{stored}{digest.hexdigest()[:8]}",
+        name=f"{image_size}px-{preprocess}-{coarse}{stored}{together}{digest.hexdigest()[:8]}",
         description="Fashion products.",
         raw_dir=str(directory),
         image_size=image_size,
@@ -252,5 +261,6 @@ def make_builder(
         max_bad_fraction=max_bad_fraction,
         relevance=relevance,
         image_format=image_format,
+        whole=whole,
     )
     return FashionProducts(config=config, data_dir=prepared_dir, file_format="array_record")

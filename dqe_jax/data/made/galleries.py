@@ -15,7 +15,7 @@ from dqe_jax.data.made.queries import Product, Rules, asked_values, make_queries
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
 
-QUERIES_PER_REFERENCE = {"train": 8, "validation": 2, "test": 2}
+QUERIES_PER_REFERENCE = {"train": 8, "validation": 2, "test": 2, examples.WHOLE: 2}
 SPLIT_ENDS = (("train", 0.72), ("validation", 0.80), ("test", 1.0))
 
 
@@ -42,7 +42,12 @@ def split_of(content: str, salt: str) -> str:
 
 
 def place_products(
-    rows: Iterable[Row], decoded: Iterable[Decoded], images: ImageFile, salt: str
+    rows: Iterable[Row],
+    decoded: Iterable[Decoded],
+    images: ImageFile,
+    salt: str,
+    *,
+    whole: bool = False,
 ) -> tuple[dict[str, list[Product]], dict[str, str]]:
     """The products of each split, and by id why rows have no usable photo.
 
@@ -51,8 +56,10 @@ def place_products(
         decoded: The photo of each row.
         images: Takes the images of the products.
         salt: Of the splits.
+        whole: Whether all are in one split, `examples.WHOLE`, in place of three.
     """
-    galleries: dict[str, list[Product]] = {split: [] for split in examples.SPLITS}
+    names = (examples.WHOLE,) if whole else examples.SPLITS
+    galleries: dict[str, list[Product]] = {split: [] for split in names}
     unseen: dict[str, str] = {}
     first_of: dict[str, tuple[str, int]] = {}  # Split and row of the first of identical photos.
     for row, photo in zip(rows, decoded):
@@ -61,7 +68,7 @@ def place_products(
             continue
         if photo.pixels not in first_of:
             # The bytes of the first copy decide, so that the split is that of any decoder version.
-            split = split_of(photo.content, salt)
+            split = examples.WHOLE if whole else split_of(photo.content, salt)
             first_of[photo.pixels] = (split, len(galleries[split]))
         split, first = first_of[photo.pixels]
         image = images.append(photo.image)
@@ -76,7 +83,7 @@ def make_splits(
 
     Args:
         rules: By which they are made.
-        galleries: The products of each split.
+        galleries: The products of each split, in the order of `examples.SPLITS`.
         table: What it is called in an error.
         advice: What to do if a split has no queries.
 
@@ -86,7 +93,7 @@ def make_splits(
     queries: dict[str, list[examples.Query]] = {}
     counts: dict[str, JsonObject] = {}
     known: set[tuple[str, str]] | None = None
-    for split in examples.SPLITS:  # Train is first: the others ask for what it asks for.
+    for split in galleries:  # Train is first: the others ask for what it asks for.
         queries[split], dropped = make_queries(
             rules, galleries[split], QUERIES_PER_REFERENCE[split], known
         )
