@@ -209,8 +209,8 @@ def _click_of(data: bytes) -> Click | str:
     if not isinstance(held.get("turn"), int) or isinstance(held["turn"], bool):
         return "has no turn"
     named = {field.name: held[field.name] for field in dataclasses.fields(Click)}
-    own: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in named.items()}
-    return Click(**own)
+    given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in named.items()}
+    return Click(**given)
 
 
 def judged(clicks: Sequence[Click]) -> list[Judged]:

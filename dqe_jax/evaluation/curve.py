@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -63,7 +64,7 @@ def write_point(
     queries = split.queries.take(known)
     subset = None if result.subset_rows is None else result.subset_rows[known]
     values = query_values(evaluator.protocol, queries, result.rows[known], subset)
-    columns = {f"value/{name}": x.astype(np.float32) for name, x in values.items()}
+    columns: dict[str, Any] = {f"value/{name}": x.astype(np.float32) for name, x in values.items()}
     content = io.BytesIO()
     np.savez_compressed(
         content,

@@ -333,7 +333,7 @@ def gumbel_at(
 def can_pick_noise(key: Key[Array, ""]) -> bool:
     """Whether `gumbel_at` knows how the numbers of a key are made; known when it is traced."""
     threefry = str(jax.random.key_impl(key)) == "threefry2x32"
-    return threefry and bool(jax.config.jax_threefry_partitionable)
+    return threefry and bool(getattr(jax.config, "jax_threefry_partitionable", True))
 
 
 def hardest_negatives(

@@ -232,7 +232,7 @@ class Index:
             self.check(ask)
         # The earlier turns of all asks follow the asks themselves: one batch of queries.
         turns = [turn for ask in asks for turn in ask.earlier]
-        everything = [*asks, *turns]
+        everything: list[Ask | Turn] = [*asks, *turns]
         paths = [tuple(self._file_of(one) for one in own.images) for own in everything]
         located = [Query(images, own.text) for images, own in zip(paths, everything)]
         weights = [*(ask.weights for ask in asks), *({} for _ in turns)]

@@ -86,4 +86,4 @@ def _frame(port: int, height: int) -> None:
         return
     from IPython.display import IFrame, display
 
-    display(IFrame(f"http://127.0.0.1:{port}/", width="100%", height=height))  # type: ignore[no-untyped-call]
+    display(IFrame(f"http://127.0.0.1:{port}/", width="100%", height=height))  # type: ignore[no-untyped-call, unused-ignore]

@@ -71,7 +71,7 @@ def make_server(service: Service, access: Access) -> uvicorn.Server:
             super().connection_lost(exc)
 
         def _drop(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
+            if getattr(self, "cycle", None) is None and not self.transport.is_closing():
                 self.transport.close()
 
     config = uvicorn.Config(
