@@ -254,7 +254,9 @@ def plain_figures(split, rows, mined, delta, forbidden, upper):
 NARROW = {"rules": ("trns",), "lowers": (), "lower": 0.1, "upper": 0.14, "floor": -math.inf}
 
 
-@pytest.mark.parametrize("changes", [{}, NARROW], ids=["default", "narrow"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, marks=pytest.mark.slow), NARROW], ids=["default", "narrow"]
+)
 def test_figures_are_of_what_mining_draws(changes):
     split, bank, query = made()
     negatives, rows, facts = audit_made(**changes)

@@ -106,6 +106,7 @@ def test_rejections_push_images_away(place):
     assert gap("pushed") > gap("first") + 0.05
 
 
+@pytest.mark.slow
 def test_without_a_bank_rejections_are_not_used(place, caplog):
     log = Feedback(place / "log.jsonl", 0.5)
     changes = {"negatives.pool": "batch", "total_steps": 2, "eval_every": 2}
