@@ -111,6 +111,7 @@ def test_cirr_val_and_test1_complete(tmp_path):
     assert (split.queries.target == -1).all()
 
 
+@pytest.mark.slow
 @needs_real
 def test_circo_complete(tmp_path):
     images = standins.circo(REAL / "circo", tmp_path / "raw")

@@ -207,6 +207,7 @@ def test_a_folder_of_ones_own(tmp_path):
     check_own_images(results, images=24)
 
 
+@pytest.mark.slow
 def test_fashioniq_says_what_is_missing(tmp_path):
     raw = tmp_path / "raw"
     with pytest.raises(nbclient.exceptions.CellExecutionError) as error:

@@ -31,7 +31,8 @@ FIELDS = {
     "blip2": {"model.blip2.dropout": 0.0},
 }
 FROZEN = {"clip": ("vision", "text", "logit_scale"), "blip2": ("vision", "itm_head")}
-BACKBONES = (pytest.param("clip", marks=pytest.mark.core), "blip2")
+# That of CLIP is in the core tests, which CI runs with the oldest and the newest releases.
+BACKBONES = (pytest.param("clip", marks=(pytest.mark.core, pytest.mark.slow)), "blip2")
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def evaluated(base, directory, **changes):
     return json.loads((place / "whole-1.json").read_text()), place
 
 
+@pytest.mark.slow
 def test_all_rows_are_one_gallery(base):
     report, place = evaluated(base, "other")
     assert place.name.startswith("eval-data-")

@@ -312,6 +312,7 @@ def finished(base):
     return base / "runs", calls, watched.saved, runs
 
 
+@pytest.mark.slow
 def test_an_interrupted_ablation_goes_on_where_it_was(finished):
     _, calls, saved, runs = finished
     assert calls == [
@@ -347,6 +348,7 @@ def test_an_interrupted_ablation_goes_on_where_it_was(finished):
     ]
 
 
+@pytest.mark.slow
 def test_what_it_writes(finished):
     workdir, _, _, runs = finished
     times = json.loads((workdir / "times.json").read_text())
@@ -382,6 +384,7 @@ def test_what_it_writes(finished):
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
 
 
+@pytest.mark.slow
 def test_a_complete_ablation_is_only_read(finished, base, monkeypatch):
     workdir, _, _, runs = finished
     monkeypatch.setattr(loop, "train_and_evaluate", None)
@@ -391,6 +394,7 @@ def test_a_complete_ablation_is_only_read(finished, base, monkeypatch):
     assert ablate(base, log_every=3) == runs  # a field that changes no result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "equal", "sentence"),
     [
@@ -411,6 +415,7 @@ def test_another_config_in_the_same_workdir(finished, base, changes, equal, sent
         )
 
 
+@pytest.mark.slow
 def test_a_half_written_report_is_not_taken_for_a_result(finished, base):
     workdir, _, _, runs = finished
     config = variant_config(RunConfig.of(config_of(base)), "attributes", 0, 4)

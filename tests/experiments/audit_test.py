@@ -406,6 +406,7 @@ def test_a_run_is_audited(run, tmp_path, caplog):
     assert not any("beside the known positives" in r.getMessage() for r in caplog.records)
 
 
+@pytest.mark.slow
 def test_devices_do_not_matter_and_data_without_others_are_told(run, tmp_path, caplog):
     base, workdir = run
     found = []
@@ -473,6 +474,7 @@ def binary(*arguments):
     return run_module("dqe_jax.audit", "--config=configs/shapes.py:smoke", *arguments, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_binary(run, tmp_path):
     base, workdir = run
     done = binary(

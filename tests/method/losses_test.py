@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dqe_jax.distributed import mesh
 from dqe_jax.method import losses
 
 TAU = jnp.float32(0.07)
@@ -311,3 +312,23 @@ def test_losses_are_jittable_with_one_trace(scores):
         losses.margin_ranking(target, negatives, valid, 0.2),
     )
     np.testing.assert_allclose(first, sum(parts), rtol=1e-5)
+
+
+def test_columns_are_finite_at_the_least_temperature():
+    """Of two devices: exp(100) is infinite in float32."""
+    rng = np.random.default_rng(0)
+    own, tau = np.arange(4, dtype=np.int32), 0.01
+    scores = rng.uniform(0.9, 1.0, (4, 4)).astype(np.float32) / tau
+    negative = (rng.random((4, 4)) < 0.6) & ~np.eye(4, dtype=bool)
+    columns = mesh.pmap(
+        lambda s, t, o, n: losses.column_info_nce(s, t, o, n, mesh.AXIS),
+        in_axes=(0, 0, 0, 0),
+        out_axes=0,
+        devices=jax.devices()[:2],
+    )
+    target = np.diag(scores)
+    found = mesh.unshard(columns(*mesh.shard((scores, target, own, negative), 2)))
+    for t in range(4):
+        wide = scores[:, t].astype(np.float64)
+        total = np.exp(wide[negative[:, t] | (own == t)] - wide[t]).sum()
+        np.testing.assert_allclose(found[t], np.log(total), rtol=1e-4, atol=2e-5)

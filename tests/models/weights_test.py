@@ -448,6 +448,7 @@ def binary(name, *arguments):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_the_convert_binary(tmp_path):
     arguments = (f"--source={GOLDEN / 'clip'}", f"--output={tmp_path / 'out'}")
     status, said = binary("convert", *arguments)

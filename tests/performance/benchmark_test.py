@@ -31,6 +31,7 @@ SMALLER = (
 COLUMNS = ["step", "ms", "p95", "+-", "cpu", "ms", "examples/s", "TFLOP/s", "MFU", "GiB", "ratio"]
 
 
+@pytest.mark.slow
 def test_the_table_has_all_variants_and_a_ratio_to_the_baseline():
     flags = ("--config.num_devices=2", "--config.batch.accumulate=2")
     status, said = binary("benchmark", "--config=configs/shapes.py:smoke", *SMALLER, *flags)

@@ -90,6 +90,7 @@ def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow  # gradients are compared always
 def test_steps_are_updates_and_a_resumed_run_is_the_same(tmp_path, prepared):
     prepared(tmp_path)
     config, straight, resumed = config_of(tmp_path), tmp_path / "straight", tmp_path / "resumed"

@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_exactly(base, mining):
         assert 0.05 < lines[step]["negatives/delta"] <= 0.09
 
 
-@pytest.mark.parametrize("warmup", ["random", "rule"])
+@pytest.mark.parametrize("warmup", ["random", pytest.param("rule", marks=pytest.mark.slow)])
 def test_warm_up(base, warmup):
     config = config_of(base, **{"negatives.warmup": warmup})
     loop.train_and_evaluate(config, base / f"warm-{warmup}", stop_at=1)
@@ -122,6 +122,7 @@ def test_infonce_has_no_warm_up():
     assert rule_of(rule="trns", pool="batch") == "trns"
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_refresh_are_logged(base):
     refreshes = {"negatives.first_refresh": 1, "negatives.refresh_every": 3}
     loop.train_and_evaluate(config_of(base, log_every=100, **refreshes), base / "sides")

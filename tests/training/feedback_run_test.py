@@ -57,6 +57,7 @@ def lines(workdir):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_run_and_takes_the_log(place):
     log = Feedback(place / "log.jsonl", 0.5)
     train_and_evaluate(config_of(place), place / "second", init=place / "first", feedback=log)
