@@ -295,6 +295,7 @@ def test_filters_pages_and_keys_work_in_a_browser(browser, tmp_path):
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways(browser, tmp_path, scheme):
     evaluator, result = found(40, 60)

@@ -116,6 +116,7 @@ def test_without_a_bank_rejections_are_not_used(place, caplog):
     assert "What users rejected is not used" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_model_of_another_config_is_refused(place):
     with pytest.raises(UserError, match=r"--init: .* it differs in model\.tiny\.width"):
         train_and_evaluate(
