@@ -131,6 +131,7 @@ def test_evaluation_needs_the_checkpoint_alone(run, tmp_path):
     assert report["metrics"] == pytest.approx(metrics, abs=1e-6)
 
 
+@pytest.mark.slow  # `exported_test.py` has the same models
 def test_export(run, tmp_path):
     name, _, workdir, _ = run
     export_run(workdir, tmp_path)

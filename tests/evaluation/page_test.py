@@ -238,6 +238,7 @@ def opened(browser, path, **options):
     return tab, wrong
 
 
+@pytest.mark.slow
 def test_filters_pages_and_keys_work_in_a_browser(browser, tmp_path):
     evaluator, result = found(300, 60, text=lambda i: f"make it {'red' if i % 2 else 'blue'} {i}")
     _, other = found(300, 60, seed=5)

@@ -213,6 +213,7 @@ def test_imported_features_are_those_of_the_files(base, known, suffix):
         np.testing.assert_array_equal(found[name], array)
 
 
+@pytest.mark.slow
 def test_a_run_on_imported_features(base, known, caplog):
     changes = imported(base, "run", *write(base / "run.npz", *known))
     config = config_of(base, **changes)

@@ -54,6 +54,7 @@ def test_a_notebook_shows_the_page(index):
     assert not any(t.name == "page" for t in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_command_are_told(place):
     for flags, words in (
         (("--host=0.0.0.0",), "give --token as well"),
