@@ -58,9 +58,9 @@ def make_demo(config: RunConfig, directory: Path, *, seconds: float = SECONDS) -
     )
     about = (
         f"This is a demonstration: drawn shapes, and a small model that was trained here "
-        f"for {took:.0f} seconds ({steps} steps). It errs often: on validation scenes, the right "
-        f"one is among its first ten for {recall:.0%} of the queries. Texts are such as “paint the "
-        "small circle red”, “add a large blue square” or “remove the green triangle”."
+        f"for {took:.0f} seconds ({steps} steps). On validation scenes, the right one comes "
+        f"first for {recall:.0%} of the queries. Texts are such as “paint the small circle red”, "
+        "“add a large blue square” or “remove the green triangle”."
     )
     return index, about
 
@@ -104,7 +104,7 @@ def _train(config: RunConfig, directory: Path, seconds: float) -> None:
     measured = train_and_evaluate(planned, directory / run)
     took = _train_seconds(directory / run)[-1]
     _draw(planned, directory)
-    facts = {"run": run, "steps": steps, "seconds": took, "recall": measured["R@10"]}
+    facts = {"run": run, "steps": steps, "seconds": took, "recall": measured["R@1"]}
     (directory / _DONE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
