@@ -203,9 +203,7 @@ class Index:
             data = photos.read_file(self._inside(id))
             photo = photos.decode(data, self.model.preprocessing.decode_side)
         except UnreadableError as error:
-            raise UserError(
-                f"the image {id!r} of the index {error}: index the folder again."
-            ) from (error)
+            raise _gone(id, error) from error
         return Known(id, self.model.preprocessing.square(photo), self._contents[row])
 
     def photo(self, id: str, side: int) -> bytes:
@@ -214,9 +212,7 @@ class Index:
         try:
             return photos.thumbnail(photos.to_rgb(self._inside(id), side), side)
         except UnreadableError as error:
-            raise UserError(
-                f"the image {id!r} of the index {error}: index the folder again."
-            ) from (error)
+            raise _gone(id, error) from error
 
     def answer(self, asks: Sequence[Ask], moves: Moves = MOVES) -> list[Results]:
         """Searches of one batch, each with its own weights, filters and exclusions.

@@ -67,8 +67,14 @@ def open_start(path: str | os.PathLike[str], config: RunConfig) -> Start:
       config: of the run that starts.
 
     Raises:
-      UserError: there is no model, or it has other sizes than the config says.
+      UserError: there is no model, it has other sizes than the config says, or the config names
+        another run to start from.
     """
+    if config.init.run:
+        raise UserError(
+            f"--init={os.fspath(path)} and config.init.run={config.init.run} both say where the "
+            "run starts from: leave one of them out."
+        )
     opened = open_model(path, num_devices=config.num_devices)
     changed = differences(config, opened.config.to_dict(), ("model",))
     if changed:

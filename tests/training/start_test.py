@@ -12,7 +12,7 @@ from dqe_jax.checkpoints.opened import open_model
 from dqe_jax.config import RunConfig
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
-from dqe_jax.training.start import start_from
+from dqe_jax.training.start import open_start, start_from
 from dqe_jax.utils.errors import UserError
 
 
@@ -74,6 +74,13 @@ class _Other:
 def test_without_a_run_parameters_stay(base):
     config, params = RunConfig.of(config_of(base)), {"a": np.zeros(2)}
     assert start_from(config, params, _Other()) is params
+
+
+def test_two_runs_to_start_from_are_refused(tmp_path):
+    """Whether they are there or not."""
+    config = RunConfig.of(config_of(tmp_path, **{"init.run": "one"}))
+    with pytest.raises(UserError, match=r"--init=two and config\.init\.run=one both say"):
+        open_start("two", config)
 
 
 @pytest.mark.slow
