@@ -48,9 +48,12 @@ def pytest_collection_finish():
 
 # Files that take longest, which start first: then no process is left alone with one of them.
 LONG = (
-    *("multi_process", "plan", "guards", "pretrained_run", "bank", "train_step", "models", "colab"),
-    *("parity", "ablate", "fault", "prepare", "zero", "parallel", "audit", "benchmark", "mining"),
-    *("benchmark_runs", "bound_curve", "fashion_products", "train", "damaged", "evaluate"),
+    *("models", "run", "plan", "guards", "multi_process", "train_step", "pretrained_run", "bank"),
+    *("fault", "audit", "torch_comparison", "prepare", "given", "damaged", "zero"),
+    *("benchmark_runs", "mining", "benchmark", "page", "ablate", "trns", "accumulate", "parity"),
+    *("parallel", "feedback_run", "average", "weights", "launch", "command", "evaluate", "train"),
+    *("encoders", "fashion_products", "shapes", "own_table", "digest", "own_photos", "watch"),
+    *("protocols", "made_table", "errors", "exported", "chunks", "configs"),
 )
 
 

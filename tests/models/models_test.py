@@ -315,7 +315,9 @@ def test_without_attributes_the_model_is_the_plain_composer(model, backbone, ini
     np.testing.assert_allclose(full, out.embedding, atol=1e-6)
 
 
-@pytest.mark.parametrize("query", ["text", "image", "sum", "product"])
+@pytest.mark.parametrize(
+    "query", ["text", "image", "sum", pytest.param("product", marks=pytest.mark.slow)]
+)
 def test_a_query_without_a_composer(model, backbone, query):
     fields = {"model.attributes.enabled": False, "negatives.rule": "in_batch"}
     config = small_model_config(backbone, **fields | {"model.query": query})
