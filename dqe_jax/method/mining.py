@@ -34,8 +34,6 @@ CHUNK_ROWS = 512
 CHUNK_QUERIES = 256
 CHUNK_SCORES = 2**23
 AT_ONCE = 512  # rows of the bank whose best tokens are found at once
-AGAIN = 16  # queries at a time whose zone holds too few candidates
-SHARE = 0.25  # of the candidates, up to which a CPU looks at the nearest alone
 ZONE_RULES = ("trns", "qure")  # those that draw from a mid-zone
 
 
@@ -102,17 +100,6 @@ class MiningRule:
             drops_apart=negatives.drops_apart,
         )
 
-    def nearest(self, count: int) -> int:
-        """How many of `count` candidates, the nearest, hold every mid-zone but for ties.
-
-        0 where that is not known before, or is more than `SHARE` of them.
-        """
-        if self.name != "trns" or self.bounds != "quantile":
-            return 0
-        # Ranks on both sides of the upper quantile, and one more for what rounding does.
-        number = max(math.ceil(self.upper * (count - 1)) + 3, self.per_query)
-        return number if number <= SHARE * count else 0
-
     @property
     def has_zone(self) -> bool:
         """Whether it draws from a mid-zone."""
@@ -163,9 +150,6 @@ def draw(
 ) -> Mined:
     """Draws each query's negatives by a rule.
 
-    A narrow mid-zone lies among the nearest candidates: on a CPU these alone are sorted and get
-    random numbers (`_draw_nearest`), where other devices pass over all. Both draw the same.
-
     Args:
       key: random key, the same on all devices.
       delta: `[B, N]` target-relative similarity.
@@ -175,95 +159,7 @@ def draw(
       candidate_axis: the mapped axis if the candidates are spread over devices; see `trns`.
       chunk: as for `trns.sample_negatives`.
     """
-
-    def whole(key: Array, delta: Array, forbidden: Array, row_ids: Array) -> Mined:
-        return _draw_of_all(key, delta, forbidden, row_ids, rule, candidate_axis, chunk)
-
-    axis_size = 1 if candidate_axis is None else lax.axis_size(candidate_axis)
-    count = delta.shape[1] * axis_size
-    near = rule.nearest(count)
-    if chunk is None or not near or not trns.can_pick_noise(key):
-        return whole(key, delta, forbidden, row_ids)
-
-    def nearest(key: Array, delta: Array, forbidden: Array, row_ids: Array) -> Mined:
-        return _draw_nearest(
-            key, delta, forbidden, row_ids, rule, candidate_axis, chunk, near, count // chunk
-        )
-
-    inputs = key, delta, forbidden, row_ids
-    return lax.platform_dependent(*inputs, cpu=nearest, default=whole)
-
-
-def _draw_nearest(
-    key: Array,
-    delta: Array,
-    forbidden: Array,
-    row_ids: Array,
-    rule: MiningRule,
-    candidate_axis: str | None,
-    chunk: int,
-    near: int,
-    chunks: int,
-) -> Mined:
-    """As `_draw_of_all`, from the `near` nearest candidates of each query, which hold the zone.
-
-    Queries whose zone has too few candidates, or ends beyond the nearest (which takes ties), are
-    drawn for as `_draw_of_all` does, `AGAIN` of them at a time: they are few.
-    """
-    size, num = delta.shape[1], rule.per_query
-    offset = 0 if candidate_axis is None else lax.axis_index(candidate_axis) * size
-    delta = lax.stop_gradient(delta.astype(jnp.float32))
-    delta = jnp.where(delta == 0, 0.0, delta)  # as `trns.sample_negatives`
-    order = jnp.where(forbidden, -jnp.inf, -delta)
-    found, columns = sharded.distributed_top_k(order, near, candidate_axis, offset)
-    nearby = -found  # ascending; inf where there is none
-    count = sharded.total((~forbidden).sum(1), candidate_axis)
-    low, high = sharded.sorted_quantiles(nearby, count, (rule.lower, rule.upper))
-    empty = count == 0
-    low = jnp.where(empty, rule.floor, jnp.maximum(low, rule.floor))
-    high = jnp.where(empty, rule.floor, high)
-    inside = (nearby > low[:, None]) & (nearby <= high[:, None])
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
-    logits = -nearby / rule.sample_temperature if rule.sample_temperature else 0.0
-    noise = trns.gumbel_at(keys, columns, chunks, chunk)
-    best, places = lax.top_k(jnp.where(inside, logits + noise, -jnp.inf), num)
-    drawn = best > -jnp.inf
-    rows = jnp.where(drawn, jnp.take_along_axis(columns, places, axis=1), 0)
-    zone = inside.sum(1)
-    mined = Mined(rows.astype(jnp.int32), drawn, low, high, zone)
-    again = zone < num
-    if near < chunks * chunk:
-        again |= nearby[:, -1] <= high
-
-    order_of = jnp.argsort(~again, stable=True)
-    order_of = jnp.pad(order_of, (0, -len(order_of) % AGAIN), mode="edge")
-
-    def more(state: tuple[Array, Mined]) -> Array:
-        return state[0] * AGAIN < again.sum()
-
-    def redraw(state: tuple[Array, Mined]) -> tuple[Array, Mined]:
-        turn, held = state
-        own = lax.dynamic_slice_in_dim(order_of, turn * AGAIN, AGAIN)
-        bounds = low[own], high[own]
-        new = _draw_within(
-            key, delta[own], forbidden[own], row_ids[own], bounds, rule, candidate_axis, chunk
-        )
-        return turn + 1, jax.tree.map(lambda x, y: x.at[own].set(y), held, new)
-
-    return lax.while_loop(more, redraw, (jnp.int32(0), mined))[1]
-
-
-def _draw_of_all(
-    key: Array,
-    delta: Array,
-    forbidden: Array,
-    row_ids: Array,
-    rule: MiningRule,
-    candidate_axis: str | None,
-    chunk: int | None,
-) -> Mined:
-    """As `draw`, by passes over all candidates."""
-    bounds = trns.mid_zone_bounds(
+    lower, upper = trns.mid_zone_bounds(
         delta,
         ~forbidden,
         rule.bounds,
@@ -274,21 +170,6 @@ def _draw_of_all(
         apart=rule.drops_apart,
         candidate_axis=candidate_axis,
     )
-    return _draw_within(key, delta, forbidden, row_ids, bounds, rule, candidate_axis, chunk)
-
-
-def _draw_within(
-    key: Array,
-    delta: Array,
-    forbidden: Array,
-    row_ids: Array,
-    bounds: tuple[Array, Array],
-    rule: MiningRule,
-    candidate_axis: str | None,
-    chunk: int | None,
-) -> Mined:
-    """Draws where the bounds `[B]` of the mid-zone are known."""
-    lower, upper = bounds
     zone = trns.mid_zone_mask(delta, lower, upper, forbidden)
     mask = {"random": ~forbidden, "hardest": jnp.zeros_like(forbidden)}.get(rule.name, zone)
     rows, drawn = trns.sample_negatives(
@@ -401,8 +282,6 @@ def best_tokens(
         return best_token(query[index], _rows(tokens, row)).astype(tokens.dtype)
 
     def fetch(row: Array, index: Array) -> Array:
-        if tokens.shape[1] == 1:  # there is nothing to choose
-            return _rows(tokens, row)[:, 0].astype(tokens.dtype)
         return lax.map(best_of, (row, index), batch_size=min(AT_ONCE, len(row)))
 
     found = sharded.routed_gather(rows, len(bank.image_id), fetch, axis)

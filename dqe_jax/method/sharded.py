@@ -49,21 +49,8 @@ def distributed_quantile(
     """
     if candidate_axis is None and values.shape[1] <= SORTED:
         ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=1)
-        return sorted_quantiles(ordered, count, quantiles)
+        return [_sorted_quantile(ordered, count, q) for q in quantiles]
     return _counted_quantiles(values, mask, count, quantiles, candidate_axis)
-
-
-def sorted_quantiles(
-    ordered: Float[Array, "B K"], count: Int[Array, " B"], quantiles: Sequence[Scalar]
-) -> list[Float[Array, " B"]]:
-    """`np.quantile` of ascending rows, each of `count[i]` values of which it holds the first ones.
-
-    Args:
-      ordered: float32 `[B, K]`, with all values up to those next to the quantiles.
-      count: int `[B]`.
-      quantiles: as for `distributed_quantile`.
-    """
-    return [_sorted_quantile(ordered, count, q) for q in quantiles]
 
 
 def _sorted_quantile(ordered: Array, count: Array, q: Scalar) -> Array:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.random import threefry2x32_p
 from jaxtyping import Bool, Float, Int, Key
 
 from dqe_jax.method import sharded
@@ -303,37 +302,6 @@ def _gumbel(keys: Array, num: int, offset: Array | int, chunk: int | None) -> Ar
         return jax.vmap(draw)(chunks).reshape(num)
 
     return jax.vmap(of_query)(keys)
-
-
-def gumbel_at(
-    keys: Key[Array, " B"], columns: Int[Array, "B K"], chunks: int, chunk: int
-) -> Float[Array, "B K"]:
-    """The noise of some candidates alone: `_gumbel(keys, chunks * chunk, 0, chunk)` at columns.
-
-    Bit for bit what `jax.random.gumbel` gives, whose numbers are each a function of the key and
-    of their place (Salmon et al., 2011): see `can_pick_noise`.
-
-    Args:
-      keys: of the queries.
-      columns: int `[B, K]`, of all candidates.
-      chunks: how many chunks all candidates have.
-      chunk: candidates of one.
-    """
-    each = jax.vmap(lambda key: jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(chunks)))
-    words = jax.random.key_data(each(keys))  # [B, chunks, 2]
-    first, second = (jnp.take_along_axis(words[:, :, i], columns // chunk, axis=1) for i in (0, 1))
-    place = (columns % chunk).astype(jnp.uint32)
-    one, other = threefry2x32_p.bind(first, second, jnp.zeros_like(place), place)
-    bits = ((one ^ other) >> jnp.uint32(9)) | jnp.uint32(0x3F800000)
-    tiny = jnp.finfo(jnp.float32).tiny
-    uniform = jnp.maximum(tiny, lax.bitcast_convert_type(bits, jnp.float32) - 1.0 + tiny)
-    return -jnp.log(-jnp.log(uniform))
-
-
-def can_pick_noise(key: Key[Array, ""]) -> bool:
-    """Whether `gumbel_at` knows how the numbers of a key are made; known when it is traced."""
-    threefry = str(jax.random.key_impl(key)) == "threefry2x32"
-    return threefry and bool(getattr(jax.config, "jax_threefry_partitionable", True))
 
 
 def hardest_negatives(

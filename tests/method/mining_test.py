@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dqe_jax.distributed import mesh
-from dqe_jax.method import mining, sharded, trns
+from dqe_jax.method import mining, sharded
 from dqe_jax.method.mining import MiningRule
 from dqe_jax.method.settings import NegativesConfig
 from dqe_jax.performance import mining_benchmark
@@ -26,8 +26,6 @@ MODES = {
     "quantile": (0.05, 0.4),
     "std": (-1.5, -0.25),
     "drops": (0.0, 1.0),
-    # Quantiles too: the zone lies among the nearest candidates.
-    "narrow": (0.02, 0.2),
 }
 
 
@@ -35,7 +33,7 @@ def negatives(rule, bounds="quantile", **changes):
     lower, upper = MODES[bounds]
     config = NegativesConfig(
         rule=rule,
-        bounds="quantile" if bounds == "narrow" else bounds,
+        bounds=bounds,
         per_query=NUM,
         lower=lower,
         upper=upper,
@@ -196,51 +194,6 @@ def test_cases_are_not_trivial(made):
     assert any(0 < zone < NUM for zone in zones)
     assert max(zones) > 3 * NUM
     assert stated(made, negatives("trns"))[0] != stated(made, negatives("trns", floor=-99.0))[0]
-
-
-def test_only_a_narrow_zone_is_drawn_from_the_nearest():
-    for mode in MODES:
-        near = MiningRule.of(negatives("trns", mode)).nearest(128)
-        assert near == (29 if mode == "narrow" else 0)  # ceil(0.2 * 127) + 3
-    assert MiningRule.of(negatives("hardest", "narrow")).nearest(128) == 0
-    assert MiningRule.of(negatives("trns", "narrow", per_query=40)).nearest(128) == 0
-
-
-@pytest.mark.parametrize("temperature", [0.05, 0.0])
-@pytest.mark.parametrize("floor", [0.0, -9.0])
-def test_the_nearest_give_what_all_candidates_give(temperature, floor):
-    """Bit for bit: zones that are empty, cut by the floor and ended by ties are among them."""
-    rng = np.random.default_rng(5)
-    delta = rng.normal(0.6, 0.4, (40, 256)).astype(np.float32)
-    delta[30:] = np.round(delta[30:], 1)  # ties
-    delta[20:25] -= 1.0  # most beat the target
-    forbidden = rng.random((40, 256)) < 0.02
-    forbidden[7], forbidden[8, 3:], forbidden[9, 60:] = True, True, True
-    rule = MiningRule.of(
-        negatives("trns", "narrow", sample_temperature=temperature, floor=floor, per_query=16)
-    )
-    inputs = (jax.random.key(3), *map(jnp.asarray, (delta, forbidden)), jnp.arange(40) * 3)
-    ours = jax.jit(lambda *x: mining.draw(*x, rule, chunk=64))(*inputs)
-    theirs = jax.jit(lambda *x: mining._draw_of_all(*x, rule, None, 64))(*inputs)
-    assert rule.nearest(256) == 54
-    zones = np.asarray(theirs.zone)
-    assert zones.min() == 0
-    assert ((zones > 0) & (zones < 16)).any()
-    assert zones.max() > 54  # more than are looked at: ties
-    for name in ("rows", "drawn", "zone"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), name)
-    for name in ("lower", "upper"):
-        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6)
-
-
-def test_noise_is_picked_bit_for_bit():
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(jnp.arange(5))
-    every = trns._gumbel(keys, 96, 0, 32)
-    columns = jnp.asarray(np.random.default_rng(0).integers(0, 96, (5, 40)))
-    picked = trns.gumbel_at(keys, columns, 3, 32)
-    np.testing.assert_array_equal(picked, jnp.take_along_axis(every, columns, axis=1))
-    assert trns.can_pick_noise(jax.random.key(0))
-    assert not trns.can_pick_noise(jax.random.key(0, impl="rbg"))
 
 
 @pytest.mark.parametrize("chunk_queries", [1, 13, 64])
