@@ -66,6 +66,7 @@ def use_example_encoders(config: ConfigDict) -> None:
         "dqe_jax.encoders.colors:images",
     )
     config.model.features.texts = ("dqe_jax.encoders.minilm:texts",)
+    config.model.features.composer_norm = True
     config.model.attributes.form = "gate"
     config.model.attributes.parts = 16
     config.batch.references = 64

@@ -18,6 +18,7 @@ def get_config(arg: str = ""):
     config.data.dataset = "fashion_products"
     config.data.max_length = 18
     config.model.backbone = "features"
+    config.model.features.composer_norm = True
     config.model.attributes.names = ("color", "article", "gender", "usage", "season")
     config.total_steps = 6000
     config.batch.references = 64

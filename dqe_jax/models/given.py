@@ -106,6 +106,9 @@ class Given(nn.Module):
         reference's embedding and the pooled text).
       composer_depth: blocks, or hidden layers, of the composer.
       composer_width: width of the hidden layers of an MLP.
+      composer_norm: whether an MLP reads both of its inputs with a mean of 0 and a deviation of 1,
+        and its last layer starts at random. A query that starts as its reference has this nearest
+        of all negatives in the batch, and small batches then collapse all embeddings into one.
       token_dim: width of a token inside the embedding heads.
       embed_dim: `d`.
       dropout: rate in all places, in training only.
@@ -122,6 +125,7 @@ class Given(nn.Module):
     composer: str = "mlp"
     composer_depth: int = 2
     composer_width: int = 384
+    composer_norm: bool = False
     token_dim: int = 64
     embed_dim: int = 256
     dropout: float = 0.1
@@ -158,7 +162,11 @@ class Given(nn.Module):
             self.composer_hidden = [
                 self._dense(self.composer_width) for _ in range(self.composer_depth)
             ]
-            self.composer_out = self._dense(self.embed_dim, nn.initializers.zeros)
+            start = nn.linear.default_kernel_init if self.composer_norm else nn.initializers.zeros
+            self.composer_out = self._dense(self.embed_dim, start)
+            if self.composer_norm:
+                self.composer_image_norm = nn.LayerNorm()
+                self.composer_text_norm = nn.LayerNorm()
         self.drop = nn.Dropout(self.dropout)
 
     @property
@@ -274,7 +282,10 @@ class Given(nn.Module):
             for block in self.composer_blocks:
                 x = block(x, context=text.tokens, context_mask=text.mask)
             return normalize(gallery) + self.residual_head(self._dropped(x, train))
-        y: Array = jnp.concatenate([gallery, text.pooled.astype(gallery.dtype)], axis=1)
+        inputs = gallery, text.pooled.astype(gallery.dtype)
+        if self.composer_norm:
+            inputs = self.composer_image_norm(inputs[0]), self.composer_text_norm(inputs[1])
+        y: Array = jnp.concatenate(inputs, axis=1)
         for layer in self.composer_hidden:
             y = self._dropped(jax.nn.relu(layer(y)), train)
         return normalize(gallery) + self.composer_out(y)

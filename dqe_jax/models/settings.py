@@ -148,6 +148,13 @@ class GivenConfig:
     composer_width: int = field(
         384, "Width of the hidden layers of an MLP.", integer(1, MOST_WIDTH), "model"
     )
+    composer_norm: bool = field(
+        False,
+        "Whether an MLP normalises its two inputs and starts at random. Without it small batches "
+        "may collapse; runs of earlier versions lack it.",
+        flag(),
+        "model",
+    )
     token_dim: int = field(
         64, "Width of a token inside the embedding heads.", integer(1, MOST_WIDTH), "model"
     )

@@ -149,6 +149,7 @@ YOUNGER = {
     "model.features.composer": "mlp",
     "model.features.composer_width": 384,
     "model.features.composer_depth": 2,
+    "model.features.composer_norm": False,
     "model.features.token_dim": 64,
     "model.features.embed_dim": 256,
     "model.features.dropout": 0.1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
-from dqe_jax.method import trns
+from dqe_jax.method import sharded, trns
 from dqe_jax.method.similarity import (
     paired_similarity,
     similarity,
@@ -311,6 +312,35 @@ def test_quantiles_are_numpys(delta: np.ndarray, valid: np.ndarray, q: float):
     for row, own, *found in zip(delta.astype(np.float64), valid, low, high):
         expected = np.quantile(row[own], q, method="linear") if own.any() else -math.inf
         np.testing.assert_allclose(found, [expected] * 2, atol=2e-6)
+
+
+@given(deltas, choices, st.floats(0, 1))
+def test_counting_finds_the_same_quantiles(delta: np.ndarray, valid: np.ndarray, q: float):
+    """As many candidates, and those of several devices, are not sorted. Ties are among them."""
+    count = valid.sum(1)
+    (found,) = counted(delta, valid, count, q)
+    for row, own, one in zip(delta.astype(np.float64), valid, found):
+        if own.any():
+            np.testing.assert_allclose(one, np.quantile(row[own], q), atol=2e-6)
+
+
+@jax.jit
+def counted(delta, valid, count, q):
+    return sharded._counted_quantiles(delta, valid, count, (jnp.float32(q),), None)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, 4])
+def test_drops_lie_apart(apart: int):
+    rng = np.random.default_rng(apart)
+    delta = rng.uniform(-0.2, 1.0, (40, 12)).astype(np.float32)
+    delta[0, 3:] = -1.0  # too few behind the target for a pair
+    low, high = trns.drop_bounds(delta, np.ones_like(delta, bool), 12, apart, None)
+    for row, *found in zip(delta, low, high):
+        near = np.sort(row[row >= 0])
+        steep = np.argsort(-(near[1:] - near[:-1]), kind="stable")
+        ends = [sorted(x) for x in itertools.pairwise(steep) if abs(x[0] - x[1]) > apart]
+        expected = near[ends[0]] if ends else (-np.inf, near[-1])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_a_quantile_that_is_a_value_is_exact():

@@ -179,6 +179,23 @@ def test_a_composer_without_blocks():
         np.testing.assert_allclose(together[r * Q + 1 : r * Q + 2], alone, atol=1e-5)
 
 
+def test_a_composer_that_normalises_its_inputs():
+    """It hears the text however large the embedding of the reference is, from the start."""
+    parts = {}
+    for norm in (False, True):
+        config = small_model_config("features", **{"model.features.composer_norm": norm})
+        module = build_small_model(config)
+        bound = module.bind({"params": setup.init_params(module, config.model, config.data)})
+        reference, text, _ = flat_inputs()
+        image, words = bound._image(reference), bound._text(text)
+        large = image.replace(gallery=100 * image.gallery)
+        own = layers.normalize(image.gallery[:, 0])
+        parts[norm] = [bound.backbone.compose(x, words) - own for x in (image, large)]
+    assert np.abs(parts[False]).max() < 1e-6  # it starts as the reference
+    assert np.abs(parts[True]).min(axis=0).max() > 0.1
+    np.testing.assert_allclose(*parts[True], atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "backbone",
     [
