@@ -59,6 +59,7 @@ YOUNGER = (
     "model.query",
     "model.attributes.form",
     "model.attributes.parts",
+    "negatives.every",
     "optimizer.ema_decay",
 )
 

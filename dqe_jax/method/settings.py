@@ -56,6 +56,12 @@ class NegativesConfig:
     refresh_every: int = field(
         100, "Steps between refreshes of the bank.", integer(1, 1_000_000_000)
     )
+    every: int = field(
+        1,
+        "From the bank: every how many steps they are mined. The steps between are as those before "
+        "the bank is filled, and cost less.",
+        integer(1, 1_000_000_000),
+    )
     warmup: str = field(
         "in_batch",
         'Negatives until the bank is filled: "in_batch" (none beside InfoNCE), "random" or "rule", '

@@ -23,6 +23,7 @@ from dqe_jax.evaluation.evaluator import Result
 from dqe_jax.evaluation.run import evaluate_and_report
 from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch
+from dqe_jax.method.mining import Bank
 from dqe_jax.method.objective import Metrics
 from dqe_jax.models import freeze, setup, summary
 from dqe_jax.models.build import parts_of
@@ -215,7 +216,7 @@ def run_steps(
         for step in range(start + 1, end + 1):
             refreshed = keeper is not None and keeper.refresh_if_due(state.params, step - 1)
             began = time.time()
-            output = take_step(session, state, interrupts.seen, reporter.data_wait)
+            output = take_step(session, state, step, interrupts.seen, reporter.data_wait)
             state = output.state
             if step == start + 1:
                 jax.block_until_ready(state)
@@ -242,17 +243,23 @@ def run_steps(
     return state, measured
 
 
-def take_step(session: Session, state: TrainState, stop: int, data_wait: DataWait) -> StepOutput:
+def take_step(
+    session: Session, state: TrainState, number: int, stop: int, data_wait: DataWait
+) -> StepOutput:
     """One step, with negatives of the bank as soon as there is one.
 
     Args:
       session: of the run.
       state: which is donated.
+      number: of the step; the first is 1.
       stop: number of the signal that this process saw; 0 for none.
       data_wait: gets the time that the devices waited for batches.
     """
     keeper = session.keeper
-    bank = () if keeper is None or keeper.bank is None else (keeper.bank,)
+    bank: tuple[Bank, ...] = ()
+    if keeper is not None and keeper.bank is not None:
+        mines = number % session.config.negatives.every == 0
+        bank = (keeper.bank,) if mines else ()
 
     def following(busy: Tree) -> Batch:
         data_wait.add(session.batches.wait(busy))

@@ -47,6 +47,7 @@ OF_BANK = {
     "negatives.mining",
     "negatives.first_refresh",
     "negatives.refresh_every",
+    "negatives.every",
     "negatives.warmup",
     "negatives.bank_dtype",
 }

@@ -140,6 +140,7 @@ YOUNGER = {
     "features.directory": "",
     "model.attributes.form": "sum",
     "model.attributes.parts": 8,
+    "negatives.every": 1,
     "model.features.images": (),
     "model.features.texts": (),
     "model.features.words": True,

@@ -84,8 +84,8 @@ def test_training_does_not_depend_on_devices(base, mining):
         assert all(one[step]["negatives/false"] <= 1 for step in (3, 6))
 
 
-# Of "step", `fault_test.py` says the same.
-@pytest.mark.parametrize("mining", [pytest.param("step", marks=pytest.mark.slow), "refresh"])
+@pytest.mark.slow  # `fault_test.py` says the same of "step"
+@pytest.mark.parametrize("mining", ["step", "refresh"])
 def test_an_interrupted_run_goes_on_exactly(base, mining):
     bounds = {"negatives.bounds": "absolute", "negatives.lower": 0.05, "negatives.upper": 0.09}
     fields = {**bounds, "negatives.per_query": 2, "negatives.mining": mining}
@@ -100,6 +100,18 @@ def test_an_interrupted_run_goes_on_exactly(base, mining):
     assert all("negatives/delta" in lines[step] for step in (3, 4, 5, 6))
     for step in (3, 5):  # the bank is fresh: what was drawn lies in the zone
         assert 0.05 < lines[step]["negatives/delta"] <= 0.09
+
+
+def test_mining_at_every_other_step(base):
+    """Those between are steps of InfoNCE; a run that goes on keeps to the same ones."""
+    config = config_of(base, **{"negatives.every": 2})
+    loop.train_and_evaluate(config, base / "every", stop_at=3)
+    loop.train_and_evaluate(config, base / "every")
+    lines = lines_of(base / "every")
+    assert {step for step in lines if "negatives/delta" in lines[step]} == {4, 6}
+    for step in (3, 5):
+        assert lines[step].keys() == lines[1].keys()
+        assert not [name for name in lines[step] if name in ("loss/preference", "loss/margin")]
 
 
 @pytest.mark.parametrize("warmup", ["random", pytest.param("rule", marks=pytest.mark.slow)])

@@ -62,7 +62,7 @@ def spoil(monkeypatch, bad):
     """Gives the steps that are `bad` weights of intent that are no numbers."""
     take, count = loop.take_step, iter(range(1, 100))
 
-    def spoilt(session, state, stop, data_wait):
+    def spoilt(session, state, step, stop, data_wait):
         class Batches:
             wait = session.batches.wait
 
@@ -72,7 +72,7 @@ def spoil(monkeypatch, bad):
                     batch = batch.replace(mentions=np.full_like(batch.mentions, np.nan))
                 return batch
 
-        return take(dataclasses.replace(session, batches=Batches()), state, stop, data_wait)
+        return take(dataclasses.replace(session, batches=Batches()), state, step, stop, data_wait)
 
     monkeypatch.setattr(loop, "take_step", spoilt)
 
@@ -250,7 +250,7 @@ def test_a_data_directory_that_vanishes(base, monkeypatch):
 
 
 def test_an_error_of_the_code_stays_what_it_is(base, monkeypatch):
-    def broken(session, state, stop, data_wait):
+    def broken(session, state, step, stop, data_wait):
         raise ZeroDivisionError
 
     monkeypatch.setattr(loop, "take_step", broken)
@@ -314,10 +314,10 @@ def test_a_signal_saves_and_ends(base, number, every, monkeypatch):
     workdir = base / f"signal-{number}-{every}"
     take, handler = loop.take_step, signal.getsignal(number)
 
-    def sends(session, state, stop, data_wait):
+    def sends(session, state, step, stop, data_wait):
         if int(state.step) == 3:
             signal.raise_signal(number)
-        return take(session, state, stop, data_wait)
+        return take(session, state, step, stop, data_wait)
 
     monkeypatch.setattr(loop, "take_step", sends)
     with pytest.raises(interrupts.Interrupted) as ended:
