@@ -33,6 +33,7 @@ from dqe_jax.method.batch import Batch
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
 from dqe_jax.models.given import Given, with_moments
+from dqe_jax.models.setup import adapted_parts
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.utils.errors import UserError
@@ -63,12 +64,15 @@ def stored_kinds(config: RunConfig, model: DQE) -> tuple[str, ...]:
                 "no tower that could be computed in each step: take 'auto'."
             )
         return ()
-    frozen = set(config.model.frozen)
+    # A tower with adapters changes.
+    frozen = set(config.model.frozen) - adapted_parts(model, config.model, config.data)
     fixed = tuple(k for k in KINDS if k in given or set(backbone.TOWERS[k]) <= frozen)
     kinds = tuple(k for k in fixed if k in given or k not in backbone.random_towers())
     if not kinds and place != "auto":
         tower = ", ".join(backbone.TOWERS["image"])
         why = "its towers have dropout" if fixed else f"config.model.frozen does not name {tower}"
+        if config.model.lora.rank and set(backbone.TOWERS["image"]) <= set(config.model.frozen):
+            why = f"adapters change {tower} (config.model.lora)"
         raise UserError(
             f"config.features.place is {place!r}, but nothing can be stored: {why}; take 'auto' "
             "or 'off'."

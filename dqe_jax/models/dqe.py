@@ -27,6 +27,7 @@ from dqe_jax.models.features import (
     TextFeatures,
 )
 from dqe_jax.models.layers import normalize, of_queries
+from dqe_jax.models.lora import with_adapters
 
 # Images, or what their tower makes of them; token ids, or these with what their tower makes.
 Images: TypeAlias = UInt8[Array, "... H W 3"] | States
@@ -48,6 +49,7 @@ class DQE(nn.Module):
       query: "composed", or a query without a composer: "text", "image", or their "sum" or
         "product"; the text then has a head of its own.
       initial_tau: the temperature at the start.
+      lora_scale: of adapters among the parameters (`lora.py`); 0 without any.
       dtype: compute dtype of the matrix products.
     """
 
@@ -60,6 +62,7 @@ class DQE(nn.Module):
     activation: str = "sigmoid"
     query: str = "composed"
     initial_tau: float = 0.07
+    lora_scale: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -146,14 +149,17 @@ class DQE(nn.Module):
             return self.backbone.text_features(text.ids, text.states, train)
         return self.backbone.text_features(text, self.backbone.text_states(text, train), train)
 
+    @with_adapters
     def image_states(self, image: UInt8[Array, "B H W 3"]) -> States:
         """What the tower of the backbone makes of images: it can stand in their place."""
         return self.backbone.image_states(image)
 
+    @with_adapters
     def text_states(self, ids: Int[Array, "B L"]) -> States:
         """What the tower of the backbone makes of texts."""
         return self.backbone.text_states(ids)
 
+    @with_adapters
     def encode_query(
         self, image: Images, text: Texts, factors: Float[Array, "B K"] | None = None
     ) -> QueryOutput:
@@ -163,10 +169,20 @@ class DQE(nn.Module):
         """
         return self._compose(self._image(image), self._text(text), False, factors=factors)
 
+    @with_adapters
     def encode_gallery(self, image: Images) -> Float[Array, "B M d"]:
         """Images `[B, ...]` to gallery embeddings, float32."""
         return normalize(self._image(image).gallery)
 
+    @with_adapters
+    def encode_text(self, text: Texts) -> Float[Array, "B d"]:
+        """Texts in the space of gallery embeddings, float32, where the backbone has such a space.
+
+        See `features.has_common_space`.
+        """
+        return normalize(self._text(text).pooled)
+
+    @with_adapters
     def __call__(
         self,
         reference: Images,
