@@ -153,5 +153,6 @@ def build_model(
         query=config.query,
         initial_tau=config.initial_tau,
         lora_scale=config.lora.scale,
+        upper_layers=config.lora.layers if config.lora.rank else 0,
         dtype=DTYPES[config.dtype],
     )

@@ -8,7 +8,7 @@ L2-normalised in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.method.batch import QueryOutput, TrainOutput
+from dqe_jax.models import resuming
 from dqe_jax.models.attributes import AttributeGates, AttributeWeights
 from dqe_jax.models.features import (
     Backbone,
@@ -50,6 +51,7 @@ class DQE(nn.Module):
         "product"; the text then has a head of its own.
       initial_tau: the temperature at the start.
       lora_scale: of adapters among the parameters (`lora.py`); 0 without any.
+      upper_layers: the last layers of towers, which alone have adapters; 0 where all may have.
       dtype: compute dtype of the matrix products.
     """
 
@@ -63,6 +65,7 @@ class DQE(nn.Module):
     query: str = "composed"
     initial_tau: float = 0.07
     lora_scale: float = 0.0
+    upper_layers: int = 0
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -141,8 +144,20 @@ class DQE(nn.Module):
         return QueryOutput(normalize(q), none, jnp.zeros((count, 0, self.width), q.dtype))
 
     def _image(self, image: Images, train: bool = False) -> ImageFeatures:
-        states = image if isinstance(image, Mapping) else self.backbone.image_states(image, train)
+        if not isinstance(image, Mapping):
+            states = self.backbone.image_states(image, train)
+        elif resuming.ENTERING in image:
+            states = self._resumed(image[resuming.ENTERING], train)
+        else:
+            states = image
         return self.backbone.image_features(states, train)
+
+    def _resumed(self, tokens: Array, train: bool) -> States:
+        """The states of images, of what enters the last layers of their tower."""
+        size = cast(Any, self.backbone).image_size
+        nothing = jnp.zeros((len(tokens), size, size, 3), jnp.uint8)  # which is never looked at
+        with resuming.resumed(self.upper_layers, tokens):
+            return self.backbone.image_states(nothing, train)
 
     def _text(self, text: Texts, train: bool = False) -> TextFeatures:
         if isinstance(text, StoredText):
@@ -151,8 +166,15 @@ class DQE(nn.Module):
 
     @with_adapters
     def image_states(self, image: UInt8[Array, "B H W 3"]) -> States:
-        """What the tower of the backbone makes of images: it can stand in their place."""
-        return self.backbone.image_states(image)
+        """What the tower of the backbone makes of images: it can stand in their place.
+
+        With `upper_layers` that is what enters these layers, if the tower can be cut there.
+        """
+        with resuming.watched(self.upper_layers) as caught:
+            states = self.backbone.image_states(image)
+        if self.upper_layers and len(caught) == 1:
+            return {resuming.ENTERING: next(iter(caught.values()))}
+        return states
 
     @with_adapters
     def text_states(self, ids: Int[Array, "B L"]) -> States:

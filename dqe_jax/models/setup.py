@@ -188,6 +188,7 @@ def init_params(
     return freeze.merge(params, unflatten_dict(adapters, sep="/"))
 
 
+@functools.lru_cache(REMEMBERED)
 def adapted_parts(model: DQE, config: ModelConfig, data: DataConfig) -> frozenset[str]:
     """The parts of a model that have adapters."""
     if not config.lora.rank:

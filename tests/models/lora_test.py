@@ -1,4 +1,4 @@
-"""LoRA on every backbone: nothing changes at the start, adapters alone train, merged is the same."""
+"""LoRA on every backbone: the model starts as it was, adapters alone train, merging is exact."""
 
 import jax
 import numpy as np
@@ -181,6 +181,40 @@ def test_targets_are_chosen_by_name_part_and_layer(changes, layers):
         _, tower, _, layer, *_ = path.split("/")
         found.setdefault(tower, set()).add(int(layer.removeprefix("layers_")))
     assert found == layers
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_below_the_first_adapter_are_stored(remat):
+    config = config_of("clip", **{"model.lora.layers": 1, "model.remat": remat})
+    model, flat = made(config)
+    assert stored_kinds(config, model) == ("image",)  # that of texts has adapters too
+    learnt = moved(flat)
+    states = model.apply({"params": nested(learnt)}, IMAGES, method="image_states")
+    assert {name: x.shape for name, x in states.items()} == {"entering": (2, 5, 16)}
+    # They do not depend on the layers above; nor does what follows on those below.
+    above = moved(learnt, lambda path: "vision/encoder/layers_1" in path)
+    below = moved(learnt, lambda path: "layers_0" in path or "vision/patches" in path)
+    same = model.apply({"params": nested(above)}, IMAGES, method="image_states")
+    np.testing.assert_array_equal(states["entering"], same["entering"])
+
+    @jax.jit
+    def both(params, image):
+        def loss(params):
+            embedding = model.apply({"params": params}, image, method="encode_gallery")
+            return (embedding[0] * embedding[1]).sum(), embedding
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, expected = both(nested(learnt), IMAGES)
+    for params in (learnt, below):
+        own, found = both(nested(params), states)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        for path, x in flatten_dict(own, sep="/").items():
+            if "vision/encoder/layers_1" in path or "projection" in path:
+                other = flatten_dict(grads, sep="/")[path]
+                np.testing.assert_allclose(x, other, atol=1e-5)
+            if "vision/encoder/layers_0" in path:
+                assert not np.abs(x).max()
 
 
 def test_a_tower_with_adapters_is_not_stored():
