@@ -18,7 +18,7 @@ from dqe_jax.checkpoints.export import export_run
 from dqe_jax.config import RunConfig
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject, is_regular, read_json
-from dqe_jax.utils.paths import whole_path
+from dqe_jax.utils.paths import is_remote, whole_path
 
 # Fields of a config that say where things lie on one machine: nobody else needs to know.
 PLACES = ("data.data_dir", "data.prepared_dir", "features.directory", "init.run", "data.lexicon")
@@ -53,6 +53,8 @@ def push(
     hub.check_repo(repo, "--repo")
     hub.check_token()
     directory = whole_path(run)
+    if is_remote(directory) and exported.is_exported(directory):
+        raise UserError(f"{directory} is an export in a bucket: copy it to this machine first.")
     results: list[JsonObject] = []
     data: dict[str, str] | None = None
     with tempfile.TemporaryDirectory() as made:

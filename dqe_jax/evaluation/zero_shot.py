@@ -149,8 +149,13 @@ def measure_rows(
       corpora: for BASIC.
 
     Raises:
-      UserError: there are no weights, or the backbone cannot give one of the rows.
+      UserError: there are no labels or no weights, or the backbone cannot give one of the rows.
     """
+    if (split.queries.target < 0).all():
+        raise UserError(
+            f"--zero_shot: {split.name} of {config.data.dataset} has no labels, so nothing can be "
+            "measured; take --split=validation."
+        )
     space = embed(config, split, protocol, names, devices, corpora)
     ranking.check_embeddings(space.images, space.images[:, None])
     return {
