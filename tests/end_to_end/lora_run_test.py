@@ -116,3 +116,18 @@ def test_a_run_starts_from_one_with_adapters(run, tmp_path):
     base, config, _ = run
     metrics = loop.train_and_evaluate(config, tmp_path / "next", init=base / "run")
     assert metrics["queries"] > 0
+
+
+def test_stored_layers_below_adapters_change_nothing(run, tmp_path):
+    base, _, _ = run
+    fields = {"model.lora.layers": 1, "model.frozen_dtype": "float32", "optimizer.ema_decay": 0.0}
+    found = []
+    for place in ("host", "off"):
+        config = config_of(base, **fields, **{"features.place": place})
+        config.features.directory = str(tmp_path / "features")
+        loop.train_and_evaluate(config, tmp_path / place)
+        found.append(params_of(tmp_path / place))
+    assert list((tmp_path / "features").iterdir())
+    assert found[0].keys() == found[1].keys()
+    for path, x in found[0].items():
+        np.testing.assert_allclose(x, found[1][path], atol=1e-3, err_msg=path)
