@@ -143,7 +143,7 @@ def _endpoint() -> str | None:
 @contextlib.contextmanager
 def _told(repo: str, revision: str | None) -> Iterator[None]:
     """Raises a `UserError` for what goes wrong between here and the hub."""
-    from huggingface_hub import errors
+    from huggingface_hub import utils as errors
 
     name = f"{SCHEME}{repo}"
     try:
@@ -159,6 +159,11 @@ def _told(repo: str, revision: str | None) -> Iterator[None]:
             f"{name} is not on the hub, or is private and your token may not read it: check the "
             "name, and set HF_TOKEN."
         ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{name}: the hub cannot be reached, and no copy is here ({reason_of(error)}): look at "
+            "the network and HF_ENDPOINT."
+        ) from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
@@ -171,6 +176,6 @@ def _told(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except Exception as error:  # its client raises errors of several libraries
         raise UserError(
-            f"{name}: the hub cannot be reached, and no copy is here ({reason_of(error)}): look at "
-            "the network and HF_ENDPOINT."
+            f"{name}: the hub cannot be reached ({reason_of(error)}): look at the network and "
+            "HF_ENDPOINT."
         ) from error

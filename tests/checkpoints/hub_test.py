@@ -140,7 +140,7 @@ def test_nothing_but_the_files_of_an_export_is_got(run, there, tmp_path):
     assert got <= set(hub.FILES)
 
 
-def test_what_goes_wrong_ends_in_one_sentence(run, there, monkeypatch):
+def test_what_goes_wrong_ends_in_one_sentence(run, there, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="hf://me/nothing is not on the hub, or is private"):
         open_model("hf://me/nothing")
     push(run, "me/model")
@@ -149,6 +149,8 @@ def test_what_goes_wrong_ends_in_one_sentence(run, there, monkeypatch):
     with pytest.raises(UserError, match=r"hf://me/model: the hub refuses your token \(403\)"):
         push(run, "me/model")
     monkeypatch.delenv("HF_TOKEN")
+    open_model("hf://me/model")  # what was got once stays
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="hf://me/model is not on the hub, or is private"):
         open_model("hf://me/model")
     with pytest.raises(UserError, match="push needs a token of the hub that may write"):
