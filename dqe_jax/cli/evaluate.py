@@ -14,7 +14,7 @@ python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes --wa
 To measure what pretrained weights find without any training, without a run:
 
 python -m dqe_jax.evaluate --config=configs/fiq_clip.py --zero_shot=text,image,sum,product \
-  --output=eval/fiq_clip
+  --output=DIR
 
 To score a file of predictions, without a model and without images:
 
