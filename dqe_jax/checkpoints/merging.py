@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+
 from dqe_jax.config import RunConfig
 from dqe_jax.method.arrays import Params
 from dqe_jax.models import lora
@@ -20,4 +23,5 @@ def merged(config: RunConfig, params: Params) -> tuple[RunConfig, Params]:
     if not config.model.lora.rank:
         return config, params
     changed = {"model.lora.rank": 0, "model.frozen_dtype": "float32"}
-    return config.with_changes(changed), lora.merged(params, config.model.lora.scale)
+    whole = lora.merged(params, config.model.lora.scale)
+    return config.with_changes(changed), jax.tree.map(lambda x: np.asarray(x, np.float32), whole)

@@ -113,11 +113,6 @@ def _of_run(
     if config.model.lora.rank and not keep_adapters:
         config, params = merged(config, params)
         model = model_of(config.model, config.data, trained.tokenizer, sizes)
-        shapes = flatten_dict(param_shapes(model, config.model, config.data), sep="/")
-        flat = flatten_dict(params, sep="/")
-        params = unflatten_dict(
-            {p: np.asarray(x, shapes[p].dtype) for p, x in flat.items()}, sep="/"
-        )
     return Opened(
         origin=str(directory),
         config=config,

