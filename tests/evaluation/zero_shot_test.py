@@ -238,6 +238,8 @@ def test_composition_gain_is_best_composed_less_best_single():
     }
     assert composition_gain(rows, ("R@1",))["composed"] == "basic"
     assert "+0.2000 R@1 (model" in gain_line(gain)
+    own = composition_gain({"a": {"R@1": 0.1}, "b": {"R@1": 0.3}}, ("R@1",), ("a",))
+    assert (own["composed"], own["single"]) == ("b", "a")
     assert composition_gain({"text": {"R@1": 0.1}}, ("R@1",)) is None
     assert composition_gain(rows, ()) is None
 
