@@ -38,7 +38,7 @@ def write_card(
     head += [f"license: {license_id}"] if license_id else []
     head += ["tags:", "- composed-image-retrieval", "- jax", "- flax", "---"]
     name = repo.partition("/")[2]
-    weights = _public(config.model.weights)
+    weights = public_name(config.model.weights)
     lines = [
         *head,
         f"# {name}",
@@ -103,7 +103,7 @@ def _result(one: JsonObject) -> list[str]:
     return [*lines, ""]
 
 
-def _public(weights: str) -> str:
+def public_name(weights: str) -> str:
     """What weights are called in public: an id on the hub, or the last part of a path."""
     is_id = weights.count("/") == 1 and not weights.startswith((".", "/", "~"))
     return weights if is_id else weights.rstrip("/").rpartition("/")[2]

@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from dqe_jax.checkpoints import exported, hub, store
-from dqe_jax.checkpoints.card import write_card
+from dqe_jax.checkpoints.card import public_name, write_card
 from dqe_jax.checkpoints.export import export_run
 from dqe_jax.config import RunConfig
 from dqe_jax.utils.errors import UserError
@@ -101,6 +101,8 @@ def _without_places(facts: JsonObject) -> bytes:
             own, default = own.get(section, {}), default[section]
         if last in own:
             own[last] = default[last]
+    for name in ("weights", "tokenizer"):
+        config["model"][name] = public_name(config["model"][name])
     return (json.dumps({**facts, "config": config}, indent=2) + "\n").encode()
 
 

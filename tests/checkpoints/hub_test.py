@@ -42,12 +42,12 @@ RESULT = {
 def run(tmp_path_factory):
     """The workdir of a run of CLIP, evaluated."""
     base = tmp_path_factory.mktemp("pushed")
-    copy_weights(GOLDEN / "clip", "clip", base / "secret-weights")
+    copy_weights(GOLDEN / "clip", "clip", base / "secret" / "weights")
     changes = {
         "data.max_length": 12,
         "data.data_dir": "/secret-data",
         "model.backbone": "clip",
-        "model.weights": str(base / "secret-weights"),
+        "model.weights": str(base / "secret" / "weights"),
         "model.clip.variant": "auto",
         "model.clip.composer_width": 16,
         "model.clip.composer_heads": 2,
@@ -98,6 +98,7 @@ def test_there_and_back_without_a_bit_changed(run, there, tmp_path):
     np.testing.assert_array_equal(*both)
 
     card = files[hub.CARD].decode()
+    assert json.loads(files["dqe.json"])["config"]["model"]["weights"] == "weights"
     for words in (
         *("license: apache-2.0", "library_name: dqe_jax", 'dqe_jax.load("hf://me/model")'),
         *("seed 7", "Step 1 of", "Backbone: `clip`", "Trained on `shapes`"),
