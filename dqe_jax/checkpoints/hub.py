@@ -120,7 +120,8 @@ def upload(
 
     api = huggingface_hub.HfApi(endpoint=_endpoint())
     with _told(repo, None):
-        api.create_repo(repo, private=not public, exist_ok=True)
+        if not api.repo_exists(repo):
+            api.create_repo(repo, private=not public)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         done = api.create_commit(
