@@ -56,6 +56,7 @@ YOUNGER = (
     "init.",
     "loss.form",
     "model.features.",
+    "model.lora.",
     "model.query",
     "model.attributes.form",
     "model.attributes.parts",
@@ -357,6 +358,7 @@ def _check_sizes(config: RunConfig) -> None:
             "attribute weights nor mined negatives; set config.model.attributes.enabled=False and "
             "config.negatives.rule=in_batch."
         )
+    _check_lora(model)
     width = (attributes.width, "model.attributes.width")
     shared = [(*width, attributes.heads, "model.attributes.heads")]
     if model.backbone == "tiny":
@@ -390,6 +392,20 @@ def _check_sizes(config: RunConfig) -> None:
             raise UserError(
                 f"config.{name} is {value}: it must be a multiple of config.{by}, {divisor}."
             )
+
+
+def _check_lora(model: ModelConfig) -> None:
+    """Raises a `UserError` for adapters that have no place."""
+    if model.lora.rank and not model.frozen:
+        raise UserError(
+            f"config.model.lora.rank is {model.lora.rank}: adapters stand beside kernels that do "
+            "not train; name their parts in config.model.frozen, such as ('vision', 'text')."
+        )
+    if model.lora.rank and model.lora.layers and model.scan_layers:
+        raise UserError(
+            f"config.model.lora.layers is {model.lora.layers}: with config.model.scan_layers all "
+            "layers are alike; take 0, or config.model.scan_layers=False."
+        )
 
 
 def check_batch(config: RunConfig, num_devices: int, num_processes: int = 1) -> None:

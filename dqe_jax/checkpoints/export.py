@@ -10,6 +10,7 @@ from absl import logging
 
 from dqe_jax.checkpoints import exported, store
 from dqe_jax.checkpoints.fingerprint import fingerprint_of
+from dqe_jax.checkpoints.merging import merged
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils.errors import UserError
@@ -24,6 +25,8 @@ def export_run(
     directory: str | os.PathLike[str], output: str | os.PathLike[str], *, step: int | None = None
 ) -> pathlib.Path:
     """Writes the model of a checkpoint, of any backbone: see `exported.py` for the files.
+
+    Adapters (`config.model.lora`) are merged into their kernels.
 
     Args:
       directory: a workdir, or its `checkpoints` directory.
@@ -40,7 +43,8 @@ def export_run(
         raise UserError(f"--output={output}: name a directory of this machine, and copy it there.")
     manager = store.open_for_reading(directory)
     step, (meta, params) = store.read_chosen(manager, step, lambda number: _read(manager, number))
-    config = exported.config_of(meta["config"])
+    config, params = merged(exported.config_of(meta["config"]), params)
+    meta = meta | {"config": config.to_dict()}
     sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
     fingerprint = fingerprint_of(config, sizes, params)
     written = pathlib.Path(output).expanduser()

@@ -21,6 +21,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from dqe_jax.checkpoints.names import FACTS, OWN, TOKENIZER
 from dqe_jax.config import RunConfig, fields, flatten
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.weights import hugging_face
@@ -32,7 +33,6 @@ from dqe_jax.models.weights.transfer import read_backbone
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, read_json, read_text, write_json
 
-FACTS, OWN, TOKENIZER = "dqe.json", "dqe.safetensors", "tokenizer.json"
 FORMAT = 1
 AGAIN = "export the run again"
 

@@ -14,8 +14,9 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from dqe_jax.checkpoints import exported, store
+from dqe_jax.checkpoints import exported, hub, store
 from dqe_jax.checkpoints.fingerprint import fingerprint_of
+from dqe_jax.checkpoints.merging import merged
 from dqe_jax.checkpoints.trained import open_trained
 from dqe_jax.config import RunConfig
 from dqe_jax.data import tokenizer as text_tokens
@@ -61,20 +62,27 @@ class Opened:
 
 
 def open_model(
-    path: str | os.PathLike[str], *, step: int | None = None, num_devices: int = 0
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    num_devices: int = 0,
+    keep_adapters: bool = False,
 ) -> Opened:
     """Opens a trained model.
 
     Args:
       path: a workdir or its `checkpoints` directory, or a directory that `dqe-jax export` wrote;
-        also in a bucket (`gs://`).
+        also in a bucket (`gs://`); or a model on the Hugging Face hub, `hf://OWNER/NAME`, with `@`
+        and a revision if need be.
       step: of the checkpoint of a workdir; None for the newest that is whole.
       num_devices: how many devices to use; 0 for all.
+      keep_adapters: whether adapters of a workdir stay, as training needs them; else they are
+        merged into their kernels, as on export.
 
     Raises:
       UserError: there is no model, it is damaged, or there is no such step.
     """
-    directory = whole_path(path)
+    directory = hub.fetch(path) if hub.is_on_hub(path) else whole_path(path)
     if not directory.is_dir():
         raise UserError(
             f"there is no directory {directory}: name the workdir of a run, or a directory that "
@@ -90,24 +98,30 @@ def open_model(
             "export wrote."
         )
     with quiet.without_old_news():
-        return _of_run(directory, step, num_devices)
+        return _of_run(directory, step, num_devices, keep_adapters)
 
 
-def _of_run(directory: epath.Path, step: int | None, num_devices: int) -> Opened:
+def _of_run(
+    directory: epath.Path, step: int | None, num_devices: int, keep_adapters: bool
+) -> Opened:
     manager = store.open_for_reading(directory)
     _, meta = store.read_chosen(manager, step, lambda number: _read_meta(manager, number))
     config = exported.config_of(meta["config"]).with_changes({"num_devices": num_devices})
     trained = open_trained(config, directory, step)
     sizes = meta["sizes"] and size_files.from_json(config.model.backbone, meta["sizes"])
+    model, params = trained.model, trained.params
+    if config.model.lora.rank and not keep_adapters:
+        config, params = merged(config, params)
+        model = model_of(config.model, config.data, trained.tokenizer, sizes)
     return Opened(
         origin=str(directory),
         config=config,
         step=trained.step,
-        model=trained.model,
+        model=model,
         tokenizer=trained.tokenizer,
         devices=trained.devices,
-        params=trained.params,
-        fingerprint=fingerprint_of(config, sizes, trained.params),
+        params=params,
+        fingerprint=fingerprint_of(config, sizes, params),
         probability=trained.probability,
     )
 

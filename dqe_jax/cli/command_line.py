@@ -47,6 +47,7 @@ _EXAMPLES = {
     "table": "products.csv",
     "index": "DIR",
     "image": "FILE",
+    "repo": "OWNER/NAME",
 }
 _PARSING = "Error whilst parsing config file"
 

@@ -39,6 +39,7 @@ COMMANDS = {
     "benchmark serve": ("benchmark_serve", "Times searches of a server under load."),
     "convert": ("convert", "Converts pretrained weights to a directory that a config can name."),
     "export": ("export", "Exports a model to files that need no run, for search or PyTorch."),
+    "push": ("push", "Puts a model on the Hugging Face hub, with a card."),
     "describe": ("describe", "Prints the parameters and the cost of a config's model."),
 }
 

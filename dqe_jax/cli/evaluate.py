@@ -11,6 +11,11 @@ To evaluate checkpoints while another machine trains:
 
 python -m dqe_jax.evaluate --config=configs/shapes.py --workdir=runs/shapes --watch
 
+To measure what pretrained weights find without any training, without a run:
+
+python -m dqe_jax.evaluate --config=configs/fiq_clip.py --zero_shot=text,image,sum,product \
+  --output=DIR
+
 To score a file of predictions, without a model and without images:
 
 python -m dqe_jax.evaluate --config=configs/circo.py --split=val --predictions=FILE --raw_dir=DIR
@@ -19,12 +24,16 @@ python -m dqe_jax.evaluate --config=configs/circo.py --split=val --predictions=F
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
 from dqe_jax.cli.command_line import use_data_dir
 from dqe_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dqe_jax.evaluation.zero_shot import Corpora
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -54,6 +63,18 @@ _REPORT_AGAINST = flags.DEFINE_string(
     "report_against",
     None,
     "A second run that was evaluated on the same split, to stand beside this one in report.html.",
+)
+_ZERO_SHOT = flags.DEFINE_list(
+    "zero_shot",
+    [],
+    "Rows without training, of config.model.weights: text, image, sum, product, basic, "
+    "basic_expanded. They stand beside the run's model; without --workdir they are measured alone.",
+)
+_BASIC_SUBJECTS = flags.DEFINE_string(
+    "basic_subjects", None, "For basic: a text file with a line for each thing images may show."
+)
+_BASIC_STYLES = flags.DEFINE_string(
+    "basic_styles", None, "For basic: a text file with a line for each way to show it."
 )
 _WATCH = flags.DEFINE_bool(
     "watch", False, "Evaluate each new checkpoint of --workdir until training is done."
@@ -86,6 +107,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _evaluate() -> None:
     directory = _CHECKPOINT.value or _WORKDIR.value
+    if directory is None and _ZERO_SHOT.value:
+        _measure_rows()
+        return
     if directory is None:
         raise UserError("name what to evaluate: --workdir=DIR or --checkpoint=DIR.")
     from dqe_jax.distributed import compiled  # importing JAX takes seconds
@@ -102,7 +126,37 @@ def _evaluate() -> None:
         hp_fashioniq=_HP_FASHIONIQ.value,
         page=_REPORT.value,
         against=_REPORT_AGAINST.value,
+        zero_shot=_ZERO_SHOT.value,
+        corpora=_corpora(),
     )
+
+
+def _measure_rows() -> None:
+    """Measures rows without training, without a run."""
+    if _OUTPUT.value is None:
+        raise UserError("--zero_shot without --workdir needs --output=DIR, where results go.")
+    if _REPORT.value or _REPORT_AGAINST.value:
+        raise UserError("--report shows the queries of a run: name one by --workdir=DIR.")
+    from dqe_jax.distributed import compiled
+    from dqe_jax.evaluation.run import evaluate_rows
+
+    compiled.keep_programs()
+    evaluate_rows(
+        _CONFIG.value,
+        _ZERO_SHOT.value,
+        _OUTPUT.value,
+        split=_SPLIT.value,
+        corpora=_corpora(),
+    )
+
+
+def _corpora() -> Corpora | None:
+    """The corpora of BASIC, where a row of it is named."""
+    from dqe_jax.evaluation.zero_shot import BASIC, read_corpora
+
+    if not set(_ZERO_SHOT.value) & set(BASIC):
+        return None
+    return read_corpora(_BASIC_SUBJECTS.value, _BASIC_STYLES.value)
 
 
 def _watch() -> None:

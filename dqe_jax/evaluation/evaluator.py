@@ -36,6 +36,8 @@ class Result:
         with -1; None where there are none.
       attribute_weights: float32 `[Q, number of attributes]`.
       embedded: how many gallery images were ranked.
+      composition_gain: of the best composed row over the best single modality, as
+        `gain.composition_gain` says; None where rows without training were not asked for.
     """
 
     metrics: dict[str, float]
@@ -45,6 +47,7 @@ class Result:
     subset_rows: np.ndarray | None
     attribute_weights: np.ndarray
     embedded: int
+    composition_gain: dict[str, str | float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from PIL import Image
 
 from dqe_jax.data.splits import Split
 from dqe_jax.evaluation import metrics, protocols
+from dqe_jax.evaluation.gain import gain_line
 from dqe_jax.evaluation.intervals import Interval, intervals, query_values, strata_of
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import cannot_write, read_json
@@ -126,12 +127,13 @@ def write_page(
     rows = metrics.pad_lists(result.rows, SHOWN)
     lists = [rows] if against is None else [rows, against.rows]
     images = _Images(split)
+    gain = result.composition_gain and gain_line(result.composition_gain)
     content: dict[str, Any] = {
         "title": f"{run}: {split.name} of {dataset}",
         "about": f"Step {step}; {split.coverage}.",
         "run": name if against is not None else "value",
         "other": against and against.name,
-        "note": evaluator.protocol.note + ". " + _INTERVALS,
+        "note": " ".join(filter(None, [f"{evaluator.protocol.note}. {_INTERVALS}", gain])),
         "depth": min(found.shape[1] for found in lists),
         "labelled": bool(len(evaluator.labelled)),
         "attributes": list(attributes),

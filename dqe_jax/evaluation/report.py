@@ -5,13 +5,14 @@
 | `<split>-<step>.json` | metrics and baselines; the protocol, the data, how much was at hand |
 | `<split>-<step>.ranked.json` | ids of the (at most 50) best images of each query |
 | `<split>-<step>.png` | some queries and what they found |
+| `<split>-zero_shot.json` | rows without training, where there is no run |
 | `<split>-<step>.<file>` | what the benchmark's server takes, for a split without labels |
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +21,12 @@ from etils import epath
 
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import contact_sheet, protocols, submissions
+from dqe_jax.evaluation.gain import gain_line
 from dqe_jax.utils.files import write_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:  # scoring a file of predictions needs no JAX
+    from dqe_jax.data.splits import Split
     from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 
 RANKED = 50
@@ -72,6 +75,7 @@ def write_report(
         "ranked_images": result.embedded,
         "metrics": result.metrics,
         "baselines": result.baselines,
+        "composition_gain": result.composition_gain,
     }
     queries, ids = split.queries, split.gallery.ids
     # Before anything is written: a full disk must not cost the figures.
@@ -83,6 +87,8 @@ def write_report(
     )
     if behind := behind_reference(result, protocol):
         logging.info("%s", behind)
+    if result.composition_gain:
+        logging.info("%s", gain_line(result.composition_gain))
     write_json(directory / f"{name}.json", facts)
     lists = submissions.rankings(queries, ids, result.rows, RANKED)
     write_json(directory / f"{name}.ranked.json", lists, indent=None)
@@ -91,6 +97,50 @@ def write_report(
     logging.info("Files: %s*", directory / name)
     if not len(evaluator.labelled):
         _write_submissions(evaluator, result, directory, name, dataset)
+
+
+def write_rows(
+    rows: Mapping[str, Mapping[str, float]],
+    gain: Mapping[str, str | float] | None,
+    directory: epath.Path,
+    split: Split,
+    protocol: protocols.Protocol,
+    *,
+    dataset: str,
+    weights: str,
+) -> None:
+    """Writes `<split>-zero_shot.json` and logs a table.
+
+    Args:
+      rows: metrics of rows without training, by name.
+      gain: as `gain.composition_gain` gives it.
+      directory: where the file goes.
+      split: that was measured on.
+      protocol: of the data set.
+      dataset: its name.
+      weights: `config.model.weights`.
+
+    Raises:
+      UserError: the directory is not writable.
+    """
+    coverage = split.coverage
+    logging.info("%s, without training: %s.\n%s", split.name, coverage, rows_table(rows, protocol))
+    if gain:
+        logging.info("%s", gain_line(gain))
+    facts = {
+        "dataset": dataset,
+        "split": split.name,
+        "weights": weights,
+        "protocol": protocol.name,
+        "data": split.digest,
+        "queries": {"used": coverage.queries, "official": coverage.official_queries},
+        "gallery": {"used": coverage.gallery, "official": coverage.official_gallery},
+        "rows": rows,
+        "composition_gain": gain,
+    }
+    path = directory / f"{split.name}-zero_shot.json"
+    write_json(path, facts)
+    logging.info("File: %s", path)
 
 
 def _write_submissions(
@@ -137,6 +187,17 @@ def table(result: Result, protocol: protocols.Protocol) -> str:
         line(name, values)
     if "P@10" in keys and "P@10_ceiling" in found:
         line("ceiling", {"P@10": found["P@10_ceiling"]})
+    return "\n".join(filter(None, [text_table(lines), protocol.note]))
+
+
+def rows_table(rows: Mapping[str, Mapping[str, float]], protocol: protocols.Protocol) -> str:
+    """Metrics of rows without a model as text."""
+    keys = protocol.columns(next(iter(rows.values()), {}))
+    if not keys:
+        return "This split has no labels: no metrics."
+    lines = [(protocol.name, *keys)]
+    for name, values in rows.items():
+        lines.append((name, *(f"{values[key]:.4f}" for key in keys)))
     return "\n".join(filter(None, [text_table(lines), protocol.note]))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import logging
@@ -18,13 +20,15 @@ from dqe_jax.data.digest import SHOWN
 from dqe_jax.data.examples import WHOLE
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_wordings
-from dqe_jax.distributed import processes
+from dqe_jax.distributed import mesh, processes
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.embedding.sources import PlainImages, PlainTexts
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
+from dqe_jax.evaluation.gain import composition_gain
 from dqe_jax.evaluation.page import read_compared, write_page
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences, texts_of
+from dqe_jax.evaluation.zero_shot import Corpora, measure_rows, read_rows
 from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.dqe import DQE
@@ -43,6 +47,8 @@ def evaluate_checkpoint(
     hp_fashioniq: str | os.PathLike[str] | None = None,
     page: bool = False,
     against: str | os.PathLike[str] | None = None,
+    zero_shot: Sequence[str] = (),
+    corpora: Corpora | None = None,
 ) -> Result:
     """Evaluates a checkpoint on a split and writes the files of `report.py`.
 
@@ -55,6 +61,9 @@ def evaluate_checkpoint(
       hp_fashioniq: file of judgements, to measure the preference ratio too (FashionIQ, val).
       page: whether to write `report.html` too, see `page.py`.
       against: another run, or the directory of its results, to stand beside this one in the page.
+      zero_shot: rows without training to show beside the model, of `zero_shot.ROWS`: those of
+        `config.model.weights`.
+      corpora: for the rows of BASIC.
 
     Raises:
       UserError: the config, the data, the checkpoint or a file cannot be used.
@@ -74,10 +83,11 @@ def evaluate_checkpoint(
     place = whole_path(output) if output else output_of(trained, opened)
     compared = None if against is None else read_compared(against, opened)
     make_directory(place)
+    rows = _rows(config, opened, zero_shot, trained.devices, corpora)
     params = trained.place_params()
     features.fill(params)
     result = evaluate_and_report(
-        config, evaluator, params, step=step, directory=place, averaged=trained.averaged
+        config, evaluator, params, step=step, directory=place, averaged=trained.averaged, rows=rows
     )
     if (page or compared is not None) and processes.leads():
         write_page(
@@ -94,6 +104,65 @@ def evaluate_checkpoint(
         path = place / f"hp_fashioniq-{step}.json"
         measure_preferences(evaluator, judged_texts, params, judged, path)
     return result
+
+
+def evaluate_rows(
+    config: AnyConfig,
+    zero_shot: Sequence[str],
+    output: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    corpora: Corpora | None = None,
+) -> dict[str, dict[str, float]]:
+    """Measures rows without training on a split, without a run, and writes and logs them.
+
+    Args:
+      config: says data and pretrained weights.
+      zero_shot: rows, of `zero_shot.ROWS`.
+      output: directory of `<split>-zero_shot.json`.
+      split: any name of it, such as `val`; None for `config.eval.split`.
+      corpora: for the rows of BASIC.
+
+    Returns:
+      Metrics by row.
+
+    Raises:
+      UserError: the config, the data, the weights or a file cannot be used.
+    """
+    config, names = RunConfig.of(config), read_rows(zero_shot)
+    split = datasets.split_of(config.data.dataset, split or config.eval.split)
+    datasets.find_dataset(config.data, split)
+    opened = splits.open_split(config.data, datasets.open_dataset(config.data, split), split)
+    place = whole_path(output)
+    make_directory(place)
+    rows = _rows(config, opened, names, mesh.devices_of(config.num_devices), corpora)
+    protocol = protocols.protocol_of(config.data.dataset, config.eval.protocol)
+    gain = composition_gain(rows, protocol.columns(next(iter(rows.values()))))
+    if processes.leads():
+        report.write_rows(
+            rows,
+            gain,
+            place,
+            opened,
+            protocol,
+            dataset=config.data.dataset,
+            weights=config.model.weights,
+        )
+    return rows
+
+
+def _rows(
+    config: RunConfig,
+    split: Split,
+    names: Sequence[str],
+    devices: list[jax.Device],
+    corpora: Corpora | None,
+) -> dict[str, dict[str, float]]:
+    """Metrics of rows without training; none if none are named."""
+    if not names:
+        return {}
+    protocol = protocols.protocol_of(config.data.dataset, config.eval.protocol)
+    return measure_rows(config, split, protocol, read_rows(names), devices, corpora)
 
 
 def make_evaluator(
@@ -137,6 +206,7 @@ def evaluate_and_report(
     step: int,
     directory: epath.Path,
     averaged: bool = False,
+    rows: Mapping[str, dict[str, float]] | None = None,
 ) -> Result:
     """Evaluates, writes the files of `report.py`, and logs the table and the queries drawn.
 
@@ -147,11 +217,19 @@ def evaluate_and_report(
       step: of the checkpoint.
       directory: where the files go.
       averaged: whether the parameters are a moving average of those that trained.
+      rows: metrics of rows without training, to stand beside the model; None for none.
 
     Raises:
       UserError: the directory is not writable, or a submission would be refused.
     """
     result = evaluator.run(params, baselines=True)
+    if rows and result.baselines is not None:
+        shown = {f"zero-shot {name}": values for name, values in rows.items()}
+        columns = evaluator.protocol.columns(result.metrics)
+        gain = composition_gain({"model": result.metrics, **rows}, columns)
+        result = dataclasses.replace(
+            result, baselines=result.baselines | shown, composition_gain=gain
+        )
     if not processes.leads():
         return result
     report.write_report(

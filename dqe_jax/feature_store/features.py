@@ -33,6 +33,8 @@ from dqe_jax.method.batch import Batch
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
 from dqe_jax.models.given import Given, with_moments
+from dqe_jax.models.resuming import ENTERING
+from dqe_jax.models.setup import adapted_parts, param_shapes
 from dqe_jax.models.weights.initial import Pretrained
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.utils.errors import UserError
@@ -64,11 +66,19 @@ def stored_kinds(config: RunConfig, model: DQE) -> tuple[str, ...]:
             )
         return ()
     frozen = set(config.model.frozen)
+    # A tower with adapters changes; but not below the first layer that has one.
+    changing = adapted_parts(model, config.model, config.data)
+    own = frozenset(backbone.TOWERS["image"])
+    if own & changing and own <= frozen and _is_cut(config, model):
+        changing -= own
+    frozen -= changing
     fixed = tuple(k for k in KINDS if k in given or set(backbone.TOWERS[k]) <= frozen)
     kinds = tuple(k for k in fixed if k in given or k not in backbone.random_towers())
     if not kinds and place != "auto":
         tower = ", ".join(backbone.TOWERS["image"])
         why = "its towers have dropout" if fixed else f"config.model.frozen does not name {tower}"
+        if config.model.lora.rank and set(backbone.TOWERS["image"]) <= set(config.model.frozen):
+            why = f"adapters change {tower} (config.model.lora)"
         raise UserError(
             f"config.features.place is {place!r}, but nothing can be stored: {why}; take 'auto' "
             "or 'off'."
@@ -85,6 +95,16 @@ def stored_kinds(config: RunConfig, model: DQE) -> tuple[str, ...]:
             "the tower in each step."
         )
     return kinds
+
+
+def _is_cut(config: RunConfig, model: DQE) -> bool:
+    """Whether the states of an image are what enters the layers that have adapters."""
+    if not model.upper_layers:
+        return False
+    size = config.data.image_size
+    one = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+    params = param_shapes(model, config.model, config.data)
+    return ENTERING in jax.eval_shape(states_of(model, "image", dtype_of(config)), params, one)
 
 
 def directory_of(config: RunConfig) -> Path:

@@ -289,6 +289,8 @@ def _facts(kind: str, config: RunConfig, model: DQE, dtype: np.dtype) -> JsonObj
         "dtype": str(dtype),
     }
     if kind == "image":
+        if model.upper_layers:
+            facts["upper_layers"] = model.upper_layers
         data = config.data
         facts |= {"image_size": data.image_size, "preprocess": data.preprocess}
     # A vision tower does not depend on the sizes of what follows it.

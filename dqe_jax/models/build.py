@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dqe_jax.models import blip2, clip
+from dqe_jax.models import blip2, clip, freeze
 from dqe_jax.models.blip2 import Blip2
 from dqe_jax.models.clip import Clip, ClipSizes
 from dqe_jax.models.dqe import DQE
@@ -39,6 +39,8 @@ PARTS = {
     "attributes": ("attributes/*", "gates/*", "text_head_*"),
     "temperature": ("log_scale",),
 }
+# Adapters beside kernels of any part (`lora.py`); they always train.
+ADAPTERS = {freeze.ADAPTERS: ("*/lora_*",)}
 
 
 def parts_of(backbone: str) -> dict[str, tuple[str, ...]]:
@@ -47,7 +49,7 @@ def parts_of(backbone: str) -> dict[str, tuple[str, ...]]:
         part: tuple(f"backbone/{pattern}" for pattern in patterns)
         for part, patterns in BACKBONES[backbone].PARTS.items()
     }
-    return own | PARTS
+    return ADAPTERS | own | PARTS  # the first that matches
 
 
 def compute_of(config: ModelConfig) -> Compute:
@@ -150,5 +152,7 @@ def build_model(
         activation=attributes.activation,
         query=config.query,
         initial_tau=config.initial_tau,
+        lora_scale=config.lora.scale,
+        upper_layers=config.lora.layers if config.lora.rank else 0,
         dtype=DTYPES[config.dtype],
     )

@@ -147,6 +147,7 @@ class Clip(nn.Module):
         "composer": ("composer_*", "residual/*"),
     }
     TOWERS: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("vision",), "text": ("text",)}
+    COMMON_SPACE: ClassVar[bool] = True  # see `features.has_common_space`
 
     @property
     def embed_dim(self) -> int:

@@ -8,7 +8,7 @@ L2-normalised in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 
 from dqe_jax.method.arrays import Array
 from dqe_jax.method.batch import QueryOutput, TrainOutput
+from dqe_jax.models import resuming
 from dqe_jax.models.attributes import AttributeGates, AttributeWeights
 from dqe_jax.models.features import (
     Backbone,
@@ -27,6 +28,7 @@ from dqe_jax.models.features import (
     TextFeatures,
 )
 from dqe_jax.models.layers import normalize, of_queries
+from dqe_jax.models.lora import with_adapters
 
 # Images, or what their tower makes of them; token ids, or these with what their tower makes.
 Images: TypeAlias = UInt8[Array, "... H W 3"] | States
@@ -48,6 +50,8 @@ class DQE(nn.Module):
       query: "composed", or a query without a composer: "text", "image", or their "sum" or
         "product"; the text then has a head of its own.
       initial_tau: the temperature at the start.
+      lora_scale: of adapters among the parameters (`lora.py`); 0 without any.
+      upper_layers: the last layers of towers, which alone have adapters; 0 where all may have.
       dtype: compute dtype of the matrix products.
     """
 
@@ -60,6 +64,8 @@ class DQE(nn.Module):
     activation: str = "sigmoid"
     query: str = "composed"
     initial_tau: float = 0.07
+    lora_scale: float = 0.0
+    upper_layers: int = 0
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -138,22 +144,44 @@ class DQE(nn.Module):
         return QueryOutput(normalize(q), none, jnp.zeros((count, 0, self.width), q.dtype))
 
     def _image(self, image: Images, train: bool = False) -> ImageFeatures:
-        states = image if isinstance(image, Mapping) else self.backbone.image_states(image, train)
+        if not isinstance(image, Mapping):
+            states = self.backbone.image_states(image, train)
+        elif resuming.ENTERING in image:
+            states = self._resumed(image[resuming.ENTERING], train)
+        else:
+            states = image
         return self.backbone.image_features(states, train)
+
+    def _resumed(self, tokens: Array, train: bool) -> States:
+        """The states of images, of what enters the last layers of their tower."""
+        size = cast(Any, self.backbone).image_size
+        nothing = jnp.zeros((len(tokens), size, size, 3), jnp.uint8)  # which is never looked at
+        with resuming.resumed(self.upper_layers, tokens):
+            return self.backbone.image_states(nothing, train)
 
     def _text(self, text: Texts, train: bool = False) -> TextFeatures:
         if isinstance(text, StoredText):
             return self.backbone.text_features(text.ids, text.states, train)
         return self.backbone.text_features(text, self.backbone.text_states(text, train), train)
 
+    @with_adapters
     def image_states(self, image: UInt8[Array, "B H W 3"]) -> States:
-        """What the tower of the backbone makes of images: it can stand in their place."""
-        return self.backbone.image_states(image)
+        """What the tower of the backbone makes of images: it can stand in their place.
 
+        With `upper_layers` that is what enters these layers, if the tower can be cut there.
+        """
+        with resuming.watched(self.upper_layers) as caught:
+            states = self.backbone.image_states(image)
+        if self.upper_layers and len(caught) == 1:
+            return {resuming.ENTERING: next(iter(caught.values()))}
+        return states
+
+    @with_adapters
     def text_states(self, ids: Int[Array, "B L"]) -> States:
         """What the tower of the backbone makes of texts."""
         return self.backbone.text_states(ids)
 
+    @with_adapters
     def encode_query(
         self, image: Images, text: Texts, factors: Float[Array, "B K"] | None = None
     ) -> QueryOutput:
@@ -163,10 +191,20 @@ class DQE(nn.Module):
         """
         return self._compose(self._image(image), self._text(text), False, factors=factors)
 
+    @with_adapters
     def encode_gallery(self, image: Images) -> Float[Array, "B M d"]:
         """Images `[B, ...]` to gallery embeddings, float32."""
         return normalize(self._image(image).gallery)
 
+    @with_adapters
+    def encode_text(self, text: Texts) -> Float[Array, "B d"]:
+        """Texts in the space of gallery embeddings, float32, where the backbone has such a space.
+
+        See `features.has_common_space`.
+        """
+        return normalize(self._text(text).pooled)
+
+    @with_adapters
     def __call__(
         self,
         reference: Images,

@@ -69,6 +69,15 @@ def given_spec(backbone: Backbone, kind: str, *axes: int) -> Mapping[str, jax.Sh
     return {n: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype) for n, x in shapes.items()}
 
 
+def has_common_space(backbone: Backbone) -> bool:
+    """Whether images and texts of a backbone share a space before anything trains, as in CLIP.
+
+    Its class says so by `COMMON_SPACE = True`: `TextFeatures.pooled` is then of the space of the
+    first token of `ImageFeatures.gallery`.
+    """
+    return bool(getattr(backbone, "COMMON_SPACE", False))
+
+
 @runtime_checkable
 class Backbone(Protocol):
     """A Flax module over images and token ids.

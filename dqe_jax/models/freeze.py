@@ -10,6 +10,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 
+# The part of adapters (`lora.py`).
+ADAPTERS = "lora"
+
 
 def part_of(path: str, parts: Mapping[str, Sequence[str]]) -> str:
     """The part that a parameter belongs to.
@@ -27,15 +30,23 @@ def part_of(path: str, parts: Mapping[str, Sequence[str]]) -> str:
     raise ValueError(f"parameter {path} belongs to no part of {', '.join(parts)}")
 
 
-def check_frozen(frozen: Sequence[str], parts: Mapping[str, Sequence[str]]) -> None:
-    """Raises a `UserError` if `frozen` names an unknown part, or leaves nothing to train."""
+def check_frozen(
+    frozen: Sequence[str], parts: Mapping[str, Sequence[str]], *, adapters: bool = False
+) -> None:
+    """Raises a `UserError` if `frozen` names an unknown part, or leaves nothing to train.
+
+    Args:
+      frozen: `config.model.frozen`.
+      parts: as `build.parts_of` gives; adapters are one of them, and always train.
+      adapters: whether there are any.
+    """
+    own = [part for part in parts if part != ADAPTERS]
     for name in frozen:
-        if name not in parts:
+        if name not in own:
             raise UserError(
-                f"config.model.frozen names {name!r}: the parts of this model are "
-                f"{', '.join(parts)}."
+                f"config.model.frozen names {name!r}: the parts of this model are {', '.join(own)}."
             )
-    if set(frozen) == set(parts):
+    if set(frozen) == set(own) and not adapters:
         raise UserError("config.model.frozen names every part of the model: nothing would train.")
 
 

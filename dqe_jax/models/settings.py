@@ -11,6 +11,7 @@ from dqe_jax.utils.fields import (
     integer,
     number,
     one_of,
+    positive,
     rate,
     text,
     tuple_of_names,
@@ -208,6 +209,40 @@ class AttributesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank beside kernels of the frozen parts (LoRA)."""
+
+    rank: int = field(
+        0,
+        "Rank of the adapters beside kernels of config.model.frozen; they train, and are merged "
+        "into the kernels on export. 0 makes none.",
+        integer(0, MOST_WIDTH),
+        "model",
+    )
+    alpha: float = field(
+        16.0, "What adapters add is multiplied by alpha / rank.", positive(1_000_000), "model"
+    )
+    targets: tuple[str, ...] = field(
+        ("query", "value"),
+        'Kernels that get adapters: patterns of names, "query", "key", "value", "out", "mlp_in", '
+        '"mlp_out", or with a slash of whole paths, "vision/*/query".',
+        tuple_of_names(empty=False),
+        "model",
+    )
+    layers: int = field(
+        0,
+        "How many of the last layers of each stack get adapters; 0 for all.",
+        integer(0, MOST_DEPTH),
+        "model",
+    )
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`; 0 without adapters."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The model: its backbone, what it starts from and how it is computed."""
 
@@ -287,3 +322,4 @@ class ModelConfig:
     blip2: Blip2Config = dataclasses.field(default_factory=Blip2Config)
     features: GivenConfig = dataclasses.field(default_factory=GivenConfig)
     attributes: AttributesConfig = dataclasses.field(default_factory=AttributesConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)

@@ -15,7 +15,7 @@ from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.settings import DataConfig
 from dqe_jax.distributed.mesh import REMEMBERED
 from dqe_jax.method.arrays import Array, Params
-from dqe_jax.models import freeze
+from dqe_jax.models import freeze, lora
 from dqe_jax.models.build import DTYPES, VARIANTS, build_model, parts_of
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import States, StoredText, given_spec
@@ -182,7 +182,21 @@ def init_params(
     parts = parts_of(config.backbone)
     dtype = DTYPES[config.frozen_dtype]
     training, frozen = freeze.split(unflatten_dict(flat, sep="/"), config.frozen, parts)
-    return freeze.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))
+    params = freeze.merge(training, jax.tree.map(lambda x: x.astype(dtype), frozen))
+    targets = lora.find_targets(flat, config.lora, config.frozen, parts)
+    adapters = lora.begin(flat, targets, config.lora.rank, key)
+    return freeze.merge(params, unflatten_dict(adapters, sep="/"))
+
+
+@functools.lru_cache(REMEMBERED)
+def adapted_parts(model: DQE, config: ModelConfig, data: DataConfig) -> frozenset[str]:
+    """The parts of a model that have adapters."""
+    if not config.lora.rank:
+        return frozenset()
+    parts = parts_of(config.backbone)
+    paths = flatten_dict(param_shapes(model, config, data), sep="/")
+    layers = {path.rpartition("/")[0] for path in paths if lora.is_adapter(path)}
+    return frozenset(freeze.part_of(f"{layer}/kernel", parts) for layer in layers)
 
 
 @functools.lru_cache(REMEMBERED)

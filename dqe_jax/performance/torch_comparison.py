@@ -243,6 +243,11 @@ def comparable(config: AnyConfig) -> RunConfig:
             "--vs=torch: config.model.backbone is 'features', whose encoders are not part of the "
             "step; compare 'tiny', 'clip' or 'blip2'."
         )
+    if config.model.lora.rank:
+        raise UserError(
+            f"--vs=torch: config.model.lora.rank is {config.model.lora.rank}, and adapters are not "
+            "compared; set it to 0."
+        )
     if config.num_devices > 1:
         raise UserError(
             f"--vs=torch: config.num_devices is {config.num_devices}, and PyTorch works on one "

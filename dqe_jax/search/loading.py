@@ -21,7 +21,8 @@ def load(
 
     Args:
       path: the workdir of a run, or a directory that `dqe-jax export` wrote; also in a bucket
-        (`gs://`).
+        (`gs://`); or a model on the Hugging Face hub, `hf://OWNER/NAME` or
+        `hf://OWNER/NAME@REVISION`.
       step: of the checkpoint of a workdir; None for the newest that is whole.
       num_devices: how many devices to use; 0 for all.
       batch_size: images embedded at a time over all devices; None for a size that fits most.

@@ -72,7 +72,9 @@ def train_and_evaluate(
     """
     config = RunConfig.of(config)
     began = time.time()
-    freeze.check_frozen(config.model.frozen, parts_of(config.model.backbone))
+    freeze.check_frozen(
+        config.model.frozen, parts_of(config.model.backbone), adapters=config.model.lora.rank > 0
+    )
     devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices), jax.process_count())
     if datasets.DATASETS[config.data.dataset].must_be_prepared:

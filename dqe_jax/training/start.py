@@ -75,7 +75,7 @@ def open_start(path: str | os.PathLike[str], config: RunConfig) -> Start:
             f"--init={os.fspath(path)} and config.init.run={config.init.run} both say where the "
             "run starts from: leave one of them out."
         )
-    opened = open_model(path, num_devices=config.num_devices)
+    opened = open_model(path, num_devices=config.num_devices, keep_adapters=True)
     changed = differences(config, opened.config.to_dict(), ("model",))
     if changed:
         raise UserError(

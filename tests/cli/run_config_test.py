@@ -153,6 +153,10 @@ YOUNGER = {
     "model.features.composer_norm": False,
     "model.features.token_dim": 64,
     "model.features.embed_dim": 256,
+    "model.lora.rank": 0,
+    "model.lora.alpha": 16.0,
+    "model.lora.targets": ("query", "value"),
+    "model.lora.layers": 0,
     "model.features.dropout": 0.1,
     "optimizer.ema_decay": 0.0,
 }

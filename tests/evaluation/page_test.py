@@ -73,6 +73,7 @@ def found(count=60, images=40, seed=0, protocol="plain", text=lambda i: f"make i
         rows=rows,
         subset_rows=None,
         attribute_weights=rng.random((count, 2), np.float32),
+        composition_gain=None,
     )
     return evaluator, result
 
@@ -307,3 +308,12 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser, tmp_path, scheme):
     paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
     assert wrong == []
+
+
+def test_the_page_says_the_composition_gain(tmp_path):
+    evaluator, result = found()
+    result.composition_gain = {"metric": "R@1", "gain": 0.2, "composed": "sum", "single": "text"}
+    note = write(tmp_path, evaluator, result)[1]["note"]
+    assert note.endswith(
+        "(sum, the best of image and text together, less text, the best of one alone)."
+    )

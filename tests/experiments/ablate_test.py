@@ -515,3 +515,19 @@ def test_errors_of_the_binary(arguments, sentence):
     done = run_module("dqe_jax.ablate", config, *arguments, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(rf"error: {sentence}\n", done.stderr)
+
+
+def test_the_composition_gain_stands_beside_variants_of_one_modality():
+    def line(variant, mean):
+        return scores.Line(variant, 1, 2, 3.0, {"R@1": scores.Score(mean, None, None, None)})
+
+    lines = [line("infonce", 0.5), line("text-only", 0.2), line("image-only", 0.1)]
+    found = scores.composition_gains(lines)
+    assert found == {
+        "metric": "R@1",
+        "gain": pytest.approx(0.3),
+        "composed": "infonce",
+        "single": "text-only",
+    }
+    assert scores.composition_gains(lines[:1]) is None
+    assert scores.composition_gains([]) is None

@@ -14,6 +14,7 @@ from etils import epath
 
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.evaluation import protocols
+from dqe_jax.evaluation.gain import gain_line
 from dqe_jax.experiments.ablation import figure, scores
 from dqe_jax.experiments.ablation.record import (
     EQUAL,
@@ -218,6 +219,9 @@ def write_results(config: RunConfig, workdir: epath.Path, runs: Sequence[Run]) -
         "tables": {k: [dataclasses.asdict(line) for line in table] for k, table in lines.items()},
         "runs": [dataclasses.asdict(run) for run in runs],
     }
+    gains = {kind: scores.composition_gains(table) for kind, table in lines.items()}
+    if any(gains.values()):
+        facts["composition_gain"] = gains
     write_json(workdir / "ablation.json", facts)
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     text = [f"# Ablation on {dataset}", NOTE.format(seeds=seeds, **facts)]
@@ -225,6 +229,9 @@ def write_results(config: RunConfig, workdir: epath.Path, runs: Sequence[Run]) -
         cells = scores.table_cells(table)
         logging.info("Equal %s, %s:\n%s", kind, split, text_table(cells))
         text += [f"## Equal {kind}", scores.markdown_table(cells)]
+        if found := gains[kind]:
+            logging.info("%s", gain_line(found))
+            text.append(gain_line(found))
     text += ["## Validation", "![Validation metrics against steps](ablation.png)"]
     with told_unwritable(workdir):
         (workdir / "ablation.md").write_text("\n\n".join(text) + "\n")

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
+from dqe_jax.evaluation import gain
 from dqe_jax.experiments.ablation.record import METRICS, Run
 from dqe_jax.experiments.ablation.variants import BASE
 
@@ -63,15 +64,22 @@ def summarize(runs: Sequence[Run]) -> list[Line]:
     ]
 
 
+def composition_gains(lines: Sequence[Line]) -> dict[str, str | float] | None:
+    """The composition gain of the means; None without `text-only` or `image-only`."""
+    rows = {line.variant: {key: one.mean for key, one in line.scores.items()} for line in lines}
+    columns = list(lines[0].scores) if lines else []
+    return gain.composition_gain(rows, columns, ("text-only", "image-only"))
+
+
 def score(values: Sequence[float], base: Sequence[float] = ()) -> Score:
     """A metric's values over seeds, against those of `infonce`; none for itself."""
     mean, spread = statistics.fmean(values), _spread(values)
     if not base:
         return Score(mean, spread, None, None)
-    gain, other = mean - statistics.fmean(base), _spread(base)
+    gained, other = mean - statistics.fmean(base), _spread(base)
     if spread is None or other is None or not spread + other:
-        return Score(mean, spread, gain, None)
-    return Score(mean, spread, gain, gain / ((spread**2 + other**2) / 2) ** 0.5)
+        return Score(mean, spread, gained, None)
+    return Score(mean, spread, gained, gained / ((spread**2 + other**2) / 2) ** 0.5)
 
 
 def _spread(values: Sequence[float]) -> float | None:
@@ -93,10 +101,10 @@ def table_cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
 
 def _score_cells(found: Score) -> tuple[str, str]:
     spread = "" if found.spread is None else f" ± {found.spread:.4f}"
-    gain = "" if found.gain is None else f"{found.gain:+.4f}"
+    gained = "" if found.gain is None else f"{found.gain:+.4f}"
     if found.gain_in_spreads is not None:
-        gain += f" ({found.gain_in_spreads:+.1f})"
-    return f"{found.mean:.4f}{spread}", gain
+        gained += f" ({found.gain_in_spreads:+.1f})"
+    return f"{found.mean:.4f}{spread}", gained
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from etils import epath
 
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.evaluation import protocols
+from dqe_jax.evaluation.gain import gain_line
 from dqe_jax.experiments.ablation import curves, figure, scores, tuning
 from dqe_jax.experiments.ablation.curves import EPOCHS, Curve, Difference
 from dqe_jax.experiments.ablation.record import Run, describe
@@ -113,6 +114,8 @@ def write_results(
         "differences": [dataclasses.asdict(each) for each in compared],
         "runs": [dataclasses.asdict(run) for run in runs],
     }
+    if gained := scores.composition_gains(lines):
+        facts["composition_gain"] = gained
     write_json(workdir / "curves.json", facts)
     rates = dict.fromkeys(rate for choice in choices for rate, _, _ in choice.tried)
     lengths = dict.fromkeys(steps for choice in choices for _, steps, _ in choice.tried)
@@ -128,6 +131,9 @@ def write_results(
     main = main_cells(lines, choices, compared)
     logging.info("At the end of each run, %s:\n%s", split, text_table(main))
     text += ["## At the end", scores.markdown_table(main)]
+    if gained:
+        logging.info("%s", gain_line(gained))
+        text.append(gain_line(gained))
     for title, cells in (
         ("At equal steps", cells_by_epochs(compared)),
         ("At equal time", cells_by_time(compared)),
