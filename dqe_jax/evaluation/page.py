@@ -127,7 +127,7 @@ def write_page(
     rows = metrics.pad_lists(result.rows, SHOWN)
     lists = [rows] if against is None else [rows, against.rows]
     images = _Images(split)
-    gain = result.composition_gain and gain_line(result.composition_gain)
+    gain = gain_line(result.composition_gain) if result.composition_gain else ""
     content: dict[str, Any] = {
         "title": f"{run}: {split.name} of {dataset}",
         "about": f"Step {step}; {split.coverage}.",

@@ -67,7 +67,8 @@ def stored_kinds(config: RunConfig, model: DQE) -> tuple[str, ...]:
         return ()
     frozen = set(config.model.frozen)
     # A tower with adapters changes; but not below the first layer that has one.
-    changing = adapted_parts(model, config.model, config.data)
+    lora = config.model.lora.rank > 0
+    changing = adapted_parts(model, config.model, config.data) if lora else frozenset[str]()
     own = frozenset(backbone.TOWERS["image"])
     if own & changing and own <= frozen and _is_cut(config, model):
         changing -= own

@@ -134,9 +134,9 @@ def _reply(hub: Hub, method: str, path: str, body: bytes, token: str) -> _Reply:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         known = name in hub.repos
         private = asked.get("private") or asked.get("visibility") == "private"
-        repo = hub.repos.setdefault(name, Repo(private=bool(private)))
+        made = hub.repos.setdefault(name, Repo(private=bool(private)))
         if not known:
-            repo.commit({".gitattributes": b""})
+            made.commit({".gitattributes": b""})
         return _json({"url": f"{hub.endpoint}/{name}"}, 409 if known else 200)
     found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([\w-]+)(?:/(.*))?)?", path)
     plain = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)

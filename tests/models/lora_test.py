@@ -183,9 +183,13 @@ def test_targets_are_chosen_by_name_part_and_layer(changes, layers):
     assert found == layers
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_layers_below_the_first_adapter_are_stored(remat):
-    config = config_of("clip", **{"model.lora.layers": 1, "model.remat": remat})
+def test_recomputed_layers_are_not_cut():
+    config = config_of("clip", **{"model.lora.layers": 1, "model.remat": True})
+    assert stored_kinds(config, made(config)[0]) == ()
+
+
+def test_layers_below_the_first_adapter_are_stored():
+    config = config_of("clip", **{"model.lora.layers": 1})
     model, flat = made(config)
     assert stored_kinds(config, model) == ("image",)  # that of texts has adapters too
     learnt = moved(flat)

@@ -19,7 +19,7 @@ from dqe_jax.experiments.ablation.runs import told_unwritable
 from dqe_jax.experiments.ablation.tuning import Choice
 from dqe_jax.experiments.ablation.variants import BASE, choose_variants
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import write_json
+from dqe_jax.utils.files import JsonObject, write_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
@@ -105,7 +105,7 @@ def write_results(
     lines = scores.summarize(runs)
     compared = differences_of(found)
     split, dataset = config.eval.split, config.data.dataset
-    facts = {
+    facts: JsonObject = {
         "dataset": dataset,
         "split": split,
         "protocol": protocols.protocol_of(dataset, config.eval.protocol).name,
