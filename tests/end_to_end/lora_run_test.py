@@ -135,5 +135,7 @@ def test_stored_layers_below_adapters_change_nothing(run, tmp_path):
     assert list((tmp_path / "features").iterdir())
     assert found[0].keys() == found[1].keys()
     for path, x in found[0].items():
-        # On average: where the true gradient is 0, Adam follows the rounding of sums.
-        assert np.abs(x - found[1][path]).mean() < 1e-4, path
+        # On average: where the true gradient is 0, as of biases of keys, Adam follows the rounding
+        # of sums.
+        limit = 1e-3 if path.endswith(("/key_value/bias", "/qkv/bias")) else 1e-4
+        assert np.abs(x - found[1][path]).mean() < limit, path

@@ -153,6 +153,7 @@ def test_a_layer_by_hand():
     np.testing.assert_allclose(x @ kernel, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scanned_adapters_are_those_of_the_layers_stacked():
     config = config_of("clip", **{"model.clip.features": "last"})
     model, flat = made(config)

@@ -206,7 +206,7 @@ def write_results(
             }
             for place in places
         ],
-        "differences": [{"value": value, **dataclasses.asdict(each)} for value, each in compared],
+        "differences": [{**dataclasses.asdict(each), "value": value} for value, each in compared],
     }
     stem = f"sweep-{re.sub(r'[^a-z0-9]+', '-', name)}"
     write_json(workdir / f"{stem}.json", facts)
