@@ -136,6 +136,7 @@ def cirr_run(base):
     return config, base / "cirr", loop.train_and_evaluate(config, base / "cirr")
 
 
+@pytest.mark.slow  # FashionIQ takes the same way
 def test_cirr(base, cirr_run):
     _, workdir, metrics = cirr_run
     report = read(workdir / "eval" / "validation-2.json")

@@ -37,6 +37,7 @@ def shop(tmp_path_factory):
     return root, config, loop.train_and_evaluate(config, root / "run")
 
 
+@pytest.mark.slow  # made triplets train in `benchmark_runs_test.py`
 def test_training_on_a_table(shop):
     root, config, metrics = shop
     assert config.model.attributes.names == ATTRIBUTES

@@ -87,6 +87,7 @@ def test_all_rows_are_one_gallery(base):
     assert max(rows) < 39
 
 
+@pytest.mark.slow  # two evaluations
 def test_each_directory_has_results_of_its_own(base):
     report, place = evaluated(base, "own")
     assert report["ranked_images"] == 60  # of all splits that the run was trained on

@@ -70,6 +70,17 @@ def entry_points(model):
     return query, gallery
 
 
+# For tests that compile much: the largest backbone is for the slow ones.
+WITHOUT_BLIP2 = pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "blip2" else ())
+        for name in sorted(models.BACKBONES)
+    ],
+    indirect=True,
+)
+
+
 @pytest.fixture(scope="module")
 def initial(backbone):
     """Parameters before training."""
@@ -141,6 +152,7 @@ def test_one_pass_equals_the_entry_points(model):
     np.testing.assert_allclose(out.target_attribute_features, of_target, **close)
 
 
+@WITHOUT_BLIP2
 def test_references_may_have_different_numbers_of_queries(model):
     """Values and gradients are those of one reference for each query; of a part of a batch too."""
     module, params, *_ = model
@@ -364,6 +376,7 @@ def test_a_query_without_a_composer(model, backbone, query):
     np.testing.assert_allclose(found.embedding, layers.normalize(expected), atol=1e-5)
 
 
+@WITHOUT_BLIP2
 def test_gates_choose_between_the_reference_and_the_text(model, backbone):
     config = small_model_config(
         backbone, **{"model.attributes.form": "gate", "model.attributes.parts": 4}

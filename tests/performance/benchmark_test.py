@@ -153,6 +153,7 @@ def test_layers_of_a_tower_are_cut():
         benchmark_step(shapes.get_config("smoke"), tower_layers=8)
 
 
+@pytest.mark.slow  # compiles a step for each way
 def test_features_of_frozen_towers_are_timed(tmp_path):
     done = run_module(
         *("dqe_jax", "benchmark", "features", "shapes:smoke", "--rounds=2"),
