@@ -177,6 +177,6 @@ def _told(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except Exception as error:  # its client raises errors of several libraries
         raise UserError(
-            f"{name}: the hub cannot be reached ({reason_of(error)}): look at the network and "
-            "HF_ENDPOINT."
+            f"{name}: the exchange with the hub failed ({reason_of(error)}): look at the network, "
+            "HF_ENDPOINT and the space on this disk."
         ) from error

@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> None:
     use_data_dir(_CONFIG.value, _DATA_DIR.value)
     if (_REPORT.value or _REPORT_AGAINST.value) and (_PREDICTIONS.value or _WATCH.value):
         raise UserError("--report goes with one checkpoint, without --watch and --predictions.")
+    if _ZERO_SHOT.value and (_PREDICTIONS.value or _WATCH.value):
+        raise UserError("--zero_shot goes with one checkpoint, without --watch and --predictions.")
     if _PREDICTIONS.value is not None:
         _score(_PREDICTIONS.value)
     elif _WATCH.value:
@@ -155,6 +157,10 @@ def _corpora() -> Corpora | None:
     from dqe_jax.evaluation.zero_shot import BASIC, read_corpora
 
     if not set(_ZERO_SHOT.value) & set(BASIC):
+        if _BASIC_SUBJECTS.value or _BASIC_STYLES.value:
+            raise UserError(
+                "--basic_subjects and --basic_styles are for BASIC: add --zero_shot=basic."
+            )
         return None
     return read_corpora(_BASIC_SUBJECTS.value, _BASIC_STYLES.value)
 

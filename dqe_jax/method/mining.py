@@ -282,6 +282,8 @@ def best_tokens(
         return best_token(query[index], _rows(tokens, row)).astype(tokens.dtype)
 
     def fetch(row: Array, index: Array) -> Array:
+        if tokens.shape[1] == 1:  # there is nothing to choose
+            return _rows(tokens, row)[:, 0].astype(tokens.dtype)
         return lax.map(best_of, (row, index), batch_size=min(AT_ONCE, len(row)))
 
     found = sharded.routed_gather(rows, len(bank.image_id), fetch, axis)

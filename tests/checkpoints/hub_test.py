@@ -176,7 +176,7 @@ def test_without_a_network_what_was_got_once_still_opens(run, there, monkeypatch
     assert open_model("hf://me/model").fingerprint == one.fingerprint
     with pytest.raises(UserError, match="hf://me/new: the hub cannot be reached, and no copy"):
         open_model("hf://me/new")
-    with pytest.raises(UserError, match="hf://me/model: the hub cannot be reached"):
+    with pytest.raises(UserError, match="hf://me/model: the exchange with the hub failed"):
         push(run, "me/model")
 
 
