@@ -19,6 +19,10 @@ from dqe_jax.utils.paths import is_remote, whole_path
 LOCK = "trainer.lock"
 
 
+class BusyError(UserError):
+    """Another process trains in the workdir."""
+
+
 def claim_workdir(
     workdir: str | os.PathLike[str], config: RunConfig, *, alone: bool = True
 ) -> tuple[epath.Path, TextIO | None]:
@@ -100,7 +104,7 @@ def lock_workdir(path: epath.Path) -> TextIO | None:
       path: of an existing directory.
 
     Raises:
-      UserError: another process trains there.
+      BusyError: another process trains there.
     """
     if is_remote(path):
         return None
@@ -111,7 +115,7 @@ def lock_workdir(path: epath.Path) -> TextIO | None:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise UserError(
+        raise BusyError(
             f"{holder} trains in {path}: wait until it ends, or take another --workdir."
         ) from error
     except OSError as error:

@@ -10,12 +10,13 @@ from PIL import Image
 from dqe_jax.config import RunConfig
 from dqe_jax.evaluation.curve import Point, read_point, steps_of
 from dqe_jax.evaluation.intervals import over_seeds
-from dqe_jax.experiments.ablation import curves, sweep, tuned, tuning
+from dqe_jax.experiments.ablation import curves, sharing, sweep, tuned, tuning
 from dqe_jax.experiments.ablation.curves import Curve
 from dqe_jax.experiments.ablation.record import Run
 from dqe_jax.experiments.ablation.tuning import Choice, Grid
 from dqe_jax.testing.small_runs import compiled_once, small_config
-from dqe_jax.training import loop
+from dqe_jax.training import loop, workdir
+from dqe_jax.training.workdir import BusyError
 from dqe_jax.utils.errors import UserError
 
 # ---------------------------------------------------------------------------------- the arithmetic
@@ -102,6 +103,25 @@ def test_the_grid_of_two_flags():
             tuning.read_grid(config, rates, lengths)
 
 
+def test_runs_that_another_process_trains_come_last():
+    busy, seen, waited = {"b": 2, "d": 1}, [], []
+
+    def complete(item):
+        seen.append(item)
+        if busy.get(item, 0):
+            busy[item] -= 1
+            raise BusyError(f"process 1 trains in {item}")
+        return item.upper()
+
+    found = list(sharing.in_turn("abcd", complete, pause=waited.append))
+    assert found == [("a", "A"), ("c", "C"), ("d", "D"), ("b", "B")]
+    assert seen == ["a", "b", "c", "d", "b", "d", "b"]
+    assert not waited  # there was always another one to go on with
+    busy["a"] = 3
+    assert list(sharing.in_turn("a", complete, pause=waited.append)) == [("a", "A")]
+    assert waited == [sharing.POLL_SECONDS] * 3
+
+
 def test_a_choice_at_the_edge_of_the_grid_is_told():
     tried = [(0.001, 40, 0.2), (0.002, 40, 0.3), (0.004, 40, 0.25)]
     assert not Choice("full", 0.002, 40, "mAP@10", tried).at_edge
@@ -167,13 +187,16 @@ def config_of(base, **changes):
     return RunConfig.of(small_config(base / "prepared", **fields | changes))
 
 
-def trained(monkeypatch, job):
-    """What a job trains, and what it gives."""
+def trained(monkeypatch, job, lock=None):
+    """What a job trains, and what it gives; a lock is let go when it has trained three runs."""
     names, train = [], loop.train_and_evaluate
 
     def watched(config, workdir):
+        found = train(config, workdir)
         names.append(workdir.name)
-        return train(config, workdir)
+        if lock is not None and len(names) == 3:
+            lock.close()
+        return found
 
     with monkeypatch.context() as patch, compiled_once(alike=True):
         patch.setattr(loop, "train_and_evaluate", watched)
@@ -192,9 +215,11 @@ def test_a_tuned_ablation(base, monkeypatch):
             seeds=2,
         )
 
-    names, runs = trained(monkeypatch, job)
+    taken = base / "tuned" / "infonce-2-0.003-0"
+    taken.mkdir(parents=True)  # as another process would that shares the runs, and is killed
+    names, runs = trained(monkeypatch, job, workdir.lock_workdir(taken))
     first = [f"{v}-2-{r}-0" for v in ("infonce", "text-only") for r in ("0.001", "0.003")]
-    assert names[:4] == first
+    assert names[:4] == [first[0], *first[2:], first[1]]
     assert len(names) == 6  # one more of each variant, with what was chosen
     assert [(run.variant, run.seed) for run in runs] == [
         *(("infonce", 0), ("text-only", 0), ("infonce", 1), ("text-only", 1)),

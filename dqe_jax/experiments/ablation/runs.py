@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from etils import epath
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.evaluation import protocols
 from dqe_jax.evaluation.gain import gain_line
-from dqe_jax.experiments.ablation import figure, scores
+from dqe_jax.experiments.ablation import figure, scores, sharing
 from dqe_jax.experiments.ablation.record import (
     EQUAL,
     METRICS,
@@ -51,7 +51,8 @@ def run_ablation(
 ) -> list[Run]:
     """Trains what is not there yet and writes the files of the package's table.
 
-    It can be killed at any time: the same call goes on where it was.
+    It can be killed at any time: the same call goes on where it was. Several processes that make
+    the same call at once share the runs.
 
     Args:
       config: of the runs; its seed is the first.
@@ -73,19 +74,25 @@ def run_ablation(
     for variant in variants:
         variant_config(config, variant, config.seed, config.total_steps)  # checks it
     workdir = whole_path(workdir)
-    count, runs = len(equal) * seeds * len(variants), []
+    seen = range(config.seed, config.seed + seeds)
+    plan = [(kind, seed, variant) for kind in equal for seed in seen for variant in variants]
+    found: dict[tuple[str, int, str], Run] = {}
     for kind in equal:
         steps = dict.fromkeys(variants, config.total_steps)
         if kind == "time":
             steps = steps_of_equal_time(config, workdir, variants)
-        for seed in range(config.seed, config.seed + seeds):
-            for variant in variants:
-                run, is_new = complete(config, workdir, variant, kind, seed, steps[variant])
-                runs.append(run)
-                logging.info("Run %d of %d: %s", len(runs), count, describe(run))
-                if is_new or len(runs) == count:
-                    write_results(config, workdir, runs)
-    return runs
+
+        def train(item: tuple[str, int, str], steps: Mapping[str, int] = steps) -> tuple[Run, bool]:
+            kind, seed, variant = item
+            return complete(config, workdir, variant, kind, seed, steps[variant])
+
+        own = [item for item in plan if item[0] == kind]
+        for item, (run, is_new) in sharing.in_turn(own, train):
+            found[item] = run
+            logging.info("Run %d of %d: %s", len(found), len(plan), describe(run))
+            if is_new or len(found) == len(plan):
+                write_results(config, workdir, [found[each] for each in plan if each in found])
+    return [found[item] for item in plan]
 
 
 def complete(
@@ -146,10 +153,14 @@ def steps_of_equal_time(
             f"config.total_steps is {config.total_steps}: {path} is of an ablation of "
             f"{times[BASE]['steps']} steps; take another --workdir, or the config of that ablation."
         )
+
+    def train(variant: str) -> tuple[Run, bool]:
+        return complete(config, workdir, variant, "steps", config.seed, config.total_steps)
+
     for variant in variants:
         if variant in times:
             continue
-        run, _ = complete(config, workdir, variant, "steps", config.seed, config.total_steps)
+        ((_, (run, _)),) = sharing.in_turn([variant], train)
         budget = times[BASE]["seconds"] if times else run.seconds
         steps = steps_within(budget, training_times(read_log(workdir / run.directory)))
         ratio = run.seconds / budget

@@ -15,7 +15,7 @@ from etils import epath
 
 from dqe_jax.config import AnyConfig, RunConfig, fields, flatten
 from dqe_jax.evaluation import protocols
-from dqe_jax.experiments.ablation import curves, figure, scores
+from dqe_jax.experiments.ablation import curves, figure, scores, sharing
 from dqe_jax.experiments.ablation.curves import Curve, Difference
 from dqe_jax.experiments.ablation.record import (
     METRICS,
@@ -98,7 +98,8 @@ def run_sweep(
     """Trains what is not there yet, and writes `sweep-<field>.json`, `.md` and `.png`.
 
     All else is as the config says, the learning rate and the steps too. It can be killed at any
-    time: the same call goes on where it was. Runs that several values or sweeps share are trained
+    time: the same call goes on where it was. Several processes that make the same call at once
+    share the runs. Runs that several values or sweeps share are trained
     once.
 
     Args:
@@ -121,20 +122,27 @@ def run_sweep(
     for variant in names:
         for value in values:
             swept_config(config, variant, config.seed, name, value)  # checks it
-    place, runs, places = whole_path(workdir), list[Run](), list[Place]()
-    count = len(values) * len(names) * seeds
-    for value in values:
-        for variant in names:
-            own = []
-            for seed in range(config.seed, config.seed + seeds):
-                run = _complete(config, place, variant, seed, name, value)
-                runs.append(run)
-                own.append(curves.read_curve(run, place, config.eval.split))
-                text = "%s=%s, run %d of %d: %s"
-                logging.info(text, name, value, len(runs), count, describe(run))
-            places.append(Place(value, variant, own))
-            write_results(config, place, name, places)
-    return runs
+    place, seen = whole_path(workdir), range(config.seed, config.seed + seeds)
+    plan = [(value, variant, seed) for value in values for variant in names for seed in seen]
+
+    def train(item: tuple[Value, str, int]) -> Run:
+        value, variant, seed = item
+        return _complete(config, place, variant, seed, name, value)
+
+    found: dict[tuple[Value, str, int], Curve] = {}
+    for item, run in sharing.in_turn(plan, train):
+        found[item] = curves.read_curve(run, place, config.eval.split)
+        text = "%s=%s, run %d of %d: %s"
+        logging.info(text, name, item[0], len(found), len(plan), describe(run))
+        whole = [
+            Place(value, variant, [found[value, variant, seed] for seed in seen])
+            for value in values
+            for variant in names
+            if all((value, variant, seed) in found for seed in seen)
+        ]
+        if any((each.value, each.variant) == item[:2] for each in whole):
+            write_results(config, place, name, whole)
+    return [found[item].run for item in plan]
 
 
 def swept_config(config: RunConfig, variant: str, seed: int, name: str, value: Value) -> RunConfig:

@@ -12,7 +12,7 @@ from etils import epath
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.evaluation import protocols
 from dqe_jax.evaluation.gain import gain_line
-from dqe_jax.experiments.ablation import curves, figure, scores, tuning
+from dqe_jax.experiments.ablation import curves, figure, scores, sharing, tuning
 from dqe_jax.experiments.ablation.curves import EPOCHS, Curve, Difference
 from dqe_jax.experiments.ablation.record import Run, describe
 from dqe_jax.experiments.ablation.runs import told_unwritable
@@ -45,7 +45,8 @@ def run_tuned(
 ) -> list[Run]:
     """Tunes and trains what is not there yet, and writes `curves.json`, `.md` and `.png`.
 
-    It can be killed at any time: the same call goes on where it was.
+    It can be killed at any time: the same call goes on where it was. Several processes that make
+    the same call at once share the runs.
 
     Args:
       config: of the runs; its seed is the first. A point of the curves is kept every
@@ -70,16 +71,21 @@ def run_tuned(
         for rate, steps in grid.cells():
             tuning.tuned_config(config, name, config.seed, rate, steps)  # checks it
     place = whole_path(workdir)
-    choices = {name: tuning.choose(config, place, name, grid) for name in names}
-    count, found = seeds * len(names), list[Curve]()
-    for seed in range(config.seed, config.seed + seeds):
-        for name, choice in choices.items():
-            run, is_new = tuning.run_of(config, place, name, seed, choice.rate, choice.steps)
-            found.append(curves.read_curve(run, place, config.eval.split))
-            logging.info("Run %d of %d: %s", len(found), count, describe(run))
-            if is_new or len(found) == count:
-                write_results(config, place, list(choices.values()), found)
-    return [each.run for each in found]
+    choices = tuning.choose(config, place, names, grid)
+    plan = [(s, name) for s in range(config.seed, config.seed + seeds) for name in names]
+
+    def train(item: tuple[int, str]) -> tuple[Run, bool]:
+        choice = choices[item[1]]
+        return tuning.run_of(config, place, item[1], item[0], choice.rate, choice.steps)
+
+    found: dict[tuple[int, str], Curve] = {}
+    for item, (run, is_new) in sharing.in_turn(plan, train):
+        found[item] = curves.read_curve(run, place, config.eval.split)
+        logging.info("Run %d of %d: %s", len(found), len(plan), describe(run))
+        if is_new or len(found) == len(plan):
+            done = [found[each] for each in plan if each in found]
+            write_results(config, place, [choices[name] for name in names], done)
+    return [found[each].run for each in plan]
 
 
 def check(config: RunConfig, seeds: int) -> None:

@@ -10,6 +10,7 @@ from absl import logging
 from etils import epath
 
 from dqe_jax.config import RunConfig
+from dqe_jax.experiments.ablation import sharing
 from dqe_jax.experiments.ablation.record import METRICS, Run, read_log, training_times
 from dqe_jax.experiments.ablation.record import validation_metrics as validation_of
 from dqe_jax.experiments.ablation.runs import train_or_read
@@ -107,21 +108,41 @@ def run_of(
     return Run(variant, TUNED, seed, steps, seconds, metrics, found, directory.name), is_new
 
 
-def choose(config: RunConfig, workdir: epath.Path, variant: str, grid: Grid) -> Choice:
-    """Trains each cell of the grid with the first seed; the best at its end on validation.
+def choose(
+    config: RunConfig, workdir: epath.Path, variants: Sequence[str], grid: Grid
+) -> dict[str, Choice]:
+    """Trains each cell of the grid with the first seed; of each variant the best on validation.
+
+    Args:
+      config: of the runs; its seed is the first.
+      workdir: of the ablation.
+      variants: names of `VARIANTS`.
+      grid: of all of them.
 
     Raises:
       UserError: as `run_of`.
     """
-    tried, metric = [], ""
-    for rate, steps in grid.cells():
-        run, is_new = run_of(config, workdir, variant, config.seed, rate, steps)
+    cells = [(name, rate, steps) for name in variants for rate, steps in grid.cells()]
+
+    def train(cell: tuple[str, float, int]) -> tuple[Run, bool]:
+        name, rate, steps = cell
+        return run_of(config, workdir, name, config.seed, rate, steps)
+
+    values, metric = dict[tuple[str, float, int], float](), ""
+    for cell, (run, is_new) in sharing.in_turn(cells, train):
         last = run.validation[max(run.validation)]
         metric = metric_of(last)
-        tried.append((rate, steps, last[metric]))
+        values[cell] = last[metric]
         if is_new and len(grid.cells()) > 1:
             text = "%s, learning rate %g, %d steps: validation %s %.4f."
-            logging.info(text, variant, rate, steps, metric, last[metric])
+            logging.info(text, *cell, metric, last[metric])
+    return {name: _best(name, grid, values, metric) for name in variants}
+
+
+def _best(
+    variant: str, grid: Grid, values: Mapping[tuple[str, float, int], float], metric: str
+) -> Choice:
+    tried = [(rate, steps, values[variant, rate, steps]) for rate, steps in grid.cells()]
     rate, steps, value = max(tried, key=lambda cell: cell[2])  # of equals the first: the shortest
     choice = Choice(variant, rate, steps, metric, tried)
     if len(tried) > 1:
