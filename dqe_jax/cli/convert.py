@@ -17,7 +17,7 @@ from dqe_jax.cli.command_line import given
 _SOURCE = flags.DEFINE_string("source", None, "Safetensors file, model directory, or hub id.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; local or gs://.")
 _BACKBONE = flags.DEFINE_enum(
-    "backbone", None, ["clip", "blip2"], "Backbone; default: what config.json says."
+    "backbone", None, ["clip", "siglip", "blip2"], "Backbone; default: what config.json says."
 )
 _VARIANT = flags.DEFINE_string(
     "variant", "auto", "Variant of the backbone; default: the sizes of config.json."

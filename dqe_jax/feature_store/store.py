@@ -35,6 +35,7 @@ from dqe_jax.utils.files import JsonObject
 FIELDS = {
     "tiny": ("pixel_mean", "pixel_std", "patch_size", "cell_size", "heads"),
     "clip": ("features",),
+    "siglip": ("features",),
     "blip2": (),
 }
 # Bytes of a shard, about.

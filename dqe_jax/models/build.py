@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dqe_jax.models import blip2, clip
+from dqe_jax.models import blip2, clip, siglip
 from dqe_jax.models.blip2 import Blip2
 from dqe_jax.models.clip import Clip, ClipSizes
 from dqe_jax.models.dqe import DQE
@@ -17,6 +17,7 @@ from dqe_jax.models.encoder import Compute
 from dqe_jax.models.features import Backbone
 from dqe_jax.models.given import Given, GivenSizes
 from dqe_jax.models.settings import ModelConfig
+from dqe_jax.models.siglip import Siglip, SiglipSizes
 from dqe_jax.models.tiny import Tiny
 from dqe_jax.models.weights.sizes import PretrainedSizes, Sizes
 from dqe_jax.utils.errors import UserError
@@ -24,12 +25,14 @@ from dqe_jax.utils.errors import UserError
 BACKBONES: dict[str, type[Backbone]] = {
     "tiny": Tiny,
     "clip": Clip,
+    "siglip": Siglip,
     "blip2": Blip2,
     "features": Given,
 }
 # Sizes of the pretrained backbones by name of the variant.
 VARIANTS: dict[str, Mapping[str, PretrainedSizes]] = {
     "clip": clip.VARIANTS,
+    "siglip": siglip.VARIANTS,
     "blip2": blip2.VARIANTS,
 }
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -37,7 +40,7 @@ DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16
 # The head of texts is that of a query without a composer, which has no attribute weights.
 PARTS = {
     "attributes": ("attributes/*", "gates/*", "text_head_*"),
-    "temperature": ("log_scale",),
+    "temperature": ("log_scale", "logit_bias"),
 }
 
 
@@ -103,6 +106,8 @@ def build_backbone(
     assert not isinstance(sizes, GivenSizes), "those are of the backbone 'features'"
     if isinstance(sizes, ClipSizes):
         return Clip(sizes=sizes, image_size=image_size, compute=compute, **fields)
+    if isinstance(sizes, SiglipSizes):
+        return Siglip(sizes=sizes, image_size=image_size, compute=compute, **fields)
     return Blip2(sizes=sizes, image_size=image_size, compute=compute, **fields)
 
 
@@ -118,7 +123,7 @@ def build_model(
 
     Args:
       config: `config.model`.
-      vocab_size: size of the text vocabulary; clip and blip2 have their own.
+      vocab_size: size of the text vocabulary; pretrained backbones have their own.
       max_length: longest text, in tokens.
       image_size: pixels a side of the square images.
       sizes: of a pretrained backbone, None for those of `config.<backbone>.variant`; or of
@@ -150,5 +155,6 @@ def build_model(
         activation=attributes.activation,
         query=config.query,
         initial_tau=config.initial_tau,
+        initial_bias=config.initial_bias,
         dtype=DTYPES[config.dtype],
     )

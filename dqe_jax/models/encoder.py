@@ -1,4 +1,4 @@
-"""The pre-norm transformer of CLIP's towers and of EVA ViT-g, for pretrained weights.
+"""The pre-norm transformer of CLIP's and SigLIP's towers and of EVA ViT-g, for pretrained weights.
 
 Normalisation and softmax run in float32 whatever the compute dtype.
 """
@@ -22,10 +22,18 @@ from dqe_jax.method.arrays import Array
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
+# By the names of `transformers`, which has several for the same function.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "silu": jax.nn.silu,
 }
+# Pixels a side of square images, or height and width.
+ImageSize = int | tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +189,11 @@ class VisionSizes:
       activation: a name of `ACTIVATIONS`.
       epsilon: of the norms.
       pre_norm: a norm before the first layer (CLIP).
-      patch_bias: the patch embedding has a bias (EVA).
+      patch_bias: the patch embedding has a bias (EVA, SigLIP).
       qkv_bias: queries, keys and values have a bias.
+      class_token: a token before the patches (all but SigLIP).
+      pixel_mean: of red, green and blue in the images of the training, of 0 to 1.
+      pixel_std: likewise, their standard deviation.
     """
 
     image_size: int
@@ -196,19 +207,48 @@ class VisionSizes:
     pre_norm: bool
     patch_bias: bool
     qkv_bias: bool = True
+    class_token: bool = True
+    pixel_mean: tuple[float, float, float] = PIXEL_MEAN
+    pixel_std: tuple[float, float, float] = PIXEL_STD
+
+
+def grid_of(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of whole patches."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height // patch_size, width // patch_size
+
+
+def patches_of(
+    image: UInt8[Array, "B H W 3"],
+    patch_size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: DTypeLike,
+) -> Float[Array, "B P cell"]:
+    """Standardized pixels of each patch, row by row: `cell = patch_size * patch_size * 3`.
+
+    Pixels that fill no patch, at the right and at the bottom, are left out.
+    """
+    p = patch_size
+    batch, height, width, _ = image.shape
+    rows, columns = grid_of((height, width), p)
+    x = image[:, : rows * p, : columns * p].astype(jnp.float32)
+    x = (x / 255 - jnp.array(mean)) / jnp.array(std)
+    x = x.astype(dtype).reshape(batch, rows, p, columns, p, 3)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * 3)
 
 
 class VisionTower(nn.Module):
-    """A ViT with a class token.
+    """A ViT, with a class token before the patches where the sizes say so.
 
     Attributes:
       sizes: see `VisionSizes`.
-      image_size: pixels a side of the images it gets; decides the number of positions.
+      image_size: of the images it gets; decides the number of positions.
       compute: see `Compute`.
     """
 
     sizes: VisionSizes
-    image_size: int
+    image_size: ImageSize
     compute: Compute = Compute()
 
     def setup(self) -> None:
@@ -216,8 +256,10 @@ class VisionTower(nn.Module):
         s, dtype = self.sizes, self.compute.dtype
         normal = nn.initializers.normal(0.02)
         self.patches = nn.Dense(s.width, use_bias=s.patch_bias, dtype=dtype)
-        self.class_token = self.param("class_token", normal, (s.width,))
-        count = 1 + (self.image_size // s.patch_size) ** 2
+        rows, columns = grid_of(self.image_size, s.patch_size)
+        count = rows * columns + s.class_token
+        if s.class_token:
+            self.class_token = self.param("class_token", normal, (s.width,))
         self.positions = self.param("positions", normal, (count, s.width))
         if s.pre_norm:
             self.pre_norm = nn.LayerNorm(s.epsilon, dtype=dtype)
@@ -236,16 +278,16 @@ class VisionTower(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """Images to the tokens after and before the last layer.
 
-        `T = 1 + P`, the class token first, without the norm behind the tower.
+        `T` is the number of patches, and one more for the class token, which comes first. The norm
+        behind the tower is not in them.
         """
-        p, dtype = self.sizes.patch_size, self.compute.dtype
-        batch, height, width, _ = image.shape
-        x = (image.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-        x = x.astype(dtype).reshape(batch, height // p, p, width // p, p, 3)
-        x = self.patches(x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * 3))
-        first = jnp.broadcast_to(self.class_token.astype(dtype), (batch, 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self.positions.astype(dtype)
-        if self.sizes.pre_norm:
+        s, dtype = self.sizes, self.compute.dtype
+        x = self.patches(patches_of(image, s.patch_size, s.pixel_mean, s.pixel_std, dtype))
+        if s.class_token:
+            first = jnp.broadcast_to(self.class_token.astype(dtype), (len(x), 1, x.shape[-1]))
+            x = jnp.concatenate([first, x], axis=1)
+        x = x + self.positions.astype(dtype)
+        if s.pre_norm:
             x = self.pre_norm(x)
         return self.encoder(x)
 

@@ -20,6 +20,7 @@ from dqe_jax.models.build import DTYPES, VARIANTS, build_model, parts_of
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import States, StoredText, given_spec
 from dqe_jax.models.settings import ModelConfig
+from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.models.weights.stacking import stack_layers
@@ -89,12 +90,21 @@ def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) 
             f"config.model.tokenizer is empty: {config.backbone} needs a tokenizer; name a "
             "directory with its files, or config.model.weights that come with one."
         )
+    sizes = pretrained.sizes
+    if isinstance(sizes, SiglipSizes):
+        try:
+            tokenizer = text_tokens.lower_cased_to_its_end(tokenizer)
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer of {config.backbone} cannot be used ({error}); name that of the "
+                "weights in config.model.tokenizer."
+            ) from error
     # Without added tokens: published BLIP-2 files add some that no text contains.
     size = tokenizer.get_vocab_size(with_added_tokens=False)
-    if size > pretrained.sizes.vocab_size:
+    if size > sizes.vocab_size:
         raise UserError(
             f"the tokenizer has {size} words: the text embeddings of {config.backbone} have "
-            f"{pretrained.sizes.vocab_size} rows; name the tokenizer of the weights in "
+            f"{sizes.vocab_size} rows; name the tokenizer of the weights in "
             "config.model.tokenizer."
         )
     pad_id = _padding(tokenizer)["pad_id"]
@@ -102,6 +112,11 @@ def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) 
         raise UserError(
             f"the tokenizer pads with id {pad_id}: blip2 needs BERT's, which "
             "pads with 0; name it in config.model.tokenizer."
+        )
+    if isinstance(sizes, SiglipSizes) and pad_id != sizes.pad_id:
+        raise UserError(
+            f"the tokenizer pads with id {pad_id}: these weights of siglip were trained with "
+            f"{sizes.pad_id}; name their tokenizer in config.model.tokenizer."
         )
     return tokenizer
 

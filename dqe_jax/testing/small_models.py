@@ -19,6 +19,7 @@ from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import VisionSizes
 from dqe_jax.models.features import States
 from dqe_jax.models.given import Given, GivenArray, GivenSizes, GivenSource
+from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights.sizes import Sizes
 
 # Words of the vocabulary, of which the last ends a text; tokens of a text; pixels a side.
@@ -87,6 +88,29 @@ BACKBONES = {
             max_length=LENGTH,
             embed_dim=EMBED_DIM,
             end_id=END,
+        ),
+    ),
+    "siglip": Small(
+        tokens=1,
+        fields={"composer_width": 16, "composer_depth": 1, "composer_heads": 2},
+        sizes=SiglipSizes(
+            vision=dataclasses.replace(
+                VISION,
+                width=EMBED_DIM,
+                activation="gelu_pytorch_tanh",
+                pre_norm=False,
+                patch_bias=True,
+                class_token=False,
+            ),
+            text_width=16,
+            text_depth=2,
+            text_heads=2,
+            text_mlp_dim=32,
+            text_activation="gelu_pytorch_tanh",
+            text_epsilon=1e-6,
+            vocab_size=VOCAB,
+            max_length=LENGTH + 2,
+            embed_dim=EMBED_DIM,
         ),
     ),
     "blip2": Small(

@@ -1,13 +1,13 @@
 """Small models of `transformers` with random weights, and what PyTorch computes with them.
 
 Needs PyTorch. `write_golden(pathlib.Path("tests/golden"))` writes the golden files, with which the
-same comparison runs where PyTorch is not installed.
+same comparison runs where PyTorch is not installed; `names` chooses some of them.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -56,6 +56,47 @@ def small_clip(
         text_config=text, vision_config=tower | vision, projection_dim=8
     )
     return randomize(transformers.CLIPModel(config))
+
+
+def small_metaclip_2() -> transformers.MetaClip2Model:
+    """A `MetaClip2Model` as small as `small_clip`, whose texts end with id 2 as in published ones."""
+    import transformers
+
+    own = small_clip(end_id=2).config.to_dict() | {"model_type": "metaclip_2"}
+    return randomize(transformers.MetaClip2Model(transformers.MetaClip2Config.from_dict(own)))
+
+
+def small_siglip(
+    activation: str = "gelu_pytorch_tanh", text_width: int = 24, **vision: object
+) -> transformers.SiglipModel:
+    """A `SiglipModel` of a few thousand parameters; `vision` changes its image tower."""
+    import transformers
+
+    tower: dict[str, object] = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+        hidden_act=activation,
+    )
+    tower |= vision
+    text = dict(
+        hidden_size=text_width,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        vocab_size=50,
+        max_position_embeddings=12,
+        projection_size=tower["hidden_size"],
+        hidden_act=activation,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    config = transformers.SiglipConfig(text_config=text, vision_config=tower)
+    return randomize(transformers.SiglipModel(config))
 
 
 def small_blip2(
@@ -123,11 +164,13 @@ def inputs(
     return image, ids
 
 
-def pixels(image: np.ndarray) -> torch.Tensor:
+def pixels(
+    image: np.ndarray, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> torch.Tensor:
     """What the vision towers of `transformers` get of images uint8."""
     import torch
 
-    mean, std = (np.asarray(x, np.float32) for x in (MEAN, STD))
+    mean, std = (np.asarray(x, np.float32) for x in (mean, std))
     x = (image.astype(np.float32) / 255 - mean) / std
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
@@ -154,6 +197,32 @@ def clip_outputs(
         "text_tokens": text.last_hidden_state * mask[..., None],
         "text": texts,
         "scores": model.logit_scale.exp() * unit(images, dim=-1) @ unit(texts, dim=-1).T,
+    }
+
+
+def siglip_outputs(
+    model: transformers.SiglipModel, image: np.ndarray, ids: np.ndarray, **kwargs: bool
+) -> dict[str, torch.Tensor]:
+    """What `SiglipModel` gives of texts that are padded with 0; `kwargs` go to its image tower."""
+    import torch
+
+    config = cast(Any, model.config)
+    missing = config.text_config.max_position_embeddings - ids.shape[1]
+    words = torch.from_numpy(np.pad(ids, ((0, 0), (0, missing))))
+    half = (0.5, 0.5, 0.5)
+    vision = model.vision_model(pixels(image, half, half), output_hidden_states=True, **kwargs)
+    text = model.text_model(words)
+    images, texts = vision.pooler_output, text.pooler_output
+    mask = torch.from_numpy(ids != 0)[..., None]
+    unit = torch.nn.functional.normalize
+    cosines = unit(images, dim=-1) @ unit(texts, dim=-1).T
+    return {
+        "last": vision.last_hidden_state,
+        "penultimate": vision.hidden_states[-2],
+        "image": images,
+        "text_tokens": text.last_hidden_state[:, : ids.shape[1]] * mask,
+        "text": texts,
+        "scores": cosines * model.logit_scale.exp() + model.logit_bias,
     }
 
 
@@ -198,6 +267,7 @@ def blip2_outputs(
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]]]] = {
     "clip": (small_clip, clip_outputs),
+    "siglip": (small_siglip, siglip_outputs),
     "blip2": (small_blip2, blip2_outputs),
 }
 
@@ -205,11 +275,12 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]
 # The outputs whose weighted sum is differentiated.
 DIFFERENTIATED = {
     "clip": ("image", "text", "scores"),
+    "siglip": ("image", "text", "scores"),
     "blip2": ("gallery", "text", "composed", "matching"),
 }
 
 
-def write_gradients(directory: pathlib.Path) -> None:
+def write_gradients(directory: pathlib.Path, names: Sequence[str] = tuple(MODELS)) -> None:
     """Writes gradients of the models in `tests/golden/`, by the names of PyTorch's parameters.
 
     They are of a sum of the outputs in `DIFFERENTIATED`, with random weights that are in the file
@@ -220,9 +291,11 @@ def write_gradients(directory: pathlib.Path) -> None:
 
     classes: dict[str, Any] = {
         "clip": transformers.CLIPModel,
+        "siglip": transformers.SiglipModel,
         "blip2": transformers.Blip2ForImageTextRetrieval,
     }
-    for name, (_, outputs_of) in MODELS.items():
+    for name in names:
+        outputs_of = MODELS[name][1]
         model = classes[name].from_pretrained(directory / name).eval()
         image, ids = inputs(texts=3, images=3)
         outputs, rng = outputs_of(model, image, ids), np.random.default_rng(0)
@@ -244,11 +317,12 @@ def write_gradients(directory: pathlib.Path) -> None:
         )
 
 
-def write_golden(directory: pathlib.Path) -> None:
+def write_golden(directory: pathlib.Path, names: Sequence[str] = tuple(MODELS)) -> None:
     """Writes each small model, its inputs, outputs and gradients: the files of `tests/golden/`."""
     import torch
 
-    for name, (make, outputs_of) in MODELS.items():
+    for name in names:
+        make, outputs_of = MODELS[name]
         model = make()
         model.save_pretrained(directory / name)
         image, ids = inputs()
@@ -259,4 +333,4 @@ def write_golden(directory: pathlib.Path) -> None:
             arrays | {"input_image": image, "input_ids": ids},
             directory / f"{name}_outputs.safetensors",
         )
-    write_gradients(directory)
+    write_gradients(directory, names)

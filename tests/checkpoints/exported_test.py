@@ -30,6 +30,12 @@ FIELDS = {
         "model.frozen": ("vision", "text"),
         "model.frozen_dtype": "bfloat16",
     },
+    "siglip": {
+        "model.siglip.composer_width": 16,
+        "model.siglip.composer_heads": 2,
+        "model.frozen": ("vision", "pooling", "text"),
+        "model.scan_layers": True,
+    },
     "blip2": {"model.scan_layers": True},
     "features": {
         "model.features.images": (f"{ENCODERS}:images",),
@@ -47,7 +53,7 @@ def run(request, tmp_path_factory):
     name, base = request.param, tmp_path_factory.mktemp("exported")
     changes = {"data.max_length": 12, "model.backbone": name, "model.attributes.width": 8}
     changes |= FIELDS[name]
-    if name in ("clip", "blip2"):
+    if name in ("clip", "siglip", "blip2"):
         copy_weights(GOLDEN / name, name, base / "weights")
         changes |= {"model.weights": str(base / "weights"), f"model.{name}.variant": "auto"}
     save_untrained(small_config(base / "prepared", **changes), base / "run", TEXTS)
@@ -78,7 +84,7 @@ def test_run_and_export_are_the_same_model(run, tmp_path):
     assert facts["max_length"] == 12
     assert RunConfig.of(config).model == config_of(facts["config"]).model
     assert config_of(facts["config"]).negatives == config.negatives
-    assert (out / "model.safetensors").exists() == (name in ("clip", "blip2"))
+    assert (out / "model.safetensors").exists() == (name in ("clip", "siglip", "blip2"))
 
 
 @pytest.mark.parametrize("run", ["tiny"], indirect=True)  # the same for all

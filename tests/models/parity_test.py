@@ -1,4 +1,4 @@
-"""CLIP and BLIP-2 give what PyTorch gives: from golden files, and live where torch is installed."""
+"""Backbones give what PyTorch gives: from golden files, and live where torch is installed."""
 
 import dataclasses
 import functools
@@ -13,13 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from dqe_jax.models.build import BACKBONES, VARIANTS
-from dqe_jax.models.encoder import Compute, flash_takes
+from dqe_jax.models.encoder import Compute, flash_takes, grid_of
 from dqe_jax.models.weights import hugging_face, rules, sizes, transfer
 from dqe_jax.models.weights.source import open_source
 from dqe_jax.models.weights.stacking import stack_layers
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
-NAMES = ("clip", "blip2")
+NAMES = ("clip", "siglip", "blip2")
 
 
 @functools.cache
@@ -57,10 +57,16 @@ def outputs_of(name, module, params, image, ids):
     features = image_of(call, image)
     scores = call(image, ids[: len(image)]) if name == "blip2" else call(image, ids)
     out = {"text_tokens": text.tokens * text.mask[..., None], "text": text.pooled}
-    if name == "clip":
+    if name in ("clip", "siglip"):
         last, before = call(image, method=lambda m, x: m.vision(x))
         # Tokens that composer and attributes see leave out the class token.
-        np.testing.assert_array_equal(features.tokens, before[:, 1:])
+        seen = before if name == "siglip" else before[:, 1:]
+        np.testing.assert_array_equal(features.tokens, seen)
+        if name == "siglip":
+            last = call(last, method=lambda m, x: m.vision.norm(x))
+            of_last = module.clone(features="last").apply
+            states = of_last({"params": params}, image, method="image_states")
+            np.testing.assert_array_equal(states["tokens"], last)
         return out | {
             "last": last,
             "penultimate": before,
@@ -120,7 +126,15 @@ def test_golden_files(name):
 @pytest.mark.torch
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "variant"), [("clip", "vit_b_32"), ("clip", "vit_l_14"), ("blip2", "vit_g_14")]
+    ("name", "variant"),
+    [
+        ("clip", "vit_b_32"),
+        ("clip", "vit_l_14"),
+        ("siglip", "vit_b_16"),
+        ("siglip", "vit_l_16"),
+        ("siglip", "so400m_14"),
+        ("blip2", "vit_g_14"),
+    ],
 )
 def test_full_size(name, variant, tmp_path):
     """Up to 16 GB of memory for ViT-g."""
@@ -132,17 +146,19 @@ def test_full_size(name, variant, tmp_path):
     fields = hugging_face.config_of(its_sizes)
     kind, config = {
         "clip": (transformers.CLIPModel, transformers.CLIPConfig),
+        "siglip": (transformers.SiglipModel, transformers.SiglipConfig),
         "blip2": (transformers.Blip2ForImageTextRetrieval, transformers.Blip2Config),
     }[name]
     model = models.randomize(kind(config.from_dict(fields)), scale=0.02)
     end = its_sizes.end_id if name == "clip" else 102
-    image, ids = models.inputs(texts=2, images=1, size=224, vocab=its_sizes.vocab_size, end=end)
+    size = its_sizes.vision.image_size
+    image, ids = models.inputs(texts=2, images=1, size=size, vocab=its_sizes.vocab_size, end=end)
     with torch.no_grad():
         expected = models.MODELS[name][1](model, image, ids)
     model.save_pretrained(tmp_path)
     del model
     gc.collect()
-    module, params = load(tmp_path, name, image_size=224)
+    module, params = load(tmp_path, name, image_size=size)
     assert module.sizes == its_sizes
     assert_close(outputs_of(name, module, params, image, ids), expected)
 
@@ -165,7 +181,12 @@ def test_live(saved):
 @pytest.mark.torch
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("clip", {"activation": "gelu"}), ("clip", {"end_id": 2}), ("blip2", {"qkv_bias": False})],
+    [
+        ("clip", {"activation": "gelu"}),
+        ("clip", {"end_id": 2}),
+        ("siglip", {"activation": "gelu", "text_width": 12}),
+        ("blip2", {"qkv_bias": False}),
+    ],
 )
 def test_live_variants(name, options, tmp_path):
     models = torch_models()
@@ -188,6 +209,41 @@ def test_live_variants(name, options, tmp_path):
     with torch.no_grad():
         expected = outputs(model, image, ids)
     return assert_close(outputs_of(name, module, params, image, ids), expected)
+
+
+@pytest.mark.torch
+def test_metaclip_2(tmp_path):
+    """CLIP's form under another name, whose texts end with the first token of id 2."""
+    models = torch_models()
+    import torch
+    import transformers
+
+    if not hasattr(transformers, "MetaClip2Model"):
+        pytest.skip("this release of transformers has no MetaCLIP 2")
+    model = models.small_metaclip_2()
+    model.save_pretrained(tmp_path / "theirs")
+    image, ids = models.inputs(end=2, vocab=50)
+    ids = np.where((ids == 1) | (ids == 0), 1, ids)  # 1 pads
+    ids[:, 0] = 40  # higher than the end, which is what CLIP's old configs would take
+    with torch.no_grad():
+        expected = models.clip_outputs(model, image, ids)
+    module, params = load(tmp_path / "theirs", "clip")
+    assert module.sizes.family == "metaclip_2"
+    assert_close(outputs_of("clip", module, params, image, ids), expected)
+    meta = {
+        "config": {"model": {"backbone": "clip"}, "data": {"image_size": 32}},
+        "sizes": sizes.to_json(module.sizes),
+        "tokenizer": None,
+    }
+    hugging_face.write(tmp_path / "ours", {"backbone": params}, meta)
+    again, info = transformers.AutoModel.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert isinstance(again, transformers.MetaClip2Model)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        returned = models.clip_outputs(again.eval(), image, ids)
+    assert_close(outputs_of("clip", module, params, image, ids), returned)
 
 
 @pytest.mark.slow  # golden files are compared always
@@ -257,7 +313,7 @@ def test_gradients(name):
 
         text = text_of(call, np.int32(ids))
         features = image_of(call, image)
-        if name == "clip":
+        if name in ("clip", "siglip"):
             out = {"image": features.gallery[:, 0], "scores": call(image, np.int32(ids))}
         else:
             out = {
@@ -290,6 +346,7 @@ def test_gradients(name):
 @pytest.mark.torch
 def test_round_trip_through_safetensors(saved, tmp_path):
     import torch
+    import transformers
 
     name, model, directory = saved
     models = torch_models()
@@ -302,7 +359,10 @@ def test_round_trip_through_safetensors(saved, tmp_path):
     }
     whole = {"backbone": stack_layers(moved), "log_scale": np.float32(1)}
     hugging_face.write(tmp_path, whole, meta)
-    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    # Named by nothing but its directory, as a user of `transformers` would.
+    auto = transformers.AutoModel if name == "siglip" else type(model)
+    again, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(again) is type(model)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     image, ids = models.inputs()
     with torch.no_grad():
@@ -324,7 +384,7 @@ def test_bfloat16_is_close(name):
         features = image_of(call, image)
         text = text_of(call, np.int32(ids[: len(image)]))
         out = [features.gallery, text.pooled]
-        if name == "blip2":  # CLIP's composer has no weights here
+        if name == "blip2":  # a composer over two towers has no weights here
             out.append(call(features, text, method="compose"))
         return [unit(np.float32(x)) for x in out]
 
@@ -349,6 +409,57 @@ def test_positions_are_interpolated_as_in_transformers(tmp_path):
     assert fitted["vision/positions"].shape == (37, 16)
     fitted = unflatten_dict(fitted, sep="/")
     assert_close(outputs_of("clip", module, fitted, image, ids), expected)
+
+
+def odd_shape(rng):
+    """Sizes of a vision tower as no published model has them, and height and width of images."""
+    heads, patch = int(rng.integers(1, 6)), int(rng.choice([4, 5, 8, 14]))
+    tower = dict(
+        hidden_size=heads * int(rng.integers(3, 9)),
+        num_attention_heads=heads,
+        intermediate_size=int(rng.integers(5, 50)),
+        num_hidden_layers=int(rng.integers(1, 6)),
+        patch_size=patch,
+        image_size=patch * int(rng.integers(2, 6)),
+        hidden_act=str(rng.choice(["gelu", "quick_gelu", "gelu_pytorch_tanh"])),
+        layer_norm_eps=float(rng.choice([1e-6, 1e-5])),
+    )
+    height, width = (patch * int(x) for x in rng.choice([2, 3, 4, 5, 7], 2, replace=False))
+    return tower, (height, width)
+
+
+# The first draw of SigLIP is compared in every test run.
+ODD = [("siglip", 0)] + [
+    pytest.param(name, seed, marks=pytest.mark.slow)
+    for name in ("clip", "siglip")
+    for seed in range(6)
+    if (name, seed) != ("siglip", 0)
+]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("name", "seed"), ODD)
+def test_odd_shapes(name, seed, tmp_path):
+    """Drawn at random: grids that are no squares, other heads, depths, patches, activations."""
+    models = torch_models()
+    import torch
+
+    rng = np.random.default_rng([seed, len(name)])
+    tower, (height, width) = odd_shape(rng)
+    make, outputs = models.MODELS[name]
+    model = make(**tower)
+    model.save_pretrained(tmp_path)
+    _, ids = models.inputs(texts=2)
+    image = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+    with torch.no_grad():
+        expected = outputs(model, image, ids, interpolate_pos_encoding=True)
+    module, params = load(tmp_path, name, image_size=(height, width))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), image, np.int32(ids)))
+    shapes = flatten_dict(shapes["params"], sep="/")
+    grid = grid_of((height, width), tower["patch_size"])
+    assert grid[0] != grid[1]
+    params = unflatten_dict(transfer.fit(params, shapes, "here", grid), sep="/")
+    assert_close(outputs_of(name, module, params, image, ids), expected)
 
 
 @pytest.mark.torch

@@ -22,7 +22,7 @@ from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
-NAMES = ("clip", "blip2")
+NAMES = ("clip", "siglip", "blip2")
 
 
 def model_config(backbone, weights, variant="auto"):
@@ -122,7 +122,7 @@ def other_model(directory, tensors):
 
 def other_activation(directory, tensors):
     config = json.loads((directory / "config.json").read_text())
-    config["vision_config"]["hidden_act"] = "silu"
+    config["vision_config"]["hidden_act"] = "mish"
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -229,7 +229,7 @@ def million_layers(directory, tensors):
         (without_config, ["config.json", "config.model.clip.variant"]),
         (broken_config, ["config.json", "JSON"]),
         (other_model, ["model_type 'bert'", "clip", "blip-2"]),
-        (other_activation, ["hidden_act 'silu'", "quick_gelu"]),
+        (other_activation, ["hidden_act 'mish'", "quick_gelu"]),
         (refused_config, ["config.json is refused", "attention heads"]),
         (two_missing, ["2 tensors are missing: logit_scale, text_projection.weight."]),
         (many_missing, ["36 tensors are missing", "and 28 more"]),
@@ -356,11 +356,11 @@ def test_converted_weights_are_the_same(name, tmp_path):
     assert str(GOLDEN) not in (tmp_path / "out" / initial.FACTS).read_text()
     with pytest.raises(UserError, match=r"--output: .*already holds weights"):
         convert(str(GOLDEN / name), str(tmp_path / "out"))
-    other = {"clip": "blip2", "blip2": "clip"}[name]
+    other = {"clip": "blip2", "siglip": "clip", "blip2": "clip"}[name]
     with pytest.raises(UserError, match=f"holds weights of '{name}'"):
         read(other, tmp_path / "out")
     with pytest.raises(UserError, match=r"is not of config.model.*'auto' takes the sizes"):
-        read(name, tmp_path / "out", "vit_l_14")
+        read(name, tmp_path / "out", next(v for v in VARIANTS[name] if v.startswith("vit_l_1")))
 
 
 def test_errors_of_convert(tmp_path):
@@ -399,7 +399,8 @@ def test_sizes_that_no_model_has(copy, section, name, value):
 
 def test_sizes_of_every_kind_are_checked():
     """None is forgotten: each as a text, and as a number that is far too large."""
-    for backbone, held in (("clip", "vit_b_32"), ("blip2", "vit_g_14")):
+    kinds = (("clip", "vit_b_32"), ("siglip", "vit_b_16"), ("blip2", "vit_g_14"))
+    for backbone, held in kinds:
         content = sizes.to_json(VARIANTS[backbone][held])
         for name in content["vision"]:
             for bad in ("x", 10**12):

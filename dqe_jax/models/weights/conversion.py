@@ -26,7 +26,7 @@ class Converted:
 
     Attributes:
       directory: that was written.
-      backbone: "clip" or "blip2".
+      backbone: "clip", "siglip" or "blip2".
       parameters: their number.
       has_tokenizer: whether a tokenizer came with the weights.
     """
@@ -49,7 +49,7 @@ def convert(
     Args:
       source: as `source.open_source` takes it.
       output: directory to write.
-      backbone: "clip" or "blip2"; None for what config.json says.
+      backbone: "clip", "siglip" or "blip2"; None for what config.json says.
       variant: a name of the backbone's variants, or "auto": the sizes of config.json.
 
     Raises:
@@ -61,7 +61,7 @@ def convert(
     if variant not in known:
         raise UserError(f"--variant={variant}: it must be one of {', '.join(known)}.")
     sizes = VARIANTS[backbone].get(variant)
-    sizes = sizes or size_files.from_hugging_face(backbone, opened.config, source)
+    sizes = sizes or size_files.from_hugging_face(backbone, opened.config, source, opened.processor)
     pretrained = Pretrained(backbone, sizes, source, source=opened)
     words = text_tokens.tokenizer_in(opened.directory, sizes.max_length)
     params = pretrained.read()

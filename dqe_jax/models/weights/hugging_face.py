@@ -13,8 +13,10 @@ from safetensors.numpy import save_file
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.given import GivenSizes
+from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.rules import layouts_of
+from dqe_jax.models.weights.source import PROCESSOR
 from dqe_jax.models.weights.stacking import unstack_layers
 from dqe_jax.models.weights.transfer import write_backbone
 from dqe_jax.utils.files import JsonObject
@@ -34,7 +36,7 @@ def config_of(sizes: size_files.PretrainedSizes) -> JsonObject | None:
         "hidden_act": sizes.vision.activation,
         "layer_norm_eps": sizes.vision.epsilon,
     }
-    if isinstance(sizes, ClipSizes):
+    if isinstance(sizes, ClipSizes | SiglipSizes):
         text = {
             "hidden_size": sizes.text_width,
             "num_hidden_layers": sizes.text_depth,
@@ -44,15 +46,22 @@ def config_of(sizes: size_files.PretrainedSizes) -> JsonObject | None:
             "layer_norm_eps": sizes.text_epsilon,
             "vocab_size": sizes.vocab_size,
             "max_position_embeddings": sizes.max_length,
-            "eos_token_id": sizes.end_id,
-            "projection_dim": sizes.embed_dim,
         }
+    if isinstance(sizes, ClipSizes):
         return {
-            "architectures": ["CLIPModel"],
-            "model_type": "clip",
+            "architectures": [layouts_of(sizes)[0].name],
+            "model_type": sizes.family,
             "projection_dim": sizes.embed_dim,
-            "text_config": text,
+            "text_config": text | {"eos_token_id": sizes.end_id, "projection_dim": sizes.embed_dim},
             "vision_config": vision | {"projection_dim": sizes.embed_dim},
+        }
+    if isinstance(sizes, SiglipSizes):
+        return {
+            "architectures": ["SiglipModel"],
+            "model_type": "siglip",
+            "text_config": text
+            | {"projection_size": sizes.embed_dim, "pad_token_id": sizes.pad_id},
+            "vision_config": vision,
         }
     if sizes.vision.pre_norm:
         return None
@@ -76,6 +85,28 @@ def config_of(sizes: size_files.PretrainedSizes) -> JsonObject | None:
         "image_text_hidden_size": sizes.embed_dim,
         "qformer_config": qformer,
         "vision_config": vision | {"qkv_bias": sizes.vision.qkv_bias},
+    }
+
+
+def processor_of(sizes: size_files.PretrainedSizes, image_size: int) -> JsonObject:
+    """A `preprocessor_config.json`: size, mean and standard deviation of the pixels."""
+    side = {"height": image_size, "width": image_size}
+    kind = "SiglipImageProcessor" if isinstance(sizes, SiglipSizes) else "CLIPImageProcessor"
+    if isinstance(sizes, ClipSizes):
+        side = {"shortest_edge": image_size}
+    return {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": side,
+        "do_center_crop": isinstance(sizes, ClipSizes),
+        "crop_size": {"height": image_size, "width": image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(sizes.vision.pixel_mean),
+        "image_std": list(sizes.vision.pixel_std),
+        "do_convert_rgb": True,
     }
 
 
@@ -110,6 +141,9 @@ def write(directory: pathlib.Path, params: Params, meta: JsonObject) -> tuple[in
         # The sizes say what the weights were trained at; the run may use other images.
         config["vision_config"]["image_size"] = meta["config"]["data"]["image_size"]
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if isinstance(sizes, ClipSizes | SiglipSizes):
+            processor = processor_of(sizes, meta["config"]["data"]["image_size"])
+            (directory / PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
     if meta.get("tokenizer"):
         (directory / "tokenizer.json").write_text(meta["tokenizer"])
     return len(tensors), len(ours)

@@ -32,7 +32,7 @@ class Pretrained:
     """What is known of a run's weights before they are read.
 
     Attributes:
-      backbone: "clip" or "blip2".
+      backbone: "clip", "siglip" or "blip2".
       sizes: of the model.
       origin: what the config names; "" for random weights.
       tokenizer: JSON of the tokenizer, if it comes with converted weights.
@@ -100,7 +100,7 @@ def open_pretrained(config: ModelConfig) -> Pretrained:
             )
         return Pretrained(backbone, held, origin, tokenizer)
     source = open_source(origin)
-    sizes = named or size_files.from_hugging_face(backbone, source.config, origin)
+    sizes = named or size_files.from_hugging_face(backbone, source.config, origin, source.processor)
     layout_of(source, backbone, sizes)  # raises now what reading would raise later
     return Pretrained(backbone, sizes, origin, source=source)
 

@@ -1,7 +1,8 @@
 """Which tensor is which parameter: one rule for each parameter of a pretrained backbone.
 
-Layouts: `CLIPModel` and `Blip2ForImageTextRetrieval` of Hugging Face `transformers`, and the names
-of LAVIS for BLIP-2 with a CLIP ViT-L/14. Paths are those of layers that are not scanned.
+Layouts: `CLIPModel`, `MetaClip2Model`, `SiglipModel` and `Blip2ForImageTextRetrieval` of Hugging
+Face `transformers`, and the names of LAVIS for BLIP-2 with a CLIP ViT-L/14. Paths are those of
+layers that are not scanned.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import VisionSizes
+from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights.sizes import PretrainedSizes
 
 
@@ -71,7 +73,7 @@ def _clip_layer(path: str, name: str) -> list[Rule]:
 
 
 def clip_layout(sizes: ClipSizes) -> Layout:
-    """`CLIPModel` of Hugging Face."""
+    """`CLIPModel` of Hugging Face, or `MetaClip2Model`, whose tensors have the same names."""
     rules = [
         Rule("logit_scale", ("logit_scale",)),
         Rule("vision/class_token", ("vision_model.embeddings.class_embedding",)),
@@ -94,7 +96,37 @@ def clip_layout(sizes: ClipSizes) -> Layout:
         rules += _clip_layer(f"vision/encoder/layers_{i}", f"vision_model.encoder.layers.{i}")
     for i in range(sizes.text_depth):
         rules += _clip_layer(f"text/encoder/layers_{i}", f"text_model.encoder.layers.{i}")
-    return Layout("CLIPModel", tuple(rules), ("*.position_ids",))
+    name = "CLIPModel" if sizes.family == "clip" else "MetaClip2Model"
+    return Layout(name, tuple(rules), ("*.position_ids",))
+
+
+def siglip_layout(sizes: SiglipSizes) -> Layout:
+    """`SiglipModel` of Hugging Face."""
+    vision, text, head = "vision_model.embeddings", "text_model.embeddings", "vision_model.head"
+    rules = [
+        Rule("logit_scale", ("logit_scale",), lead=1),
+        Rule("logit_bias", ("logit_bias",), lead=1),
+        Rule("vision/positions", (f"{vision}.position_embedding.weight",), "positions"),
+        Rule("vision/patches/kernel", (f"{vision}.patch_embedding.weight",), "patches"),
+        Rule("vision/patches/bias", (f"{vision}.patch_embedding.bias",)),
+        *_norm("vision/post_norm", "vision_model.post_layernorm"),
+        Rule("vision_head/probe", (f"{head}.probe",), lead=1),
+        Rule("vision_head/qkv_kernel", (f"{head}.attention.in_proj_weight",), "linear"),
+        Rule("vision_head/qkv_bias", (f"{head}.attention.in_proj_bias",)),
+        *_linear("vision_head/out", f"{head}.attention.out_proj"),
+        *_norm("vision_head/norm", f"{head}.layernorm"),
+        *_linear("vision_head/mlp_in", f"{head}.mlp.fc1"),
+        *_linear("vision_head/mlp_out", f"{head}.mlp.fc2"),
+        Rule("text/words/embedding", (f"{text}.token_embedding.weight",)),
+        Rule("text/positions", (f"{text}.position_embedding.weight",)),
+        *_norm("text/final_norm", "text_model.final_layer_norm"),
+        *_linear("text_projection", "text_model.head"),
+    ]
+    for i in range(sizes.vision.depth):
+        rules += _clip_layer(f"vision/encoder/layers_{i}", f"vision_model.encoder.layers.{i}")
+    for i in range(sizes.text_depth):
+        rules += _clip_layer(f"text/encoder/layers_{i}", f"text_model.encoder.layers.{i}")
+    return Layout("SiglipModel", tuple(rules), ("*.position_ids",))
 
 
 def _qformer(sizes: Blip2Sizes, name: str, self_name: str) -> Iterable[Rule]:
@@ -210,4 +242,6 @@ def layouts_of(sizes: PretrainedSizes) -> tuple[Layout, ...]:
     """The layouts of a backbone of these sizes; the first is the one that is written."""
     if isinstance(sizes, ClipSizes):
         return (clip_layout(sizes),)
+    if isinstance(sizes, SiglipSizes):
+        return (siglip_layout(sizes),)
     return blip2_layout(sizes), blip2_lavis_layout(sizes)

@@ -14,17 +14,24 @@ from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import ACTIVATIONS, VisionSizes
 from dqe_jax.models.given import GivenArray, GivenSizes, GivenSource
 from dqe_jax.models.settings import MOST_DEPTH, MOST_HEADS, MOST_PIXELS, MOST_WIDTH
+from dqe_jax.models.siglip import PIXELS, SiglipSizes
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.fields import Check, flag, integer, number, one_of
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.quiet import import_transformers
 
 # Of a pretrained backbone, and of any that has sizes beside those of its config.
-PretrainedSizes = ClipSizes | Blip2Sizes
+PretrainedSizes = ClipSizes | SiglipSizes | Blip2Sizes
 Sizes = PretrainedSizes | GivenSizes
 
-SIZES: dict[str, type[ClipSizes] | type[Blip2Sizes]] = {"clip": ClipSizes, "blip2": Blip2Sizes}
-MODEL_TYPES = {"clip": "clip", "blip-2": "blip2"}
+SIZES: dict[str, type[ClipSizes] | type[SiglipSizes] | type[Blip2Sizes]] = {
+    "clip": ClipSizes,
+    "siglip": SiglipSizes,
+    "blip2": Blip2Sizes,
+}
+MODEL_TYPES = {"clip": "clip", "metaclip_2": "clip", "siglip": "siglip", "blip-2": "blip2"}
+# What pads the texts of SigLIP 1, by the size of its vocabulary: its configs do not say it.
+SIGLIP_1_PADDING = {32_000: 1}
 _Value = TypeVar("_Value")
 MOST_LENGTH, MOST_WORDS = 10_000, 10_000_000
 # Dtypes in which features from outside are stored.
@@ -46,7 +53,7 @@ def from_json(backbone: str, content: Any) -> Sizes:
         return _given_from_json(content)
     try:
         fields = dict(content)
-        vision = VisionSizes(**fields["vision"])
+        vision = VisionSizes(**_with_tuples(fields["vision"]))
         sizes = SIZES[backbone](**(fields | {"vision": vision}))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"sizes are not those of {backbone}: {reason_of(error)}") from error
@@ -54,6 +61,11 @@ def from_json(backbone: str, content: Any) -> Sizes:
     _check_all("sizes", sizes, but=("vision",))
     _check_heads(sizes)
     return sizes
+
+
+def _with_tuples(content: Any) -> JsonObject:
+    """The fields of a section, with tuples where JSON has lists."""
+    return {n: tuple(x) if isinstance(x, list) else x for n, x in dict(content).items()}
 
 
 def _given_from_json(content: Any) -> GivenSizes:
@@ -104,8 +116,12 @@ def _checked(told: str, name: str, value: _Value) -> _Value:
 
 def _check_of(name: str) -> Check:
     """What a size may be."""
-    if name in ("pre_norm", "patch_bias", "qkv_bias"):
+    if name in ("pre_norm", "patch_bias", "qkv_bias", "class_token"):
         return flag()
+    if name in ("pixel_mean", "pixel_std"):
+        return _colors(0.0 if name == "pixel_mean" else 0.001)
+    if name == "family":
+        return one_of("clip", "metaclip_2")
     if name == "activation":
         return one_of(*ACTIVATIONS)
     if name == "epsilon":
@@ -117,9 +133,19 @@ def _check_of(name: str) -> Check:
         **dict.fromkeys(("width", "embed_dim"), MOST_WIDTH),
         "mlp_dim": 8 * MOST_WIDTH,
         **dict.fromkeys(("max_length", "num_queries"), MOST_LENGTH),
-        **dict.fromkeys(("vocab_size", "end_id"), MOST_WORDS),
+        **dict.fromkeys(("vocab_size", "end_id", "pad_id"), MOST_WORDS),
     }
-    return integer(0 if name == "end_id" else 1, most[name])
+    return integer(0 if name in ("end_id", "pad_id") else 1, most[name])
+
+
+def _colors(least: float) -> Check:
+    """A number for each of red, green and blue."""
+
+    def test(value: tuple[object, ...]) -> bool:
+        numbers = [x for x in value if isinstance(x, (int, float)) and least <= x <= 1]
+        return len(numbers) == len(value) == 3
+
+    return Check(tuple, test, f"three numbers from {least:g} to 1")
 
 
 def _check_heads(sizes: PretrainedSizes) -> None:
@@ -150,8 +176,17 @@ def backbone_of(config: JsonObject, origin: str) -> str:
     return MODEL_TYPES[kind]
 
 
-def from_hugging_face(backbone: str, config: JsonObject, origin: str) -> PretrainedSizes:
-    """Sizes of a `config.json` of `CLIPModel` or `Blip2ForImageTextRetrieval`.
+def from_hugging_face(
+    backbone: str, config: JsonObject, origin: str, processor: JsonObject | None = None
+) -> PretrainedSizes:
+    """Sizes of a `config.json` of a model of Hugging Face.
+
+    Args:
+      backbone: of `SIZES`.
+      config: the content of the file.
+      origin: what the user named, for errors.
+      processor: the content of `preprocessor_config.json`, which says mean and standard deviation
+        of the pixels; without one they are those of the backbone.
 
     Raises:
       UserError: it is missing, of another model, or asks for what is not built here.
@@ -169,13 +204,28 @@ def from_hugging_face(backbone: str, config: JsonObject, origin: str) -> Pretrai
     try:
         sizes = _READERS[backbone](dict(config), origin)
         _check_heads(sizes)
-        return sizes
+        return _with_pixels(sizes, processor or {})
     except UserError:
         raise
     except Exception as error:  # transformers checks fields, by errors of many kinds
         raise UserError(
             f"weights {origin}: its config.json is refused ({reason_of(error)}); get it again."
         ) from error
+
+
+def _with_pixels(sizes: PretrainedSizes, processor: JsonObject) -> PretrainedSizes:
+    """Sizes with what a `preprocessor_config.json` says of the pixels.
+
+    Raises:
+      ValueError: it says what cannot be.
+    """
+    found: dict[str, Any] = {
+        ours: _checked(theirs, ours, tuple(processor[theirs]))
+        for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
+        if processor.get(theirs) is not None
+    }
+    vision = dataclasses.replace(sizes.vision, **found)
+    return dataclasses.replace(sizes, vision=vision)
 
 
 def _activation(name: str, origin: str) -> str:
@@ -204,7 +254,7 @@ def _first(value: object) -> object:
     return value[0] if isinstance(value, (list, tuple)) else value
 
 
-def _vision(config: Any, origin: str, **kind: bool) -> VisionSizes:
+def _vision(config: Any, origin: str, **kind: Any) -> VisionSizes:
     sizes = _sizes(
         config,
         "vision_config.",
@@ -220,6 +270,10 @@ def _vision(config: Any, origin: str, **kind: bool) -> VisionSizes:
 
 
 def _clip(content: JsonObject, origin: str) -> ClipSizes:
+    family = content["model_type"]
+    if family == "metaclip_2":
+        # The same fields with the same defaults; not every release has this class.
+        content = content | {"model_type": "clip"}
     config = import_transformers().CLIPConfig.from_dict(content)  # with what the file leaves out
     text = _sizes(
         config.text_config,
@@ -236,8 +290,49 @@ def _clip(content: JsonObject, origin: str) -> ClipSizes:
     return ClipSizes(
         vision=_vision(config.vision_config, origin, pre_norm=True, patch_bias=False),
         text_activation=_activation(config.text_config.hidden_act, origin),
+        family=family,
         **text,
         **_sizes(config, "", embed_dim="projection_dim"),
+    )
+
+
+def _siglip(content: JsonObject, origin: str) -> SiglipSizes:
+    config = import_transformers().SiglipConfig.from_dict(content)
+    towers, told = config.text_config, content.get("text_config") or {}
+    text = _sizes(
+        towers,
+        "text_config.",
+        text_width="hidden_size",
+        text_depth="num_hidden_layers",
+        text_heads="num_attention_heads",
+        text_mlp_dim="intermediate_size",
+        text_epsilon="layer_norm_eps",
+        vocab_size="vocab_size",
+        max_length="max_position_embeddings",
+    )
+    # `transformers` has a default for what pads, which is that of none of the published tokenizers.
+    padding = told.get("pad_token_id", SIGLIP_1_PADDING.get(text["vocab_size"], 0))
+    vision = _vision(
+        config.vision_config,
+        origin,
+        pre_norm=False,
+        patch_bias=True,
+        class_token=False,
+    )
+    if not getattr(config.vision_config, "vision_use_head", True):
+        raise ValueError("vision_config.vision_use_head is false: there is no pooling head")
+    width = getattr(towers, "projection_size", None) or towers.hidden_size
+    if width != vision.width:
+        raise ValueError(
+            f"text_config.projection_size is {width}, and vision_config.hidden_size "
+            f"{vision.width}: they must be the same"
+        )
+    return SiglipSizes(
+        vision=dataclasses.replace(vision, pixel_mean=PIXELS, pixel_std=PIXELS),
+        text_activation=_activation(towers.hidden_act, origin),
+        embed_dim=vision.width,
+        pad_id=_checked("text_config.pad_token_id", "pad_id", padding),
+        **text,
     )
 
 
@@ -267,5 +362,6 @@ def _blip2(content: JsonObject, origin: str) -> Blip2Sizes:
 
 _READERS: Mapping[str, Callable[[JsonObject, str], PretrainedSizes]] = {
     "clip": _clip,
+    "siglip": _siglip,
     "blip2": _blip2,
 }
