@@ -56,6 +56,7 @@ YOUNGER = (
     "init.",
     "loss.form",
     "loss.in_batch_form",
+    "model.dino.",
     "model.features.",
     "model.initial_bias",
     "model.siglip.",

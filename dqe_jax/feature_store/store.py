@@ -36,6 +36,7 @@ FIELDS = {
     "tiny": ("pixel_mean", "pixel_std", "patch_size", "cell_size", "heads"),
     "clip": ("features",),
     "siglip": ("features",),
+    "dino": ("features",),
     "blip2": (),
 }
 # Bytes of a shard, about.

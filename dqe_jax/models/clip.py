@@ -6,7 +6,7 @@ OpenCLIP models and MetaCLIP 2 have the same form. `two_towers.py` has the compo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -124,6 +124,23 @@ class TextTower(nn.Module):
         return self.final_norm(self.encoder(x)[0])
 
 
+def text_states(tower: TextTower, ids: Int[Array, "B L"]) -> States:
+    """Tokens `[B, L, D]`."""
+    return {"tokens": tower(ids)}
+
+
+def text_features(
+    sizes: ClipSizes, project: Callable[[Array], Array], ids: Int[Array, "B L"], states: States
+) -> TextFeatures:
+    """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
+    tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
+    is_end = ids == sizes.end_id
+    end = ids.argmax(1) if sizes.ends_with_highest else is_end.argmax(1)
+    mask = jnp.arange(ids.shape[1]) <= end[:, None]
+    pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
+    return TextFeatures(ids, mask, tokens, project(pooled))
+
+
 class Clip(TwoTowers):
     """Backbone interface: see `models/features.py`. `sizes`: a row of `VARIANTS`, or any others."""
 
@@ -167,19 +184,14 @@ class Clip(TwoTowers):
     def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
         """Tokens `[B, L, D]`."""
         del train
-        return {"tokens": self.text(ids)}
+        return text_states(self.text, ids)
 
     def text_features(
         self, ids: Int[Array, "B L"], states: States, train: bool = False
     ) -> TextFeatures:
         """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
         del train
-        tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
-        is_end = ids == self.sizes.end_id
-        end = ids.argmax(1) if self.sizes.ends_with_highest else is_end.argmax(1)
-        mask = jnp.arange(ids.shape[1]) <= end[:, None]
-        pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
-        return TextFeatures(ids, mask, tokens, self.text_projection(pooled))
+        return text_features(self.sizes, self.text_projection, ids, states)
 
     def __call__(
         self, image: UInt8[Array, "images H W 3"], ids: Int[Array, "texts L"]

@@ -9,7 +9,7 @@ pooling); the last token of a text that is padded to full length gives the text'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -106,10 +106,10 @@ class PoolingHead(nn.Module):
         s, dtype = self.sizes, self.compute.dtype
         width = s.width
         init = nn.initializers.xavier_uniform()
-        probe = self.param("probe", init, (1, width)).astype(dtype)
+        probe = jnp.asarray(self.param("probe", init, (1, width)), dtype)
         # One parameter for all three, as the published files have it: the probe alone asks.
-        kernel = self.param("qkv_kernel", init, (width, 3 * width)).astype(dtype)
-        bias = self.param("qkv_bias", nn.initializers.zeros, (3 * width,)).astype(dtype)
+        kernel = jnp.asarray(self.param("qkv_kernel", init, (width, 3 * width)), dtype)
+        bias = jnp.asarray(self.param("qkv_bias", nn.initializers.zeros, (3 * width,)), dtype)
         q = probe @ kernel[:, :width] + bias[:width]
         k, v = jnp.split(tokens @ kernel[:, width:] + bias[width:], 2, axis=-1)
         q = jnp.broadcast_to(q, (len(tokens), 1, width))
@@ -149,6 +149,22 @@ class TextTower(nn.Module):
         ids = jnp.pad(ids, ((0, 0), (0, missing)), constant_values=self.sizes.pad_id)
         x = self.words(ids) + self.positions.astype(self.compute.dtype)
         return self.final_norm(self.encoder(x)[0])
+
+
+def text_states(tower: TextTower, ids: Int[Array, "B L"]) -> States:
+    """Tokens `[B, L, D]`, and the last token of the text at full length, `[B, D]`."""
+    tokens = tower(ids)
+    return {"tokens": tokens[:, : ids.shape[1]], "pooled": tokens[:, -1]}
+
+
+def text_features(
+    sizes: SiglipSizes, project: Callable[[Array], Array], ids: Int[Array, "B L"], states: States
+) -> TextFeatures:
+    """Tokens `[B, L, D]`, and the projected last token, `[B, d]`."""
+    tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
+    # The first token counts, so that no text is all padding.
+    mask = (ids != sizes.pad_id) | (jnp.arange(ids.shape[1]) == 0)
+    return TextFeatures(ids, mask, tokens, project(states["pooled"]))
 
 
 class Siglip(TwoTowers):
@@ -197,18 +213,14 @@ class Siglip(TwoTowers):
     def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
         """Tokens `[B, L, D]`, and the last token of the text at full length, `[B, D]`."""
         del train
-        tokens = self.text(ids)
-        return {"tokens": tokens[:, : ids.shape[1]], "pooled": tokens[:, -1]}
+        return text_states(self.text, ids)
 
     def text_features(
         self, ids: Int[Array, "B L"], states: States, train: bool = False
     ) -> TextFeatures:
         """Tokens `[B, L, D]`, and the projected last token, `[B, d]`."""
         del train
-        tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
-        # The first token counts, so that no text is all padding.
-        mask = (ids != self.sizes.pad_id) | (jnp.arange(ids.shape[1]) == 0)
-        return TextFeatures(ids, mask, tokens, self.text_projection(states["pooled"]))
+        return text_features(self.sizes, self.text_projection, ids, states)
 
     def __call__(
         self, image: UInt8[Array, "images H W 3"], ids: Int[Array, "texts L"]

@@ -15,6 +15,7 @@ from dqe_jax.method.arrays import Array
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.build import build_model
 from dqe_jax.models.clip import ClipSizes
+from dqe_jax.models.dino import V2_REGISTERS, DinoSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import VisionSizes
 from dqe_jax.models.features import States
@@ -58,6 +59,19 @@ class Small:
     sizes: Sizes | None = None
 
 
+CLIP_SIZES = ClipSizes(
+    vision=VISION,
+    text_width=16,
+    text_depth=2,
+    text_heads=2,
+    text_mlp_dim=32,
+    text_activation="quick_gelu",
+    text_epsilon=1e-5,
+    vocab_size=VOCAB,
+    max_length=LENGTH,
+    embed_dim=EMBED_DIM,
+    end_id=END,
+)
 # One for each of `models.build.BACKBONES`.
 BACKBONES = {
     "tiny": Small(
@@ -76,19 +90,7 @@ BACKBONES = {
     "clip": Small(
         tokens=1,
         fields={"composer_width": 16, "composer_depth": 1, "composer_heads": 2},
-        sizes=ClipSizes(
-            vision=VISION,
-            text_width=16,
-            text_depth=2,
-            text_heads=2,
-            text_mlp_dim=32,
-            text_activation="quick_gelu",
-            text_epsilon=1e-5,
-            vocab_size=VOCAB,
-            max_length=LENGTH,
-            embed_dim=EMBED_DIM,
-            end_id=END,
-        ),
+        sizes=CLIP_SIZES,
     ),
     "siglip": Small(
         tokens=1,
@@ -111,6 +113,23 @@ BACKBONES = {
             vocab_size=VOCAB,
             max_length=LENGTH + 2,
             embed_dim=EMBED_DIM,
+        ),
+    ),
+    "dino": Small(
+        tokens=1,
+        fields={"composer_width": 16, "composer_depth": 1, "composer_heads": 2},
+        sizes=DinoSizes(
+            vision=dataclasses.replace(
+                VISION,
+                activation="gelu",
+                pre_norm=False,
+                patch_bias=True,
+                registers=2,
+                layer_scale=True,
+                antialias=True,
+            ),
+            family=V2_REGISTERS,
+            text=CLIP_SIZES,
         ),
     ),
     "blip2": Small(

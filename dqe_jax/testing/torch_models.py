@@ -6,6 +6,7 @@ same comparison runs where PyTorch is not installed; `names` chooses some of the
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -59,7 +60,7 @@ def small_clip(
 
 
 def small_metaclip_2() -> transformers.MetaClip2Model:
-    """A `MetaClip2Model` as small as `small_clip`, whose texts end with id 2 as in published ones."""
+    """A `MetaClip2Model` as small as `small_clip`; 2 ends its texts, as in published ones."""
     import transformers
 
     own = small_clip(end_id=2).config.to_dict() | {"model_type": "metaclip_2"}
@@ -97,6 +98,35 @@ def small_siglip(
     )
     config = transformers.SiglipConfig(text_config=text, vision_config=tower)
     return randomize(transformers.SiglipModel(config))
+
+
+def small_dino(family: str = "dinov2", **fields: object) -> Any:
+    """A DINO model of a few thousand parameters, of a `model_type` of `transformers`."""
+    import transformers
+
+    config: dict[str, object] = dict(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    kinds: dict[str, tuple[Any, Any]] = {
+        "dinov2": (transformers.Dinov2Config, transformers.Dinov2Model),
+        "dinov2_with_registers": (
+            transformers.Dinov2WithRegistersConfig,
+            transformers.Dinov2WithRegistersModel,
+        ),
+        "dinov3_vit": (transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel),
+    }
+    if family == "dinov3_vit":
+        config |= {"intermediate_size": 32, "num_register_tokens": 2}
+    else:
+        config |= {"mlp_ratio": 2}
+    if family == "dinov2_with_registers":
+        config |= {"num_register_tokens": 3}
+    settings, kind = kinds[family]
+    return randomize(kind(settings(**config | fields)))
 
 
 def small_blip2(
@@ -226,6 +256,18 @@ def siglip_outputs(
     }
 
 
+def dino_outputs(model: Any, image: np.ndarray, ids: np.ndarray) -> dict[str, torch.Tensor]:
+    """What a DINO model gives of images; it reads no texts."""
+    del ids
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    out = model(pixels(image, mean, std), output_hidden_states=True)
+    return {
+        "last": out.last_hidden_state,
+        "penultimate": out.hidden_states[-2],
+        "pooled": out.pooler_output,
+    }
+
+
 def blip2_outputs(
     model: transformers.Blip2ForImageTextRetrieval, image: np.ndarray, ids: np.ndarray
 ) -> dict[str, torch.Tensor]:
@@ -269,6 +311,10 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]
     "clip": (small_clip, clip_outputs),
     "siglip": (small_siglip, siglip_outputs),
     "blip2": (small_blip2, blip2_outputs),
+    **{
+        family: (functools.partial(small_dino, family), dino_outputs)
+        for family in ("dinov2", "dinov2_with_registers", "dinov3_vit")
+    },
 }
 
 
@@ -277,6 +323,7 @@ DIFFERENTIATED = {
     "clip": ("image", "text", "scores"),
     "siglip": ("image", "text", "scores"),
     "blip2": ("gallery", "text", "composed", "matching"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), ("last", "pooled")),
 }
 
 
@@ -293,6 +340,7 @@ def write_gradients(directory: pathlib.Path, names: Sequence[str] = tuple(MODELS
         "clip": transformers.CLIPModel,
         "siglip": transformers.SiglipModel,
         "blip2": transformers.Blip2ForImageTextRetrieval,
+        **dict.fromkeys(MODELS.keys() - {"clip", "siglip", "blip2"}, transformers.AutoModel),
     }
     for name in names:
         outputs_of = MODELS[name][1]

@@ -37,7 +37,7 @@ NOT_READ = {
 OF_PRETRAINED = {
     name
     for name in FIELDS
-    if name.startswith(("model.clip.", "model.siglip.", "model.blip2."))
+    if name.startswith(("model.clip.", "model.siglip.", "model.dino.", "model.blip2."))
     or name.removeprefix("model.") in ("weights", "tokenizer", "attention", "remat", "scan_layers")
 }
 
@@ -268,7 +268,7 @@ def test_every_field_is_read_by_a_run(tmp_path, quick_compilation, monkeypatch):
 
 def test_fields_of_the_pretrained_backbones_are_read_by_them():
     read = set()
-    for backbone in ("clip", "siglip", "blip2"):
+    for backbone in ("clip", "siglip", "dino", "blip2"):
         config = RunConfig().with_changes({"model.backbone": backbone, "data.image_size": 224})
         with recorded_reads() as reads:
             pretrained = setup.open_weights(config.model, config.data)

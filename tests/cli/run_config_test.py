@@ -20,7 +20,7 @@ from dqe_jax.config import RunConfig, differences, fields, flatten
 from dqe_jax.data import augmentation, datasets, examples, preprocess
 from dqe_jax.data import settings as data_settings
 from dqe_jax.data.builders import shapes as shapes_builder
-from dqe_jax.models import attributes, build
+from dqe_jax.models import attributes, build, dino
 from dqe_jax.models import settings as model_settings
 from dqe_jax.models.two_towers import TwoTowers
 from dqe_jax.utils.errors import UserError
@@ -155,6 +155,13 @@ YOUNGER = {
     "model.features.token_dim": 64,
     "model.features.embed_dim": 256,
     "model.features.dropout": 0.1,
+    "model.dino.variant": "dinov2_vit_b_14",
+    "model.dino.text": "clip_vit_l_14",
+    "model.dino.text_weights": "",
+    "model.dino.features": "last",
+    "model.dino.composer_width": 512,
+    "model.dino.composer_depth": 2,
+    "model.dino.composer_heads": 8,
     "model.siglip.variant": "vit_b_16",
     "model.siglip.features": "last",
     "model.siglip.composer_width": 512,
@@ -226,6 +233,8 @@ def test_choices_are_those_of_the_tables():
     assert tuple(build.BACKBONES) == model_settings.BACKBONES
     assert tuple(build.VARIANTS["clip"]) == model_settings.CLIP_VARIANTS
     assert tuple(build.VARIANTS["siglip"]) == model_settings.SIGLIP_VARIANTS
+    assert tuple(dino.TOWERS) == model_settings.DINO_VARIANTS
+    assert tuple(dino.TEXTS) == model_settings.DINO_TEXTS
     assert set(model_settings.TWO_TOWERS) == {
         name for name, kind in build.BACKBONES.items() if issubclass(kind, TwoTowers)
     }

@@ -19,7 +19,7 @@ from dqe_jax.models import freeze, setup
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
-from dqe_jax.testing.pretrained import copy_weights
+from dqe_jax.testing.pretrained import copy_weights, write_xlm_roberta_tokenizer
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -29,17 +29,24 @@ GOLDEN = ROOT / "tests" / "golden"
 FIELDS = {
     "clip": {"model.clip.composer_width": 16, "model.clip.composer_heads": 2},
     "siglip": {"model.siglip.composer_width": 16, "model.siglip.composer_heads": 2},
+    "dino": {
+        "model.dino.composer_width": 16,
+        "model.dino.composer_heads": 2,
+        "model.dino.text": "auto",
+    },
     "blip2": {"model.blip2.dropout": 0.0},
 }
 FROZEN = {
     "clip": ("vision", "text", "logit_scale"),
     "siglip": ("vision", "text", "logit_scale"),
+    "dino": ("vision", "text"),
     "blip2": ("vision", "itm_head"),
 }
 # That of CLIP is in the core tests, which CI runs with the oldest and the newest releases.
 BACKBONES = (
     pytest.param("clip", marks=(pytest.mark.core, pytest.mark.slow)),
     pytest.param("siglip", marks=pytest.mark.slow),
+    pytest.param("dino", marks=pytest.mark.slow),
     "blip2",
 )
 
@@ -51,6 +58,7 @@ def base(tmp_path_factory, prepared):
     prepared(directory)
     for name in ("clip", "siglip", "blip2"):
         copy_weights(GOLDEN / name, name, directory / name)
+    shutil.copytree(GOLDEN / "dinov2_with_registers", directory / "dino")
     return directory
 
 
@@ -67,6 +75,7 @@ def config_of(base, name, **changes):
         "model.frozen_dtype": "bfloat16",
         "model.attributes.width": 8,
         **FIELDS[name],
+        **({"model.dino.text_weights": str(base / "clip")} if name == "dino" else {}),
         **changes,
     }
     return small_config(base / "prepared", **changes)
@@ -143,6 +152,8 @@ def test_evaluation_needs_the_checkpoint_alone(run, tmp_path):
 @pytest.mark.slow  # `exported_test.py` has the same models
 def test_export(run, tmp_path):
     name, _, workdir, _ = run
+    if name == "dino":
+        pytest.skip("its export has two directories, which `parity_test.py` looks at")
     export_run(workdir, tmp_path)
     params, *_ = params_of(workdir)
     ours = load_file(tmp_path / "dqe.safetensors")
@@ -181,7 +192,8 @@ def test_export(run, tmp_path):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_converted_weights_and_a_scanned_stack_start_alike(base, name, tmp_path):
-    convert(str(base / name), str(tmp_path / "out"))
+    text = str(base / "clip") if name == "dino" else ""
+    convert(str(base / name), str(tmp_path / "out"), text_source=text)
 
     def start(**changes):
         config = RunConfig.of(config_of(base, name, **changes))
@@ -210,7 +222,7 @@ def siglip_tokenizer(base, length):
 
 
 @pytest.mark.core
-def test_tokenizers_of_the_papers(base):
+def test_tokenizers_of_the_papers(base, tmp_path):
     """Start, end and padding as CLIP and BERT have them; a long text keeps its end."""
     from dqe_jax.data import tokenizer as text_tokens
 
@@ -220,6 +232,14 @@ def test_tokenizers_of_the_papers(base):
     assert ids[0, 2:].tolist() == [49] * 4
     assert ids[1, -1] == 49
     assert cut.tolist() == [False, True]
+    # MetaCLIP 2, as XLM-RoBERTa: 0 starts, 2 ends and 1 pads.
+    write_xlm_roberta_tokenizer(tmp_path)
+    roberta = text_tokens.pretrained_tokenizer(tmp_path, 6)
+    ids, cut = text_tokens.encode(roberta, ["make red", "red red red red red red"])
+    assert ids[0].tolist() == [0, 4, 6, 2, 1, 1]
+    assert ids[1].tolist() == [0, 6, 6, 6, 6, 2]
+    assert cut.tolist() == [False, True]
+    assert text_tokens.lengths_of(roberta, ids).tolist() == [4, 6]
     gemma = siglip_tokenizer(base, 6)
     ids, cut = text_tokens.encode(gemma, ["red", "RED", "red red red red red red"])
     assert ids[0].tolist() == ids[1].tolist()  # in lower case, as it was trained
@@ -259,6 +279,14 @@ def test_tokenizers_of_the_papers(base):
         ("siglip", {"model.tokenizer": "{base}/clip"}, ["none of the tokens <eos>", "tokenizer"]),
         ("siglip", {"data.max_length": 13}, ["data.max_length is 13", "at most 12"]),
         ("siglip", {"model.siglip.composer_heads": 3}, ["siglip.composer_width is 16", "multiple"]),
+        ("dino", {"model.weights": ""}, ["config.model.weights is empty", "text_weights"]),
+        ("dino", {"model.dino.text_weights": ""}, ["dino.text_weights is empty", "name both"]),
+        ("dino", {"model.dino.text_weights": "{base}/blip2"}, ["no CLIP or SigLIP model"]),
+        (
+            "dino",
+            {"model.frozen": ("logit_scale",)},
+            ["'logit_scale'", "vision, text, projections"],
+        ),
         ("clip", {"model.clip.composer_heads": 3}, ["composer_width is 16", "multiple"]),
         ("clip", {"model.attributes.heads": 3}, ["attributes.width is 8", "multiple"]),
     ],

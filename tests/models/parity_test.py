@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import json
 import pathlib
 
 import jax
@@ -14,12 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 from dqe_jax.models.build import BACKBONES, VARIANTS
 from dqe_jax.models.encoder import Compute, flash_takes, grid_of
-from dqe_jax.models.weights import hugging_face, rules, sizes, transfer
+from dqe_jax.models.weights import hugging_face, initial, rules, sizes, transfer
 from dqe_jax.models.weights.source import open_source
 from dqe_jax.models.weights.stacking import stack_layers
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 NAMES = ("clip", "siglip", "blip2")
+# Families of DINO, and the golden model whose text tower each gets.
+DINO = {"dinov2": "clip", "dinov2_with_registers": "clip", "dinov3_vit": "siglip"}
 
 
 @functools.cache
@@ -36,6 +39,27 @@ def load(directory, name, image_size=32, compute=None, **fields):
     its_sizes = sizes.from_hugging_face(name, source.config, str(directory))
     module = BACKBONES[name](its_sizes, image_size, compute=compute or Compute(), **fields)
     return module, transfer.read_backbone(source, name, its_sizes)
+
+
+def load_dino(directory, text, image_size=32, compute=None):
+    """DINO of a directory with the text tower of a golden model, and its parameters."""
+    opened = initial.open_dino(str(directory), str(GOLDEN / text), "auto", "auto")
+    module = BACKBONES["dino"](opened.sizes, image_size, "last", compute=compute or Compute())
+    return module, opened.read()
+
+
+def dino_outputs_of(module, params, image):
+    """The same outputs as `torch_models.dino_outputs` gives."""
+
+    def call(*args, method):
+        return module.apply({"params": params}, *args, method=method)
+
+    last, before = call(image, method=lambda m, x: m.vision(x))
+    last = call(last, method=lambda m, x: m.vision.norm(x))
+    states = call(image, method="image_states")
+    skipped = 1 + module.sizes.vision.registers
+    np.testing.assert_allclose(states["tokens"], last[:, skipped:], atol=1e-6)
+    return {"last": last, "penultimate": before, "pooled": states["pooled"]}
 
 
 def image_of(call, image):
@@ -121,6 +145,105 @@ def test_golden_files(name):
     image, ids, expected = golden(name)
     module, params = load(GOLDEN / name, name)
     assert_close(outputs_of(name, module, params, image, ids), expected)
+
+
+@pytest.mark.parametrize("name", DINO)
+def test_golden_files_of_dino(name):
+    image, ids, expected = golden(name)
+    text = DINO[name]
+    module, params = load_dino(GOLDEN / name, text)
+    assert_close(dino_outputs_of(module, params, image), expected)
+    # Texts are read as by the model that the text tower is of.
+    call = functools.partial(module.apply, {"params": params})
+    other, own = load(GOLDEN / text, text)
+    theirs = text_of(functools.partial(other.apply, {"params": own}), np.int32(ids))
+    for one, two in zip(jax.tree.leaves(text_of(call, np.int32(ids))), jax.tree.leaves(theirs)):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+    half, _ = load_dino(GOLDEN / name, text, compute=Compute(jnp.bfloat16))
+    low = half.apply({"params": params}, image, method="image_states")["pooled"]
+    apart = np.abs(unit(np.float32(low)) - unit(expected["pooled"])).max()
+    assert 0 < apart < 2e-2
+
+
+@pytest.mark.parametrize("name", DINO)
+def test_gradients_of_dino(name):
+    """Those of PyTorch, from golden files."""
+    theirs = load_file(GOLDEN / f"{name}_gradients.safetensors")
+    image = theirs.pop("input_image")
+    weights = {key: theirs.pop(f"weights_of_{key}") for key in ("last", "pooled")}
+    module, params = load_dino(GOLDEN / name, DINO[name])
+
+    def loss(params):
+        last, _ = module.apply({"params": params}, image, method=lambda m, x: m.vision(x))
+        last = module.apply({"params": params}, last, method=lambda m, x: m.vision.norm(x))
+        return (last * weights["last"]).sum() + (last[:, 0] * weights["pooled"]).sum()
+
+    ours = flatten_dict(jax.jit(jax.grad(loss))(params), sep="/")
+    layout = next(
+        one
+        for one in rules.layouts_of(module.sizes)
+        if all(set(rule.names) <= theirs.keys() for rule in one.rules if "vision/" in rule.path)
+    )
+    seen = [rule for rule in layout.rules if rule.path.startswith("vision/")]
+    assert {rule.path for rule in seen} == {path for path in ours if path.startswith("vision/")}
+    for rule in seen:
+        expected = transfer.to_parameter(rule, [theirs[tensor] for tensor in rule.names])
+        scale = max(np.abs(expected).max(), 1e-3)
+        assert np.abs(ours[rule.path] - expected).max() / scale < 1e-3, rule.path
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("dinov2", {}),
+        pytest.param("dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 4}, marks=pytest.mark.slow),
+        pytest.param("dinov2_with_registers", {"qkv_bias": False}, marks=pytest.mark.slow),
+        pytest.param(
+            "dinov3_vit",
+            {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False},
+            marks=pytest.mark.slow,
+        ),
+        ("dinov3_vit", {"use_gated_mlp": True}),
+    ],
+)
+def test_a_round_trip_of_dino(name, fields, tmp_path):
+    """PyTorch to Flax, changed, and back: `transformers` loads both towers by their directories."""
+    models = torch_models()
+    import torch
+    import transformers
+
+    model = models.small_dino(name, **fields)
+    model.save_pretrained(tmp_path / "theirs")
+    image, ids = models.inputs()
+    module, params = load_dino(tmp_path / "theirs", DINO[name])
+    with torch.no_grad():
+        expected = models.dino_outputs(model, image, ids)
+    assert_close(dino_outputs_of(module, params, image), expected)
+    moved = jax.tree.map(lambda x: x + 0.01, params)
+    meta = {
+        "config": {"model": {"backbone": "dino"}, "data": {"image_size": 32}},
+        "sizes": sizes.to_json(module.sizes),
+        "tokenizer": None,
+    }
+    assert sizes.from_json("dino", json.loads(json.dumps(meta["sizes"]))) == module.sizes
+    out = tmp_path / "ours"
+    hugging_face.write(out, {"backbone": stack_layers(moved)}, meta)
+    again, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert type(again) is type(model)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        returned = models.dino_outputs(again.eval(), image, ids)
+    assert_close(dino_outputs_of(module, moved, image), returned)
+    kind = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}[DINO[name]]
+    text, info = getattr(transformers, kind).from_pretrained(out / "text", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert sum(p.numel() for p in text.parameters()) == sum(
+        x.size for path, x in flatten_dict(moved).items() if path[0] != "vision"
+    )
+    read = initial.open_dino(str(out), str(out / "text"), "auto", "auto")
+    assert read.sizes == module.sizes
+    jax.tree.map(np.testing.assert_array_equal, read.read(), moved)
 
 
 @pytest.mark.torch
@@ -222,9 +345,9 @@ def test_metaclip_2(tmp_path):
         pytest.skip("this release of transformers has no MetaCLIP 2")
     model = models.small_metaclip_2()
     model.save_pretrained(tmp_path / "theirs")
-    image, ids = models.inputs(end=2, vocab=50)
-    ids = np.where((ids == 1) | (ids == 0), 1, ids)  # 1 pads
-    ids[:, 0] = 40  # higher than the end, which is what CLIP's old configs would take
+    image, ids = models.inputs()
+    # 2 ends a text, and 1 pads. Higher ids come before: CLIP's old configs would take these.
+    ids = np.select([ids == models.END, ids == 0, ids < 3], [2, 1, 40], ids)
     with torch.no_grad():
         expected = models.clip_outputs(model, image, ids)
     module, params = load(tmp_path / "theirs", "clip")
@@ -428,6 +551,42 @@ def odd_shape(rng):
     return tower, (height, width)
 
 
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", DINO)
+def test_odd_shapes_of_dino(name, seed, tmp_path):
+    models = torch_models()
+    import torch
+
+    rng = np.random.default_rng([seed, len(name)])
+    tower, (height, width) = odd_shape(rng)
+    if name != "dinov3_vit":
+        del tower["intermediate_size"]
+        tower["mlp_ratio"] = int(rng.integers(1, 5))
+    else:  # heads of a multiple of 4 channels
+        tower["hidden_size"] = 4 * int(rng.integers(1, 4)) * tower["num_attention_heads"]
+    if name != "dinov2":
+        tower["num_register_tokens"] = int(rng.integers(1, 6))
+    model = models.small_dino(name, **tower)
+    model.save_pretrained(tmp_path)
+    image = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+    with torch.no_grad():
+        expected = models.dino_outputs(model, image, None)
+    module, params = load_dino(tmp_path, DINO[name], image_size=(height, width))
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), image, np.zeros((1, 12), np.int32))
+    )
+    fitted = transfer.fit(
+        params,
+        flatten_dict(shapes["params"], sep="/"),
+        "here",
+        grid_of((height, width), tower["patch_size"]),
+        module.sizes.vision.antialias,
+    )
+    assert_close(dino_outputs_of(module, unflatten_dict(fitted, sep="/"), image), expected)
+
+
 # The first draw of SigLIP is compared in every test run.
 ODD = [("siglip", 0)] + [
     pytest.param(name, seed, marks=pytest.mark.slow)
@@ -463,7 +622,7 @@ def test_odd_shapes(name, seed, tmp_path):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("old", "new"), [(4, 4), (4, 6), (7, 3), (2, 5)])
+@pytest.mark.parametrize(("old", "new"), [(4, 4), (4, 6), (7, 3), (2, 5), (37, 16)])
 def test_bicubic_matrix(old, new):
     matrix = transfer.bicubic_matrix(old, new)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)  # a constant stays
@@ -475,6 +634,11 @@ def test_bicubic_matrix(old, new):
         torch.from_numpy(x), size=(new, new), mode="bicubic", align_corners=False
     )
     np.testing.assert_allclose(matrix @ x[0, 0] @ matrix.T, expected[0, 0], atol=1e-9)
+    smooth = transfer.smooth_bicubic_matrix(old, new)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(x), size=(new, new), mode="bicubic", align_corners=False, antialias=True
+    )
+    np.testing.assert_allclose(smooth @ x[0, 0] @ smooth.T, expected[0, 0], atol=1e-9)
 
 
 @pytest.mark.parametrize(

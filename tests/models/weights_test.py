@@ -13,8 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from dqe_jax.models import blip2, clip
+from dqe_jax.models import blip2, clip, dino
 from dqe_jax.models.build import VARIANTS
+from dqe_jax.models.dino import DinoSizes
+from dqe_jax.models.encoder import PIXEL_MEAN
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import hugging_face, initial, sizes, source, transfer
 from dqe_jax.models.weights.conversion import convert
@@ -91,6 +93,67 @@ def test_buffers_of_old_checkpoints_are_ignored(copy):
     tensors["text_model.embeddings.position_ids"] = np.arange(12)[None]
     save_file(tensors, directory / source.SINGLE)
     assert_equal(read("clip", directory), expected)
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.5] * 3, [0.25, 0.5, 1]), (None, [0.5] * 3)])
+def test_pixels_are_standardized_as_the_processor_says(copy, mean, std):
+    directory, _ = copy
+    plain = initial.open_pretrained(model_config("clip", directory)).sizes.vision
+    assert plain.pixel_mean == PIXEL_MEAN
+    content = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": 32}}
+    (directory / source.PROCESSOR).write_text(json.dumps(content))
+    found = initial.open_pretrained(model_config("clip", directory)).sizes
+    assert found.vision.pixel_mean == (tuple(mean) if mean else PIXEL_MEAN)
+    assert found.vision.pixel_std == tuple(std)
+    assert sizes.from_json("clip", json.loads(json.dumps(sizes.to_json(found)))) == found
+    # What is exported says the same.
+    meta = {
+        "config": {"model": {"backbone": "clip"}, "data": {"image_size": 32}},
+        "sizes": sizes.to_json(found),
+    }
+    out = directory / "out"
+    hugging_face.write(out, {"backbone": read("clip", directory)}, meta)
+    again = initial.open_pretrained(model_config("clip", out)).sizes
+    assert again == found
+
+
+@pytest.mark.parametrize("bad", [[0.5], [0.5, 0.5, 2.0], ["x", 0.5, 0.5], "mean", 3])
+def test_pixels_that_a_processor_cannot_say(copy, bad):
+    directory, _ = copy
+    (directory / source.PROCESSOR).write_text(json.dumps({"image_std": bad}))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json is refused .*get it again\.$"):
+        read("clip", directory)
+
+
+def test_configs_that_siglip_and_dino_refuse(tmp_path):
+    for name, changes, words in (
+        ("siglip", {"text_config": {"projection_size": 17}}, "projection_size is 17"),
+        ("siglip", {"vision_config": {"vision_use_head": False}}, "no pooling head"),
+        ("dinov3_vit", {"num_attention_heads": 8}, "do not divide into 4"),
+        ("dinov3_vit", {"query_bias": False}, "do not fit together"),
+        ("dinov2", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    ):
+        directory = tmp_path / name / words
+        shutil.copytree(GOLDEN / name, directory)
+        config = json.loads((directory / "config.json").read_text())
+        for field, value in changes.items():
+            config[field] = config[field] | value if isinstance(value, dict) else value
+        (directory / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"config.json is refused .*{words}"):
+            if name == "siglip":
+                read("siglip", directory)
+            else:
+                initial.open_dino(str(directory), str(GOLDEN / "clip"), "auto", "auto")
+
+
+@pytest.mark.parametrize("variant", dino.TOWERS)
+def test_variants_of_dino_are_the_published_sizes(variant):
+    """By the widths that each model's own `config.json` has, given back by ours."""
+    held = DinoSizes(*dino.TOWERS[variant], dino.TEXTS["clip_vit_b_32"])
+    config = hugging_face.config_of(held)
+    found = sizes.from_hugging_face("dino", config, "here", text=held.text)
+    assert found == held
+    assert sizes.from_json("dino", json.loads(json.dumps(sizes.to_json(held)))) == held
 
 
 # ----------------------------------------------------------------------------------------- errors

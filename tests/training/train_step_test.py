@@ -218,9 +218,7 @@ def plain_loss(config, out, batch, indices, drawn):
         rows = [score(i, c) for c in range(len(pool)) if negative(i, c)]
         columns = [score(j, i) for j in range(B) if j != i and query_mask[j] and negative(j, i)]
         if config.loss.in_batch_form == "sigmoid":
-            logits = np.array([s, *(-x for x in rows)]) / tau + bias * np.array(
-                [1, *[-1] * len(rows)]
-            )
+            logits = np.array([s / tau + bias, *(-(x / tau + bias) for x in rows)])
             parts["in_batch"].append(np.log1p(np.exp(-logits)).sum())
         else:
             parts["in_batch"].append((cross_entropy(s, rows) + cross_entropy(s, columns)) / 2)

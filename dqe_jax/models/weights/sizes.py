@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
+from dqe_jax.models.dino import FAMILIES, V2_REGISTERS, V3, DinoSizes, swiglu_width
+from dqe_jax.models.dino import PIXEL_MEAN as DINO_MEAN
+from dqe_jax.models.dino import PIXEL_STD as DINO_STD
 from dqe_jax.models.encoder import ACTIVATIONS, VisionSizes
 from dqe_jax.models.given import GivenArray, GivenSizes, GivenSource
 from dqe_jax.models.settings import MOST_DEPTH, MOST_HEADS, MOST_PIXELS, MOST_WIDTH
@@ -21,19 +24,31 @@ from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.quiet import import_transformers
 
 # Of a pretrained backbone, and of any that has sizes beside those of its config.
-PretrainedSizes = ClipSizes | SiglipSizes | Blip2Sizes
+PretrainedSizes = ClipSizes | SiglipSizes | DinoSizes | Blip2Sizes
 Sizes = PretrainedSizes | GivenSizes
 
-SIZES: dict[str, type[ClipSizes] | type[SiglipSizes] | type[Blip2Sizes]] = {
+SIZES: dict[str, type[ClipSizes] | type[SiglipSizes] | type[DinoSizes] | type[Blip2Sizes]] = {
     "clip": ClipSizes,
     "siglip": SiglipSizes,
+    "dino": DinoSizes,
     "blip2": Blip2Sizes,
 }
-MODEL_TYPES = {"clip": "clip", "metaclip_2": "clip", "siglip": "siglip", "blip-2": "blip2"}
+MODEL_TYPES = {
+    "clip": "clip",
+    "metaclip_2": "clip",
+    "siglip": "siglip",
+    **dict.fromkeys(FAMILIES, "dino"),
+    "blip-2": "blip2",
+}
 # What pads the texts of SigLIP 1, by the size of its vocabulary: its configs do not say it.
 SIGLIP_1_PADDING = {32_000: 1}
 _Value = TypeVar("_Value")
 MOST_LENGTH, MOST_WORDS = 10_000, 10_000_000
+# Sizes that are true or false.
+FLAGS = (
+    *("pre_norm", "patch_bias", "qkv_bias", "class_token"),
+    *("key_bias", "layer_scale", "gated", "antialias"),
+)
 # Dtypes in which features from outside are stored.
 GIVEN_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -51,6 +66,8 @@ def from_json(backbone: str, content: Any) -> Sizes:
     """
     if backbone == "features":
         return _given_from_json(content)
+    if backbone == "dino":
+        return _dino_from_json(content)
     try:
         fields = dict(content)
         vision = VisionSizes(**_with_tuples(fields["vision"]))
@@ -59,6 +76,23 @@ def from_json(backbone: str, content: Any) -> Sizes:
         raise ValueError(f"sizes are not those of {backbone}: {reason_of(error)}") from error
     _check_all("sizes.vision", vision, but=())
     _check_all("sizes", sizes, but=("vision",))
+    _check_heads(sizes)
+    return sizes
+
+
+def _dino_from_json(content: Any) -> DinoSizes:
+    """Sizes of DINO with a text tower; raises as `from_json`."""
+    try:
+        text, family = dict(content["text"]), content["family"]
+        vision = VisionSizes(**_with_tuples(content["vision"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"sizes are not those of dino: {reason_of(error)}") from error
+    _check_all("sizes.vision", vision, but=())
+    if family not in FAMILIES:
+        raise ValueError(f"sizes.family is {family!r:.40}: it must be one of {', '.join(FAMILIES)}")
+    other = from_json("clip" if "end_id" in text else "siglip", text)
+    assert isinstance(other, ClipSizes | SiglipSizes)
+    sizes = DinoSizes(vision, family, other)
     _check_heads(sizes)
     return sizes
 
@@ -116,8 +150,10 @@ def _checked(told: str, name: str, value: _Value) -> _Value:
 
 def _check_of(name: str) -> Check:
     """What a size may be."""
-    if name in ("pre_norm", "patch_bias", "qkv_bias", "class_token"):
+    if name in FLAGS:
         return flag()
+    if name == "rotary_base":
+        return number(0, 1_000_000)
     if name in ("pixel_mean", "pixel_std"):
         return _colors(0.0 if name == "pixel_mean" else 0.001)
     if name == "family":
@@ -132,10 +168,10 @@ def _check_of(name: str) -> Check:
         "heads": MOST_HEADS,
         **dict.fromkeys(("width", "embed_dim"), MOST_WIDTH),
         "mlp_dim": 8 * MOST_WIDTH,
-        **dict.fromkeys(("max_length", "num_queries"), MOST_LENGTH),
+        **dict.fromkeys(("max_length", "num_queries", "registers"), MOST_LENGTH),
         **dict.fromkeys(("vocab_size", "end_id", "pad_id"), MOST_WORDS),
     }
-    return integer(0 if name in ("end_id", "pad_id") else 1, most[name])
+    return integer(0 if name in ("end_id", "pad_id", "registers") else 1, most[name])
 
 
 def _colors(least: float) -> Check:
@@ -159,6 +195,11 @@ def _check_heads(sizes: PretrainedSizes) -> None:
     for width, heads in ((vision.width, vision.heads), text):
         if width % heads:  # transformers 4 lets it pass
             raise ValueError(f"{width} channels do not divide into {heads} attention heads")
+    if vision.rotary_base and vision.width // vision.heads % 4:
+        raise ValueError(
+            f"{vision.width // vision.heads} channels of a head do not divide into 4, as rotary "
+            "positions need it"
+        )
 
 
 def backbone_of(config: JsonObject, origin: str) -> str:
@@ -177,7 +218,11 @@ def backbone_of(config: JsonObject, origin: str) -> str:
 
 
 def from_hugging_face(
-    backbone: str, config: JsonObject, origin: str, processor: JsonObject | None = None
+    backbone: str,
+    config: JsonObject,
+    origin: str,
+    processor: JsonObject | None = None,
+    text: ClipSizes | SiglipSizes | None = None,
 ) -> PretrainedSizes:
     """Sizes of a `config.json` of a model of Hugging Face.
 
@@ -187,6 +232,7 @@ def from_hugging_face(
       origin: what the user named, for errors.
       processor: the content of `preprocessor_config.json`, which says mean and standard deviation
         of the pixels; without one they are those of the backbone.
+      text: of the model whose text tower "dino" takes.
 
     Raises:
       UserError: it is missing, of another model, or asks for what is not built here.
@@ -202,14 +248,24 @@ def from_hugging_face(
             f"is {backbone!r}."
         )
     try:
-        sizes = _READERS[backbone](dict(config), origin)
+        if backbone == "dino":
+            assert text is not None, "a text tower is chosen before"
+            sizes: PretrainedSizes = DinoSizes(*_dino(dict(config), origin), text)
+        else:
+            sizes = _READERS[backbone](dict(config), origin)
         _check_heads(sizes)
-        return _with_pixels(sizes, processor or {})
     except UserError:
         raise
     except Exception as error:  # transformers checks fields, by errors of many kinds
         raise UserError(
             f"weights {origin}: its config.json is refused ({reason_of(error)}); get it again."
+        ) from error
+    try:
+        return _with_pixels(sizes, processor or {})
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"weights {origin}: its preprocessor_config.json is refused ({reason_of(error)}); get "
+            "it again."
         ) from error
 
 
@@ -334,6 +390,56 @@ def _siglip(content: JsonObject, origin: str) -> SiglipSizes:
         pad_id=_checked("text_config.pad_token_id", "pad_id", padding),
         **text,
     )
+
+
+def _dino(content: JsonObject, origin: str) -> tuple[VisionSizes, str]:
+    """Sizes of the tower, and its family."""
+    library, family = import_transformers(), content["model_type"]
+    names = ("Dinov2Config", "Dinov2WithRegistersConfig", "DINOv3ViTConfig")
+    kind = getattr(library, dict(zip(FAMILIES, names))[family], None)
+    if kind is None:
+        raise ValueError(f"transformers {library.__version__} does not know {family}")
+    config, third = kind.from_dict(content), family == V3
+    gated = bool(config.use_gated_mlp if third else config.use_swiglu_ffn)
+    if third:
+        hidden, qkv, key = config.intermediate_size, config.query_bias, config.key_bias
+        if qkv != config.value_bias or (key and not qkv):
+            raise ValueError("query_bias, key_bias and value_bias do not fit together")
+        if not (config.proj_bias and config.mlp_bias):
+            raise ValueError("proj_bias or mlp_bias is false")
+    else:
+        hidden, qkv, key = int(config.hidden_size * config.mlp_ratio), config.qkv_bias, True
+        if gated:
+            hidden = swiglu_width(config.hidden_size, config.mlp_ratio)
+    named = _sizes(
+        config,
+        "",
+        image_size="image_size",
+        patch_size="patch_size",
+        width="hidden_size",
+        depth="num_hidden_layers",
+        heads="num_attention_heads",
+        epsilon="layer_norm_eps",
+    )
+    return VisionSizes(
+        mlp_dim=_checked("intermediate_size", "mlp_dim", hidden),
+        # The gate of DINOv2's MLP is SiLU whatever hidden_act says.
+        activation="silu" if gated and not third else _activation(config.hidden_act, origin),
+        pre_norm=False,
+        patch_bias=True,
+        qkv_bias=_checked("query_bias" if third else "qkv_bias", "qkv_bias", qkv),
+        registers=_checked(
+            "num_register_tokens", "registers", getattr(config, "num_register_tokens", 0)
+        ),
+        key_bias=_checked("key_bias", "key_bias", key),
+        layer_scale=True,
+        gated=gated,
+        rotary_base=_checked("rope_theta", "rotary_base", config.rope_theta) if third else 0.0,
+        antialias=family == V2_REGISTERS,
+        pixel_mean=DINO_MEAN,
+        pixel_std=DINO_STD,
+        **named,
+    ), family
 
 
 def _blip2(content: JsonObject, origin: str) -> Blip2Sizes:

@@ -17,6 +17,8 @@ from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, is_regular, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of an exported DINO: the directory of its text tower.
+TEXT = "text"
 PROCESSOR = "preprocessor_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F16", "BF16", "F32", "F64")

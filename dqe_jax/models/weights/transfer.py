@@ -133,11 +133,15 @@ def write_backbone(params: Params, sizes: PretrainedSizes) -> dict[str, np.ndarr
     for rule in layout.rules:
         x = np.asarray(flat[rule.path], np.float32)
         tensors |= to_tensors(rule, x, sizes.vision.patch_size)
-    return tensors
+    return tensors | {name: np.zeros(shape, np.float32) for name, shape in layout.blank.items()}
 
 
 def fit(
-    params: Params, shapes: Params, origin: str, grid: tuple[int, int] | None = None
+    params: Params,
+    shapes: Params,
+    origin: str,
+    grid: tuple[int, int] | None = None,
+    antialias: bool = False,
 ) -> dict[str, np.ndarray]:
     """Parameters by path as a model wants them, with positions interpolated to its image size.
 
@@ -147,6 +151,7 @@ def fit(
         `params` does not have are left to the model.
       origin: where the parameters come from, for errors.
       grid: rows and columns of the patches of an image; None for a square.
+      antialias: see `interpolate_positions`.
 
     Raises:
       UserError: parameters that the model does not have, or that are of another shape.
@@ -163,7 +168,7 @@ def fit(
             lead = int("vision/class_token" in flat)
             side = math.isqrt(max(want[0] - lead, 0))
             if _is_square(len(x) - lead):
-                x = interpolate_positions(x, grid or (side, side), lead)
+                x = interpolate_positions(x, grid or (side, side), lead, antialias)
         if x.shape != want:
             wrong.append(f"{path} is {list(x.shape)}, not {list(want)}")
         fitted[path] = x
@@ -177,23 +182,40 @@ def _is_square(count: int) -> bool:
 
 
 def interpolate_positions(
-    positions: np.ndarray, grid: tuple[int, int], lead: int = 1
+    positions: np.ndarray, grid: tuple[int, int], lead: int = 1, antialias: bool = False
 ) -> np.ndarray:
     """Position embeddings `[lead + g * g, D]` for another grid: `[lead + rows * columns, D]`.
 
     The rows of the first `lead` tokens, such as a class token, stay. The grid is interpolated
     bicubically as PyTorch does it (kernel with a = -0.75, pixel centres aligned, no antialiasing),
-    which is what `transformers` uses for `interpolate_pos_encoding`.
+    which is what `transformers` uses for `interpolate_pos_encoding`; with `antialias` as it does it
+    with antialiasing (a = -0.5, a kernel as wide as the points lie apart).
     """
     old = math.isqrt(len(positions) - lead)
     if grid == (old, old):
         return positions
-    down, across = (bicubic_matrix(old, new) for new in grid)
+    matrix = smooth_bicubic_matrix if antialias else bicubic_matrix
+    down, across = (matrix(old, new) for new in grid)
     patches = positions[lead:].reshape(old, old, -1)
     patches = np.einsum("ai,bj,ijd->abd", down, across, patches)
     patches = patches.reshape(-1, patches.shape[-1])
     out = np.concatenate([positions[:lead], patches])
     return out.astype(positions.dtype)
+
+
+def smooth_bicubic_matrix(old: int, new: int) -> np.ndarray:
+    """As `bicubic_matrix` with antialiasing: weights `[new, old]`, which sum to 1 at the border."""
+    a, wide = -0.5, max(old / new, 1.0)
+    centre = (np.arange(new) + 0.5) * old / new
+    first = np.maximum((centre - 2 * wide + 0.5).astype(int), 0)
+    last = np.minimum((centre + 2 * wide + 0.5).astype(int), old)
+    points = np.arange(old)
+    x = np.abs((points + 0.5 - centre[:, None]) / wide)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    matrix = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    matrix = np.where((points >= first[:, None]) & (points < last[:, None]), matrix, 0.0)
+    return matrix / matrix.sum(1, keepdims=True)
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:
