@@ -154,6 +154,7 @@ class Clip(TwoTowers):
         "composer": COMPOSER_PART,
     }
     TOWERS: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("vision",), "text": ("text",)}
+    COMMON_SPACE: ClassVar[bool] = True  # images and texts agree before anything trains
 
     def setup(self) -> None:
         """Creates the submodules."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import linen as nn
 from jaxtyping import Float, Int, UInt8
@@ -74,7 +74,7 @@ def swiglu_width(width: int, ratio: int) -> int:
     return (int(width * ratio * 2 / 3) + 7) // 8 * 8
 
 
-def _tower(
+def _variant(
     family: str, patch: int, width: int, depth: int, heads: int, registers: int, large: bool = False
 ) -> tuple[VisionSizes, str]:
     """Sizes of a tower; a `large` one has a gated MLP."""
@@ -105,20 +105,20 @@ def _tower(
 
 # As published. Variant: family, patch, width, depth, heads, registers, whether the MLP is gated.
 TOWERS = {
-    "dinov2_vit_s_14": _tower(V2, 14, 384, 12, 6, 0),
-    "dinov2_vit_b_14": _tower(V2, 14, 768, 12, 12, 0),
-    "dinov2_vit_l_14": _tower(V2, 14, 1024, 24, 16, 0),
-    "dinov2_vit_g_14": _tower(V2, 14, 1536, 40, 24, 0, large=True),
-    "dinov2_vit_b_14_reg": _tower(V2_REGISTERS, 14, 768, 12, 12, 4),
-    "dinov2_vit_l_14_reg": _tower(V2_REGISTERS, 14, 1024, 24, 16, 4),
-    "dinov3_vit_s_16": _tower(V3, 16, 384, 12, 6, 4),
-    "dinov3_vit_b_16": _tower(V3, 16, 768, 12, 12, 4),
-    "dinov3_vit_l_16": _tower(V3, 16, 1024, 24, 16, 4),
+    "dinov2_vit_s_14": _variant(V2, 14, 384, 12, 6, 0),
+    "dinov2_vit_b_14": _variant(V2, 14, 768, 12, 12, 0),
+    "dinov2_vit_l_14": _variant(V2, 14, 1024, 24, 16, 0),
+    "dinov2_vit_g_14": _variant(V2, 14, 1536, 40, 24, 0, large=True),
+    "dinov2_vit_b_14_reg": _variant(V2_REGISTERS, 14, 768, 12, 12, 4),
+    "dinov2_vit_l_14_reg": _variant(V2_REGISTERS, 14, 1024, 24, 16, 4),
+    "dinov3_vit_s_16": _variant(V3, 16, 384, 12, 6, 4),
+    "dinov3_vit_b_16": _variant(V3, 16, 768, 12, 12, 4),
+    "dinov3_vit_l_16": _variant(V3, 16, 1024, 24, 16, 4),
 }
 # The models whose text tower a variant may take.
 TEXTS: dict[str, ClipSizes | SiglipSizes] = {
-    **{f"clip_{name}": sizes for name, sizes in clip.VARIANTS.items()},
-    **{f"siglip_{name}": sizes for name, sizes in siglip.VARIANTS.items()},
+    **{f"clip_{name}": clip.VARIANTS[name] for name in clip.VARIANTS},
+    **{f"siglip_{name}": siglip.VARIANTS[name] for name in siglip.VARIANTS},
 }
 
 
@@ -140,7 +140,7 @@ class Dino(TwoTowers):
         text, dtype, d = self.sizes.text, self.compute.dtype, self.embed_dim
         self.vision = VisionTower(self.sizes.vision, self.image_size, self.compute)
         self.visual_projection = nn.Dense(d, use_bias=False, dtype=dtype)
-        self.text: nn.Module
+        self.text: Any
         if isinstance(text, SiglipSizes):
             self.text = siglip.TextTower(text, self.compute)
             self.text_projection = nn.Dense(d, dtype=dtype)

@@ -184,6 +184,7 @@ class Siglip(TwoTowers):
         "image": ("vision", "pooling"),
         "text": ("text",),
     }
+    COMMON_SPACE: ClassVar[bool] = True  # images and texts agree before anything trains
 
     def setup(self) -> None:
         """Creates the submodules."""

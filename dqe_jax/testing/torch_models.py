@@ -23,6 +23,7 @@ _Model = TypeVar("_Model", bound="torch.nn.Module")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SIZE, END = 32, 49
+DINO = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
 def small_clip(
@@ -311,10 +312,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]
     "clip": (small_clip, clip_outputs),
     "siglip": (small_siglip, siglip_outputs),
     "blip2": (small_blip2, blip2_outputs),
-    **{
-        family: (functools.partial(small_dino, family), dino_outputs)
-        for family in ("dinov2", "dinov2_with_registers", "dinov3_vit")
-    },
+    **{family: (functools.partial(small_dino, family), dino_outputs) for family in DINO},
 }
 
 
@@ -323,7 +321,7 @@ DIFFERENTIATED = {
     "clip": ("image", "text", "scores"),
     "siglip": ("image", "text", "scores"),
     "blip2": ("gallery", "text", "composed", "matching"),
-    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), ("last", "pooled")),
+    **{family: ("last", "pooled") for family in DINO},
 }
 
 

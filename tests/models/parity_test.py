@@ -13,6 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from dqe_jax.models import dino
 from dqe_jax.models.build import BACKBONES, VARIANTS
 from dqe_jax.models.encoder import Compute, flash_takes, grid_of
 from dqe_jax.models.weights import hugging_face, initial, rules, sizes, transfer
@@ -284,6 +285,34 @@ def test_full_size(name, variant, tmp_path):
     module, params = load(tmp_path, name, image_size=size)
     assert module.sizes == its_sizes
     assert_close(outputs_of(name, module, params, image, ids), expected)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant",
+    ["dinov2_vit_b_14", "dinov2_vit_b_14_reg", "dinov2_vit_g_14", "dinov3_vit_b_16"],
+)
+def test_full_size_of_dino(variant, tmp_path):
+    """Up to 16 GB of memory for ViT-g."""
+    models = torch_models()
+    import torch
+    import transformers
+
+    vision, family = dino.TOWERS[variant]
+    text = load(GOLDEN / "clip", "clip")[0].sizes
+    fields = hugging_face.config_of(dino.DinoSizes(vision, family, text))
+    config = transformers.AutoConfig.for_model(**fields)
+    model = models.randomize(transformers.AutoModel.from_config(config), scale=0.02)
+    image, _ = models.inputs(images=1, size=vision.image_size)
+    with torch.no_grad():
+        expected = models.dino_outputs(model, image, None)
+    model.save_pretrained(tmp_path)
+    del model
+    gc.collect()
+    module, params = load_dino(tmp_path, "clip", image_size=vision.image_size)
+    assert module.sizes.vision == vision
+    assert_close(dino_outputs_of(module, params, image), expected)
 
 
 @pytest.mark.slow  # golden files are compared always

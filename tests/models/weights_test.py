@@ -139,11 +139,10 @@ def test_configs_that_siglip_and_dino_refuse(tmp_path):
         for field, value in changes.items():
             config[field] = config[field] | value if isinstance(value, dict) else value
         (directory / "config.json").write_text(json.dumps(config))
+        opened = source.open_source(str(directory))
+        kind, text = ("siglip", None) if name == "siglip" else ("dino", clip.VARIANTS["vit_b_32"])
         with pytest.raises(UserError, match=f"config.json is refused .*{words}"):
-            if name == "siglip":
-                read("siglip", directory)
-            else:
-                initial.open_dino(str(directory), str(GOLDEN / "clip"), "auto", "auto")
+            sizes.from_hugging_face(kind, opened.config, "here", text=text)
 
 
 @pytest.mark.parametrize("variant", dino.TOWERS)

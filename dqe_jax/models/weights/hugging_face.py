@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.clip import ClipSizes
-from dqe_jax.models.dino import V3, DinoSizes, swiglu_width
+from dqe_jax.models.dino import V2, V3, DinoSizes, swiglu_width
 from dqe_jax.models.given import GivenSizes
 from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights import sizes as size_files
@@ -116,10 +116,10 @@ def _dino(sizes: DinoSizes, vision: JsonObject) -> JsonObject:
         }
         if tower.gated:
             fields["hidden_act"] = "gelu"  # which SwiGLU does not read
-    if tower.registers:
-        fields["num_register_tokens"] = tower.registers
-    elif not third:
+    if sizes.family == V2:
         fields["use_mask_token"] = False
+    else:
+        fields["num_register_tokens"] = tower.registers
     return {
         "architectures": [layouts_of(sizes)[0].name],
         "model_type": sizes.family,

@@ -93,7 +93,7 @@ def open_pretrained(config: ModelConfig) -> Pretrained:
             )
         return Pretrained(backbone, named)
     facts = epath.Path(origin).expanduser() / FACTS
-    if facts.exists():
+    if origin and facts.exists():
         kind, held, tokenizer = _read_facts(facts)
         if kind != backbone:
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
-from dqe_jax.models.dino import FAMILIES, V2_REGISTERS, V3, DinoSizes, swiglu_width
+from dqe_jax.models.dino import FAMILIES, V2, V2_REGISTERS, V3, DinoSizes, swiglu_width
 from dqe_jax.models.dino import PIXEL_MEAN as DINO_MEAN
 from dqe_jax.models.dino import PIXEL_STD as DINO_STD
 from dqe_jax.models.encoder import ACTIVATIONS, VisionSizes
@@ -37,7 +37,7 @@ MODEL_TYPES = {
     "clip": "clip",
     "metaclip_2": "clip",
     "siglip": "siglip",
-    **dict.fromkeys(FAMILIES, "dino"),
+    **{family: "dino" for family in FAMILIES},
     "blip-2": "blip2",
 }
 # What pads the texts of SigLIP 1, by the size of its vocabulary: its configs do not say it.
@@ -411,6 +411,9 @@ def _dino(content: JsonObject, origin: str) -> tuple[VisionSizes, str]:
         hidden, qkv, key = int(config.hidden_size * config.mlp_ratio), config.qkv_bias, True
         if gated:
             hidden = swiglu_width(config.hidden_size, config.mlp_ratio)
+    registers = getattr(config, "num_register_tokens", 0)
+    if family != V2 and not registers:
+        raise ValueError("num_register_tokens is 0: a model of this kind has registers")
     named = _sizes(
         config,
         "",
@@ -428,9 +431,7 @@ def _dino(content: JsonObject, origin: str) -> tuple[VisionSizes, str]:
         pre_norm=False,
         patch_bias=True,
         qkv_bias=_checked("query_bias" if third else "qkv_bias", "qkv_bias", qkv),
-        registers=_checked(
-            "num_register_tokens", "registers", getattr(config, "num_register_tokens", 0)
-        ),
+        registers=_checked("num_register_tokens", "registers", registers),
         key_bias=_checked("key_bias", "key_bias", key),
         layer_scale=True,
         gated=gated,
