@@ -139,19 +139,19 @@ class DinoConfig:
         one_of("auto", *DINO_VARIANTS),
         "model",
     )
-    text: str = field(
-        "clip_vit_l_14",
-        'Model whose text tower reads the texts, such as "clip_vit_l_14" or "siglip_vit_b_16", or '
-        '"auto": as config.model.dino.text_weights say.',
-        one_of("auto", *DINO_TEXTS),
-        "model",
-    )
     text_weights: str = field(
         "",
         "Weights of the text tower, named as config.model.weights: those of the whole model; its "
         'tokenizer is taken too. "" for random ones.',
         text(),
         "start",
+    )
+    text: str = field(
+        "clip_vit_l_14",
+        'Model whose text tower reads the texts, such as "clip_vit_l_14" or "siglip_vit_b_16", or '
+        '"auto": as config.model.dino.text_weights say.',
+        one_of("auto", *DINO_TEXTS),
+        "model",
     )
     features: str = field(
         "last",
