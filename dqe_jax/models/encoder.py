@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 # Cosines and sines `[P, size]` by which queries and keys of patches are turned.
-Rotation = tuple[np.ndarray, np.ndarray]
+Rotation = tuple[Float[Array, "P size"], Float[Array, "P size"]]
 # Pixels a side of square images, or height and width.
 ImageSize = int | tuple[int, int]
 

@@ -280,6 +280,7 @@ def _with_pixels(sizes: PretrainedSizes, processor: JsonObject) -> PretrainedSiz
         for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
         if processor.get(theirs) is not None
     }
+    found = {name: tuple(map(float, values)) for name, values in found.items()}
     vision = dataclasses.replace(sizes.vision, **found)
     return dataclasses.replace(sizes, vision=vision)
 
@@ -435,7 +436,9 @@ def _dino(content: JsonObject, origin: str) -> tuple[VisionSizes, str]:
         key_bias=_checked("key_bias", "key_bias", key),
         layer_scale=True,
         gated=gated,
-        rotary_base=_checked("rope_theta", "rotary_base", config.rope_theta) if third else 0.0,
+        rotary_base=float(_checked("rope_theta", "rotary_base", config.rope_theta))
+        if third
+        else 0.0,
         antialias=family == V2_REGISTERS,
         pixel_mean=DINO_MEAN,
         pixel_std=DINO_STD,
