@@ -64,8 +64,13 @@ def small_metaclip_2() -> transformers.MetaClip2Model:
     """A `MetaClip2Model` as small as `small_clip`; 2 ends its texts, as in published ones."""
     import transformers
 
-    own = small_clip(end_id=2).config.to_dict() | {"model_type": "metaclip_2"}
-    return randomize(transformers.MetaClip2Model(transformers.MetaClip2Config.from_dict(own)))
+    config = small_clip(end_id=2).config.to_dict()
+    towers = {
+        name: {field: x for field, x in config[name].items() if field != "model_type"}
+        for name in ("text_config", "vision_config")
+    }
+    own = transformers.MetaClip2Config(**towers, projection_dim=config["projection_dim"])
+    return randomize(transformers.MetaClip2Model(own))
 
 
 def small_siglip(

@@ -229,7 +229,8 @@ def test_a_round_trip_of_dino(name, fields, tmp_path):
     }
     assert sizes.from_json("dino", json.loads(json.dumps(meta["sizes"]))) == module.sizes
     out = tmp_path / "ours"
-    hugging_face.write(out, {"backbone": stack_layers(moved)}, meta)
+    whole = {"backbone": stack_layers(moved), "log_scale": np.float32(1)}
+    hugging_face.write(out, whole, meta)
     again, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
     assert type(again) is type(model)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -387,7 +388,8 @@ def test_metaclip_2(tmp_path):
         "sizes": sizes.to_json(module.sizes),
         "tokenizer": None,
     }
-    hugging_face.write(tmp_path / "ours", {"backbone": params}, meta)
+    whole = {"backbone": params, "log_scale": np.float32(1)}
+    hugging_face.write(tmp_path / "ours", whole, meta)
     again, info = transformers.AutoModel.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )

@@ -112,7 +112,8 @@ def test_pixels_are_standardized_as_the_processor_says(copy, mean, std):
         "sizes": sizes.to_json(found),
     }
     out = directory / "out"
-    hugging_face.write(out, {"backbone": read("clip", directory)}, meta)
+    whole = {"backbone": read("clip", directory), "log_scale": np.float32(1)}
+    hugging_face.write(out, whole, meta)
     again = initial.open_pretrained(model_config("clip", out)).sizes
     assert again == found
 

@@ -330,7 +330,12 @@ def _clip(content: JsonObject, origin: str) -> ClipSizes:
     family = content["model_type"]
     if family == "metaclip_2":
         # The same fields with the same defaults; not every release has this class.
-        content = content | {"model_type": "clip"}
+        towers = {
+            name: {field: x for field, x in content[name].items() if field != "model_type"}
+            for name in ("text_config", "vision_config")
+            if isinstance(content.get(name), dict)
+        }
+        content = content | towers | {"model_type": "clip"}
     config = import_transformers().CLIPConfig.from_dict(content)  # with what the file leaves out
     text = _sizes(
         config.text_config,
