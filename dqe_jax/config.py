@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dqe_jax.data.settings import SPLITS, BatchConfig, DataConfig
 from dqe_jax.method.settings import LossConfig, NegativesConfig
-from dqe_jax.models.settings import ModelConfig
+from dqe_jax.models.settings import TWO_TOWERS, ModelConfig
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.fields import (
     DTYPES,
@@ -55,8 +55,12 @@ YOUNGER = (
     "features.",
     "init.",
     "loss.form",
+    "loss.in_batch_form",
+    "model.dino.",
     "model.features.",
+    "model.initial_bias",
     "model.lora.",
+    "model.siglip.",
     "model.query",
     "model.attributes.form",
     "model.attributes.parts",
@@ -335,6 +339,11 @@ def _check_together(config: RunConfig) -> None:
             f"config.checkpoint_every, {config.checkpoint_every}, must be a multiple of "
             f"config.eval_every, {config.eval_every}, which must not be 0."
         )
+    if config.loss.in_batch_form == "sigmoid" and not config.model.initial_bias:
+        raise UserError(
+            "config.loss.in_batch_form is 'sigmoid', which learns a bias: set "
+            "config.model.initial_bias below 0, such as SigLIP's -10."
+        )
     negatives = config.negatives
     if negatives.lower >= negatives.upper:
         raise UserError(
@@ -369,9 +378,11 @@ def _check_sizes(config: RunConfig) -> None:
             (*patch, tiny.cell_size, "model.tiny.cell_size"),
             (tiny.width, "model.tiny.width", tiny.heads, "model.tiny.heads"),
         ]
-    elif model.backbone == "clip":
-        composer = (model.clip.composer_width, "model.clip.composer_width")
-        rows = [(*composer, model.clip.composer_heads, "model.clip.composer_heads")]
+    elif model.backbone in TWO_TOWERS:
+        towers = getattr(model, model.backbone)
+        section = f"model.{model.backbone}"
+        composer = (towers.composer_width, f"{section}.composer_width")
+        rows = [(*composer, towers.composer_heads, f"{section}.composer_heads")]
     elif model.backbone == "features":
         own = (model.features.width, "model.features.width")
         rows = [(*own, model.features.heads, "model.features.heads")]

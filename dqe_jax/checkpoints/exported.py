@@ -3,9 +3,11 @@
 | file | what it holds |
 | --- | --- |
 | `dqe.json` | config of the run, sizes, attributes, preprocessing, text length, fingerprint |
-| `dqe.safetensors` | parameters by path; of CLIP and BLIP-2 those that `transformers` lacks |
-| `model.safetensors` | CLIP and BLIP-2: the tensors that `transformers` loads |
-| `config.json` | CLIP and BLIP-2: the config that `transformers` reads, where it has such a model |
+| `dqe.safetensors` | parameters by path; of pretrained backbones those that `transformers` lacks |
+| `model.safetensors` | pretrained backbones: the tensors that `transformers` loads |
+| `config.json` | likewise: the config that `transformers` reads, where it has such a model |
+| `preprocessor_config.json` | likewise: size, mean and standard deviation of the pixels |
+| `text/` | DINO: the same files of its text tower |
 | `tokenizer.json` | the tokenizer, as the `tokenizers` library writes it |
 """
 
@@ -27,7 +29,7 @@ from dqe_jax.method.arrays import Params
 from dqe_jax.models.weights import hugging_face
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.sizes import PretrainedSizes, Sizes
-from dqe_jax.models.weights.source import SINGLE, open_source
+from dqe_jax.models.weights.source import SINGLE, TEXT, open_source
 from dqe_jax.models.weights.stacking import stack_layers, unstack_layers
 from dqe_jax.models.weights.transfer import read_backbone
 from dqe_jax.utils.errors import UserError, reason_of
@@ -164,6 +166,9 @@ def _backbone(
 ) -> dict[str, np.ndarray]:
     """Parameters in the layout of Hugging Face, by path in the whole model."""
     source = open_source(str(directory / SINGLE))
+    if config.model.backbone == "dino":
+        texts = open_source(str(directory / TEXT / SINGLE))
+        source = dataclasses.replace(source, files=source.files | texts.files)
     held = flatten_dict(
         unstack_layers(read_backbone(source, config.model.backbone, sizes)), sep="/"
     )

@@ -4,9 +4,10 @@ python -m dqe_jax.export --workdir=runs/fiq --output=DIR [--step=N]
 
 `dqe_jax.load` and `dqe-jax index` open the directory: `dqe.json` says how the model was trained and
 how photos are preprocessed, `tokenizer.json` is its tokenizer, and `dqe.safetensors` has parameters
-by their paths. Of CLIP and BLIP-2, `model.safetensors` and `config.json` hold what `CLIPModel` or
-`Blip2ForImageTextRetrieval` of `transformers` load, and `dqe.safetensors` only what these do not
-have (attribute weights, temperature, CLIP's composer).
+by their paths. Of a pretrained backbone, `model.safetensors` and `config.json` hold what its class
+of `transformers` loads (`CLIPModel`, `SiglipModel` and others; the text tower of DINO is in
+`text/`), and `dqe.safetensors` only what that does not have (attribute weights, temperature,
+composer).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Text to ids. `tiny` uses a word-level vocabulary built from the training texts, pretrained
-backbones their own tokenizers (CLIP's BPE, BERT's WordPiece), read through `transformers`.
+backbones their own tokenizers (CLIP's BPE, Gemma's, XLM-RoBERTa's, BERT's WordPiece), read through
+`transformers`.
 
 Tokenizers are those of the `tokenizers` library; their JSON is stored with each checkpoint, so that
 evaluation needs nothing but the checkpoint.
@@ -12,7 +13,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.quiet import import_transformers
@@ -20,6 +21,8 @@ from dqe_jax.utils.quiet import import_transformers
 # A directory with any of these files holds a tokenizer.
 FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
+# What ends a text of SigLIP 2 (Gemma's) and of SigLIP.
+SIGLIP_ENDS = ("<eos>", "</s>")
 
 
 def train_word_tokenizer(texts: Iterable[str], max_length: int) -> Tokenizer:
@@ -85,6 +88,36 @@ def tokenizer_in(directory: pathlib.Path, max_length: int) -> Tokenizer | None:
     if not any((directory / name).exists() for name in FILES):
         return None
     return pretrained_tokenizer(directory, max_length)
+
+
+def lower_cased_to_its_end(tokenizer: Tokenizer) -> Tokenizer:
+    """Makes it read texts as SigLIP was trained: in lower case, and with a token that ends them.
+
+    The published files ask for both in fields that not every release of `transformers` reads. A
+    text that is cut keeps its end.
+
+    Args:
+      tokenizer: is changed.
+
+    Raises:
+      ValueError: it has no token that ends a text.
+    """
+    normalizer = tokenizer.normalizer
+    if normalizer is None or "A" in normalizer.normalize_str("A"):
+        own = [] if normalizer is None else [normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    ends = {token: tokenizer.token_to_id(token) for token in SIGLIP_ENDS}
+    known = {token: id_ for token, id_ in ends.items() if id_ is not None}
+    blank = tokenizer.encode("")
+    real = [id_ for id_, kept in zip(blank.ids, blank.attention_mask) if kept]
+    if not real or real[-1] not in known.values():
+        if not known:
+            raise ValueError(f"it has none of the tokens {', '.join(SIGLIP_ENDS)}")
+        token, id_ = next(iter(known.items()))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {token}", pair=None, special_tokens=[(token, id_)]
+        )
+    return tokenizer
 
 
 def unknown_words(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:

@@ -35,6 +35,8 @@ from dqe_jax.utils.files import JsonObject
 FIELDS = {
     "tiny": ("pixel_mean", "pixel_std", "patch_size", "cell_size", "heads"),
     "clip": ("features",),
+    "siglip": ("features",),
+    "dino": ("features",),
     "blip2": (),
 }
 # Bytes of a shard, about.

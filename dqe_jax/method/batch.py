@@ -142,6 +142,7 @@ class TrainOutput:
       target: gallery embeddings of the targets, `[B, M, d]`.
       target_attribute_features: `a_k` of the targets under the query's text, `[B, K, width]`.
       tau: the temperature, float32 scalar.
+      bias: of the logits of the sigmoid loss, float32 scalar; None without one.
     """
 
     query: QueryOutput
@@ -149,3 +150,4 @@ class TrainOutput:
     target: Array
     target_attribute_features: Array
     tau: Array
+    bias: Array | None = None

@@ -45,6 +45,29 @@ def info_nce(
     return jax.nn.logsumexp(jnp.concatenate([target, logits], axis=1), axis=1)
 
 
+def sigmoid_pairs(
+    target_score: Float[Array, " B"],
+    scores: Float[Array, "B N"],
+    negative: Bool[Array, "B N"],
+    tau: Scalar,
+    bias: Scalar,
+) -> Float[Array, " B"]:
+    """`-log sigmoid(s_t / tau + b) - sum_n log sigmoid(-(s_n / tau + b))`: each pair by itself.
+
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
+
+    Args:
+      target_score: `[B]`, `s_t`.
+      scores: `[B, N]`.
+      negative: bool `[B, N]`, which candidates count as negatives.
+      tau: scalar, the temperature.
+      bias: scalar, `b`; far below 0 at the start, where nearly all pairs are negatives.
+    """
+    matching = -jax.nn.log_sigmoid(target_score.astype(jnp.float32) / tau + bias)
+    other = -jax.nn.log_sigmoid(-(scores.astype(jnp.float32) / tau + bias))
+    return matching + jnp.where(negative, other, 0).sum(-1)
+
+
 def column_info_nce(
     scores: Float[Array, "B T"],
     target_score: Float[Array, " B"],

@@ -150,7 +150,7 @@ class Objective:
         target_score = paired_similarity(out.query.embedding, out.target)  # [B]
         scores = similarity(out.query.embedding, pool.embeddings)  # [B, N]
         forbidden = self._forbidden(batch, pool, oracle=self.oracle == "all")
-        terms = {"in_batch": self._in_batch(target_score, scores, forbidden, pool, out.tau)}
+        terms = {"in_batch": self._in_batch(target_score, scores, forbidden, pool, out)}
         logs: Metrics = {}
         if self.rule is not None:
             if bank is None:
@@ -181,9 +181,13 @@ class Objective:
         scores: Float[Array, "B N"],
         forbidden: Bool[Array, "B N"],
         pool: Pool,
-        tau: Float[Array, ""],
+        out: TrainOutput,
     ) -> Float[Array, " B"]:
-        """InfoNCE in both directions."""
+        """InfoNCE in both directions, or the sigmoid loss of all pairs."""
+        tau = out.tau
+        if self.weights.in_batch_form == "sigmoid":
+            assert out.bias is not None, "RunConfig.of has seen that the model has one"
+            return losses.sigmoid_pairs(target_score, scores, ~forbidden, tau, out.bias)
         forward = losses.info_nce(target_score, scores, ~forbidden, tau)
         backward = losses.column_info_nce(
             scores[:, : pool.num_targets] / tau,

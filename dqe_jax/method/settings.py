@@ -19,6 +19,7 @@ RULES = ("in_batch", "random", "hardest", "qure", "trns")
 BOUND_MODES = ("absolute", "quantile", "std", "drops")
 ORACLES = ("none", "mined", "all")
 FORMS = ("pairs", "softmax")
+IN_BATCH_FORMS = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,13 @@ class NegativesConfig:
 class LossConfig:
     """The loss terms (method, section 3)."""
 
-    in_batch: float = field(1.0, "Weight of symmetric InfoNCE over the batch.", weight(1_000_000))
+    in_batch: float = field(1.0, "Weight of the term over the batch.", weight(1_000_000))
+    in_batch_form: str = field(
+        "softmax",
+        'Form of the term over the batch: "softmax" (symmetric InfoNCE) or "sigmoid" (SigLIP\'s: '
+        "each pair of a query and a candidate by itself; it needs config.model.initial_bias).",
+        one_of(*IN_BATCH_FORMS),
+    )
     preference: float = field(
         0.5, "Weight of the preference term over the mined negatives.", weight(1_000_000)
     )

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dqe_jax.models import blip2, clip, freeze
-from dqe_jax.models.blip2 import Blip2
+from dqe_jax.models import blip2, clip, dino, freeze, siglip
+from dqe_jax.models.blip2 import Blip2, Blip2Sizes
 from dqe_jax.models.clip import Clip, ClipSizes
+from dqe_jax.models.dino import Dino, DinoSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import Compute
 from dqe_jax.models.features import Backbone
 from dqe_jax.models.given import Given, GivenSizes
 from dqe_jax.models.settings import ModelConfig
+from dqe_jax.models.siglip import Siglip, SiglipSizes
 from dqe_jax.models.tiny import Tiny
 from dqe_jax.models.weights.sizes import PretrainedSizes, Sizes
 from dqe_jax.utils.errors import UserError
@@ -24,20 +26,25 @@ from dqe_jax.utils.errors import UserError
 BACKBONES: dict[str, type[Backbone]] = {
     "tiny": Tiny,
     "clip": Clip,
+    "siglip": Siglip,
+    "dino": Dino,
     "blip2": Blip2,
     "features": Given,
 }
 # Sizes of the pretrained backbones by name of the variant.
-VARIANTS: dict[str, Mapping[str, PretrainedSizes]] = {
+VARIANTS: dict[str, Mapping[str, ClipSizes | SiglipSizes | Blip2Sizes]] = {
     "clip": clip.VARIANTS,
+    "siglip": siglip.VARIANTS,
     "blip2": blip2.VARIANTS,
 }
+# The backbones that have weights of their own.
+PRETRAINED = (*VARIANTS, "dino")
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Parts of the model that do not belong to its backbone.
 # The head of texts is that of a query without a composer, which has no attribute weights.
 PARTS = {
     "attributes": ("attributes/*", "gates/*", "text_head_*"),
-    "temperature": ("log_scale",),
+    "temperature": ("log_scale", "logit_bias"),
 }
 # Adapters beside kernels of any part (`lora.py`); they always train.
 ADAPTERS = {freeze.ADAPTERS: ("*/lora_*",)}
@@ -70,6 +77,21 @@ def compute_of(config: ModelConfig) -> Compute:
     return Compute(DTYPES[config.dtype], attention, config.remat, config.scan_layers)
 
 
+def named_sizes(backbone: str, variant: str, text: str = "") -> PretrainedSizes | None:
+    """The sizes of a variant of a pretrained backbone; None for those of the weights.
+
+    Args:
+      backbone: of `PRETRAINED`.
+      variant: a name of its variants, or "auto".
+      text: of "dino": the model whose text tower it takes, or "auto".
+    """
+    if backbone != "dino":
+        return VARIANTS[backbone].get(variant)
+    if variant not in dino.TOWERS or text not in dino.TEXTS:
+        return None
+    return DinoSizes(*dino.TOWERS[variant], dino.TEXTS[text])
+
+
 def build_backbone(
     config: ModelConfig,
     *,
@@ -98,13 +120,19 @@ def build_backbone(
             dtype=DTYPES[config.dtype],
             **named,
         )
-    variant = fields.pop("variant")
+    variant, text = fields.pop("variant"), fields.pop("text", "")
+    fields.pop("text_weights", None)
     if sizes is None:
-        sizes = VARIANTS[config.backbone][variant]
+        sizes = named_sizes(config.backbone, variant, text)
+    assert sizes is not None, "'auto' takes the sizes of the weights"
     compute = compute_of(config)
     assert not isinstance(sizes, GivenSizes), "those are of the backbone 'features'"
     if isinstance(sizes, ClipSizes):
         return Clip(sizes=sizes, image_size=image_size, compute=compute, **fields)
+    if isinstance(sizes, DinoSizes):
+        return Dino(sizes=sizes, image_size=image_size, compute=compute, **fields)
+    if isinstance(sizes, SiglipSizes):
+        return Siglip(sizes=sizes, image_size=image_size, compute=compute, **fields)
     return Blip2(sizes=sizes, image_size=image_size, compute=compute, **fields)
 
 
@@ -120,7 +148,7 @@ def build_model(
 
     Args:
       config: `config.model`.
-      vocab_size: size of the text vocabulary; clip and blip2 have their own.
+      vocab_size: size of the text vocabulary; pretrained backbones have their own.
       max_length: longest text, in tokens.
       image_size: pixels a side of the square images.
       sizes: of a pretrained backbone, None for those of `config.<backbone>.variant`; or of
@@ -152,6 +180,7 @@ def build_model(
         activation=attributes.activation,
         query=config.query,
         initial_tau=config.initial_tau,
+        initial_bias=config.initial_bias,
         lora_scale=config.lora.scale,
         upper_layers=config.lora.layers if config.lora.rank else 0,
         dtype=DTYPES[config.dtype],

@@ -1,17 +1,14 @@
-"""CLIP (Radford et al., 2021) as a backbone: both towers, their projections, and a composer.
+"""CLIP (Radford et al., 2021) as a backbone: both towers and their projections.
 
-The composed embedding is the sum of the reference's and the text's own embeddings, each at length
-1, plus a residual that starts at zero: an untrained composer is CLIP's image + text baseline. The
-residual comes from patch tokens that attend to the text's tokens.
+OpenCLIP models and MetaCLIP 2 have the same form. `two_towers.py` has the composer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Float, Int, UInt8
@@ -19,16 +16,19 @@ from jaxtyping import Float, Int, UInt8
 from dqe_jax.method.arrays import Array
 from dqe_jax.models.encoder import Compute, Stack, VisionSizes, VisionTower
 from dqe_jax.models.features import ImageFeatures, States, TextFeatures
-from dqe_jax.models.layers import Block, normalize, of_queries
+from dqe_jax.models.two_towers import COMPOSER_PART, TwoTowers
 
-# This end-of-text id in a config stands for "the highest id": configs written before the id was
-# put right in `transformers`.
+# This end-of-text id in a config of CLIP stands for "the highest id": configs written before the id
+# was put right in `transformers`. In MetaCLIP 2 it is the id itself.
 LEGACY_END = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipSizes:
-    """Sizes of a CLIP model; `vision` is a tower with a norm before it and no patch bias."""
+    """Sizes of a CLIP model; `vision` is a tower with a norm before it and no patch bias.
+
+    `family` is the `model_type` that `transformers` knows it by: "clip" or "metaclip_2".
+    """
 
     vision: VisionSizes
     text_width: int
@@ -41,6 +41,12 @@ class ClipSizes:
     max_length: int
     embed_dim: int
     end_id: int
+    family: str = "clip"
+
+    @property
+    def ends_with_highest(self) -> bool:
+        """Whether the highest id of a text ends it, whatever `end_id` is."""
+        return self.family == "clip" and self.end_id == LEGACY_END
 
 
 def _variant(
@@ -118,41 +124,37 @@ class TextTower(nn.Module):
         return self.final_norm(self.encoder(x)[0])
 
 
-class Clip(nn.Module):
-    """Backbone interface: see `models/features.py`.
+def text_states(tower: TextTower, ids: Int[Array, "B L"]) -> States:
+    """Tokens `[B, L, D]`."""
+    return {"tokens": tower(ids)}
 
-    Attributes:
-      sizes: of a row of `VARIANTS`, or of any CLIP model.
-      image_size: pixels a side of the images.
-      features: which patch tokens attribute queries and composer see, of `settings.FEATURES`.
-      composer_width: width of the composer.
-      composer_depth: its blocks.
-      composer_heads: its attention heads.
-      compute: see `encoder.Compute`.
-    """
+
+def text_features(
+    sizes: ClipSizes, project: Callable[[Array], Array], ids: Int[Array, "B L"], states: States
+) -> TextFeatures:
+    """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
+    tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
+    is_end = ids == sizes.end_id
+    end = ids.argmax(1) if sizes.ends_with_highest else is_end.argmax(1)
+    mask = jnp.arange(ids.shape[1]) <= end[:, None]
+    pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
+    return TextFeatures(ids, mask, tokens, project(pooled))
+
+
+class Clip(TwoTowers):
+    """Backbone interface: see `models/features.py`. `sizes`: a row of `VARIANTS`, or any others."""
 
     sizes: ClipSizes
-    image_size: int
-    features: str = "penultimate"
-    composer_width: int = 512
-    composer_depth: int = 2
-    composer_heads: int = 8
-    compute: Compute = Compute()
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vision/*",),
         "text": ("text/*",),
         "projections": ("visual_projection/*", "text_projection/*"),
         "logit_scale": ("logit_scale",),
-        "composer": ("composer_*", "residual/*"),
+        "composer": COMPOSER_PART,
     }
     TOWERS: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("vision",), "text": ("text",)}
     COMMON_SPACE: ClassVar[bool] = True  # see `features.has_common_space`
-
-    @property
-    def embed_dim(self) -> int:
-        """`d`."""
-        return self.sizes.embed_dim
 
     def setup(self) -> None:
         """Creates the submodules."""
@@ -165,21 +167,7 @@ class Clip(nn.Module):
         # CLIP's own temperature: for image-text scores; composed retrieval learns one of its own.
         start = jnp.asarray(2.6592, jnp.float32)
         self.logit_scale = self.param("logit_scale", lambda _: start)
-        self.composer_in = nn.Dense(self.composer_width, dtype=dtype)
-        self.composer_blocks = [
-            Block(self.composer_heads, dtype=dtype) for _ in range(self.composer_depth)
-        ]
-        self.composer_norm = nn.LayerNorm()
-        self.residual = nn.Dense(d, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype)
-
-    def given_states(self, kind: str) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """None: towers make them."""
-        del kind
-        return {}
-
-    def random_towers(self) -> frozenset[str]:
-        """None: there is no dropout."""
-        return frozenset()
+        self.make_composer()
 
     def image_states(self, image: UInt8[Array, "B H W 3"], train: bool = False) -> States:
         """Patch tokens `[B, P, D]`, and the class token behind the tower's norm, `[B, D]`."""
@@ -197,44 +185,17 @@ class Clip(nn.Module):
     def text_states(self, ids: Int[Array, "B L"], train: bool = False) -> States:
         """Tokens `[B, L, D]`."""
         del train
-        return {"tokens": self.text(ids)}
+        return text_states(self.text, ids)
 
     def text_features(
         self, ids: Int[Array, "B L"], states: States, train: bool = False
     ) -> TextFeatures:
         """Tokens `[B, L, D]`, and the projected token of the end of the text, `[B, d]`."""
         del train
-        tokens = states["tokens"][:, : ids.shape[1]]  # a store has all of them
-        is_end = ids == self.sizes.end_id
-        end = ids.argmax(1) if self.sizes.end_id == LEGACY_END else is_end.argmax(1)
-        mask = jnp.arange(ids.shape[1]) <= end[:, None]
-        pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
-        return TextFeatures(ids, mask, tokens, self.text_projection(pooled))
-
-    def compose(
-        self,
-        image: ImageFeatures,
-        text: TextFeatures,
-        train: bool = False,
-        rows: Int[Array, " B"] | None = None,
-    ) -> Float[Array, "B d"]:
-        """`h`, float32."""
-        del train
-        count = len(text.ids)
-        x: Array = self.composer_in(image.tokens)
-        own = rows
-        for block in self.composer_blocks:
-            x = block(x, context=text.tokens, context_mask=text.mask, rows=own)
-            own = None  # there is a row for each text now
-        x = of_queries(x, own, count)  # if no block has
-        residual = self.residual(self.composer_norm(x).mean(1))
-        reference = of_queries(normalize(image.gallery[:, 0]), rows, count)
-        return reference + normalize(text.pooled) + residual
+        return text_features(self.sizes, self.text_projection, ids, states)
 
     def __call__(
         self, image: UInt8[Array, "images H W 3"], ids: Int[Array, "texts L"]
     ) -> Float[Array, "images texts"]:
         """CLIP's image-text logits: what CLIP was trained for."""
-        images = normalize(self.image_features(self.image_states(image)).gallery[:, 0])
-        texts = normalize(self.text_features(ids, self.text_states(ids)).pooled)
-        return jnp.exp(self.logit_scale) * images @ texts.T
+        return jnp.exp(self.logit_scale) * self.cosines(image, ids)

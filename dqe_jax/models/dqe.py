@@ -50,6 +50,7 @@ class DQE(nn.Module):
       query: "composed", or a query without a composer: "text", "image", or their "sum" or
         "product"; the text then has a head of its own.
       initial_tau: the temperature at the start.
+      initial_bias: the bias of the logits of the sigmoid loss at the start; 0 for none.
       lora_scale: of adapters among the parameters (`lora.py`); 0 without any.
       upper_layers: the last layers of towers, which alone have adapters; 0 where all may have.
       dtype: compute dtype of the matrix products.
@@ -64,6 +65,7 @@ class DQE(nn.Module):
     activation: str = "sigmoid"
     query: str = "composed"
     initial_tau: float = 0.07
+    initial_bias: float = 0.0
     lora_scale: float = 0.0
     upper_layers: int = 0
     dtype: DTypeLike = jnp.float32
@@ -89,6 +91,9 @@ class DQE(nn.Module):
         # An explicit dtype: a weakly typed scalar would recompile the second step.
         start = jnp.log(jnp.asarray(1 / self.initial_tau, jnp.float32))
         self.log_scale = self.param("log_scale", lambda _: start)
+        if self.initial_bias:
+            bias = jnp.asarray(self.initial_bias, jnp.float32)
+            self.logit_bias = self.param("logit_bias", lambda _: bias)
 
     @property
     def _gated(self) -> bool:
@@ -238,4 +243,5 @@ class DQE(nn.Module):
         else:
             target_features = query.attribute_features
         gallery = normalize(features.gallery)
-        return TrainOutput(query, gallery[:R], gallery[R:], target_features, self.tau())
+        bias = self.logit_bias if self.initial_bias else None
+        return TrainOutput(query, gallery[:R], gallery[R:], target_features, self.tau(), bias)

@@ -17,11 +17,24 @@ from dqe_jax.utils.fields import (
     tuple_of_names,
 )
 
-BACKBONES = ("tiny", "clip", "blip2", "features")
+BACKBONES = ("tiny", "clip", "siglip", "dino", "blip2", "features")
+# Those with a composer over two pretrained towers.
+TWO_TOWERS = ("clip", "siglip", "dino")
 # Named by the vision tower; "auto" takes the sizes of the weights.
 CLIP_VARIANTS = ("vit_b_32", "vit_b_16", "vit_l_14", "vit_l_14_336")
+SIGLIP_VARIANTS = ("vit_b_16", "vit_l_16", "so400m_14", "so400m_14_384")
+DINO_VARIANTS = (
+    *("dinov2_vit_s_14", "dinov2_vit_b_14", "dinov2_vit_l_14", "dinov2_vit_g_14"),
+    *("dinov2_vit_b_14_reg", "dinov2_vit_l_14_reg"),
+    *("dinov3_vit_s_16", "dinov3_vit_b_16", "dinov3_vit_l_16"),
+)
+# Models whose text tower `dino` may take.
+DINO_TEXTS = (
+    *(f"clip_{name}" for name in CLIP_VARIANTS),
+    *(f"siglip_{name}" for name in SIGLIP_VARIANTS),
+)
 BLIP2_VARIANTS = ("vit_g_14", "vit_l_14")
-# Layers of CLIP whose patch tokens the composer may see.
+# Layers of a vision tower whose patch tokens the composer may see.
 FEATURES = ("penultimate", "last")
 ACTIVATIONS = ("sigmoid", "softmax")
 FORMS = ("sum", "gate")
@@ -79,6 +92,70 @@ class ClipConfig:
     )
     features: str = field(
         "penultimate",
+        'Patch tokens that composer and attribute weights see: of the "penultimate" or "last" '
+        "layer.",
+        one_of(*FEATURES),
+        "model",
+    )
+    composer_width: int = field(512, "Width of the composer.", integer(1, MOST_WIDTH), "model")
+    composer_depth: int = field(2, "Blocks of the composer.", integer(0, MOST_DEPTH), "model")
+    composer_heads: int = field(
+        8, "Attention heads of the composer.", integer(1, MOST_HEADS), "model"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+    """The backbone `siglip`: SigLIP and SigLIP 2 of fixed resolution."""
+
+    variant: str = field(
+        "vit_b_16",
+        'Variant of SigLIP 2: "vit_b_16", "vit_l_16", "so400m_14", "so400m_14_384", or "auto": as '
+        "the weights say.",
+        one_of("auto", *SIGLIP_VARIANTS),
+        "model",
+    )
+    features: str = field(
+        "last",
+        'Patch tokens that composer and attribute weights see: of the "penultimate" or "last" '
+        "layer.",
+        one_of(*FEATURES),
+        "model",
+    )
+    composer_width: int = field(512, "Width of the composer.", integer(1, MOST_WIDTH), "model")
+    composer_depth: int = field(2, "Blocks of the composer.", integer(0, MOST_DEPTH), "model")
+    composer_heads: int = field(
+        8, "Attention heads of the composer.", integer(1, MOST_HEADS), "model"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DinoConfig:
+    """The backbone `dino`: image tokens of DINOv2 or DINOv3, texts of a CLIP or SigLIP model."""
+
+    variant: str = field(
+        "dinov2_vit_b_14",
+        'Variant of the tower, such as "dinov2_vit_b_14", "dinov2_vit_l_14_reg" (with registers) '
+        'or "dinov3_vit_b_16", or "auto": as the weights say.',
+        one_of("auto", *DINO_VARIANTS),
+        "model",
+    )
+    text_weights: str = field(
+        "",
+        "Weights of the text tower, named as config.model.weights: those of the whole model; its "
+        'tokenizer is taken too. "" for random ones.',
+        text(),
+        "start",
+    )
+    text: str = field(
+        "clip_vit_l_14",
+        'Model whose text tower reads the texts, such as "clip_vit_l_14" or "siglip_vit_b_16", or '
+        '"auto": as config.model.dino.text_weights say.',
+        one_of("auto", *DINO_TEXTS),
+        "model",
+    )
+    features: str = field(
+        "last",
         'Patch tokens that composer and attribute weights see: of the "penultimate" or "last" '
         "layer.",
         one_of(*FEATURES),
@@ -248,8 +325,8 @@ class ModelConfig:
 
     backbone: str = field(
         "tiny",
-        'Backbone: "tiny" (from scratch), the pretrained "clip" or "blip2", or "features": what '
-        "encoders of any kind make of images and texts.",
+        'Backbone: "tiny" (from scratch), the pretrained "clip", "siglip", "dino" or "blip2", or '
+        '"features": what encoders of any kind make of images and texts.',
         one_of(*BACKBONES),
         "model",
     )
@@ -317,8 +394,17 @@ class ModelConfig:
     initial_tau: float = field(
         0.07, "Temperature at the start; it is learned.", number(0.0001, 10_000), "model"
     )
+    initial_bias: float = field(
+        0.0,
+        "Bias at the start of the logits that config.loss.in_batch_form 'sigmoid' compares; it is "
+        "learned. SigLIP starts at -10; 0 for a model without one.",
+        number(-1_000, 0),
+        "model",
+    )
     tiny: TinyConfig = dataclasses.field(default_factory=TinyConfig)
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    siglip: SiglipConfig = dataclasses.field(default_factory=SiglipConfig)
+    dino: DinoConfig = dataclasses.field(default_factory=DinoConfig)
     blip2: Blip2Config = dataclasses.field(default_factory=Blip2Config)
     features: GivenConfig = dataclasses.field(default_factory=GivenConfig)
     attributes: AttributesConfig = dataclasses.field(default_factory=AttributesConfig)

@@ -16,10 +16,12 @@ from dqe_jax.data.settings import DataConfig
 from dqe_jax.distributed.mesh import REMEMBERED
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.models import freeze, lora
-from dqe_jax.models.build import DTYPES, VARIANTS, build_model, parts_of
+from dqe_jax.models.build import DTYPES, PRETRAINED, build_model, parts_of
+from dqe_jax.models.dino import DinoSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import States, StoredText, given_spec
 from dqe_jax.models.settings import ModelConfig
+from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights.initial import Pretrained, open_pretrained
 from dqe_jax.models.weights.sizes import Sizes
 from dqe_jax.models.weights.stacking import stack_layers
@@ -42,7 +44,7 @@ def open_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
     Raises:
       UserError: they cannot be found, or do not fit the config.
     """
-    if config.backbone not in VARIANTS:
+    if config.backbone not in PRETRAINED:
         return None
     pretrained = open_pretrained(config)
     longest = pretrained.sizes.max_length
@@ -66,8 +68,13 @@ def open_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
 
 def describe_weights(config: ModelConfig, data: DataConfig) -> Pretrained | None:
     """As `open_weights`; weights are looked for only if they decide the sizes of the model."""
-    if config.backbone in VARIANTS and getattr(config, config.backbone).variant != "auto":
-        config = dataclasses.replace(config, weights="")
+    if config.backbone in PRETRAINED:
+        section = getattr(config, config.backbone)
+        if "auto" not in (section.variant, getattr(section, "text", "")):
+            config = dataclasses.replace(config, weights="")
+            if config.backbone == "dino":
+                plain = dataclasses.replace(config.dino, text_weights="")
+                config = dataclasses.replace(config, dino=plain)
     return open_weights(config, data)
 
 
@@ -89,12 +96,23 @@ def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) 
             f"config.model.tokenizer is empty: {config.backbone} needs a tokenizer; name a "
             "directory with its files, or config.model.weights that come with one."
         )
+    sizes = pretrained.sizes
+    if isinstance(sizes, DinoSizes):
+        sizes = sizes.text  # whose tokenizer it is
+    if isinstance(sizes, SiglipSizes):
+        try:
+            tokenizer = text_tokens.lower_cased_to_its_end(tokenizer)
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer of {config.backbone} cannot be used ({error}); name that of the "
+                "weights in config.model.tokenizer."
+            ) from error
     # Without added tokens: published BLIP-2 files add some that no text contains.
     size = tokenizer.get_vocab_size(with_added_tokens=False)
-    if size > pretrained.sizes.vocab_size:
+    if size > sizes.vocab_size:
         raise UserError(
             f"the tokenizer has {size} words: the text embeddings of {config.backbone} have "
-            f"{pretrained.sizes.vocab_size} rows; name the tokenizer of the weights in "
+            f"{sizes.vocab_size} rows; name the tokenizer of the weights in "
             "config.model.tokenizer."
         )
     pad_id = _padding(tokenizer)["pad_id"]
@@ -102,6 +120,11 @@ def tokenizer_of(config: ModelConfig, data: DataConfig, pretrained: Pretrained) 
         raise UserError(
             f"the tokenizer pads with id {pad_id}: blip2 needs BERT's, which "
             "pads with 0; name it in config.model.tokenizer."
+        )
+    if isinstance(sizes, SiglipSizes) and pad_id != sizes.pad_id:
+        raise UserError(
+            f"the tokenizer pads with id {pad_id}: these weights of siglip were trained with "
+            f"{sizes.pad_id}; name their tokenizer in config.model.tokenizer."
         )
     return tokenizer
 
@@ -175,7 +198,8 @@ def init_params(
         if config.scan_layers:
             held = stack_layers(held)
         own = {p.removeprefix(BACKBONE): x for p, x in shapes.items() if p.startswith(BACKBONE)}
-        fitted = fit(held, own, pretrained.origin)
+        smooth = pretrained.sizes.vision.antialias
+        fitted = fit(held, own, pretrained.origin, antialias=smooth)
         given = {BACKBONE + path: x for path, x in fitted.items()}
 
     flat = _initializer(*sizes, frozenset(given))(key) | given

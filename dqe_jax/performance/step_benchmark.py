@@ -32,6 +32,7 @@ from dqe_jax.method.mining import Bank
 from dqe_jax.models import setup
 from dqe_jax.models.build import DTYPES, build_model
 from dqe_jax.models.clip import ClipSizes
+from dqe_jax.models.dino import DinoSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.features import StoredText
 from dqe_jax.models.given import GivenSizes
@@ -319,6 +320,7 @@ def random_texts(rng: np.random.Generator, count: int, length: int, model: DQE) 
     ids = rng.integers(1, words - 1, (count, length)).astype(np.int32)
     last = rng.integers((length - 1) // 2, length, count)
     ids[np.arange(length) > last[:, None]] = 0
+    sizes = sizes.text if isinstance(sizes, DinoSizes) else sizes
     if isinstance(sizes, ClipSizes):
         ids[np.arange(count), last] = sizes.end_id
     return ids

@@ -45,6 +45,8 @@ OURS, STORED = "dqe_jax", "dqe_jax, stored"
 EAGER, COMPILED = "PyTorch", "PyTorch, compiled"
 # By which embeddings and losses of both may differ: absolutely, a loss above 1 relatively.
 TOLERANCE = 1e-4
+# Backbones that are written in PyTorch too.
+COMPARED = ("tiny", "clip", "blip2")
 # What the comparison changes of a config: nothing is mined.
 SAME_WORK: dict[str, object] = {"negatives.rule": "in_batch"}
 
@@ -247,6 +249,16 @@ def comparable(config: AnyConfig) -> RunConfig:
         raise UserError(
             f"--vs=torch: config.model.lora.rank is {config.model.lora.rank}, and adapters are not "
             "compared; set it to 0."
+        )
+    if config.model.backbone not in COMPARED:
+        raise UserError(
+            f"--vs=torch: config.model.backbone is {config.model.backbone!r}, which is not written "
+            "in PyTorch here; compare 'tiny', 'clip' or 'blip2'."
+        )
+    if config.loss.in_batch_form != "softmax":
+        raise UserError(
+            f"--vs=torch: config.loss.in_batch_form is {config.loss.in_batch_form!r}, which is not "
+            "written in PyTorch here; set it to 'softmax'."
         )
     if config.num_devices > 1:
         raise UserError(

@@ -15,10 +15,12 @@ from dqe_jax.method.arrays import Array
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.build import build_model
 from dqe_jax.models.clip import ClipSizes
+from dqe_jax.models.dino import V2_REGISTERS, DinoSizes
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.encoder import VisionSizes
 from dqe_jax.models.features import States
 from dqe_jax.models.given import Given, GivenArray, GivenSizes, GivenSource
+from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights.sizes import Sizes
 
 # Words of the vocabulary, of which the last ends a text; tokens of a text; pixels a side.
@@ -57,6 +59,19 @@ class Small:
     sizes: Sizes | None = None
 
 
+CLIP_SIZES = ClipSizes(
+    vision=VISION,
+    text_width=16,
+    text_depth=2,
+    text_heads=2,
+    text_mlp_dim=32,
+    text_activation="quick_gelu",
+    text_epsilon=1e-5,
+    vocab_size=VOCAB,
+    max_length=LENGTH,
+    embed_dim=EMBED_DIM,
+    end_id=END,
+)
 # One for each of `models.build.BACKBONES`.
 BACKBONES = {
     "tiny": Small(
@@ -75,18 +90,46 @@ BACKBONES = {
     "clip": Small(
         tokens=1,
         fields={"composer_width": 16, "composer_depth": 1, "composer_heads": 2},
-        sizes=ClipSizes(
-            vision=VISION,
+        sizes=CLIP_SIZES,
+    ),
+    "siglip": Small(
+        tokens=1,
+        fields={"composer_width": 16, "composer_depth": 1, "composer_heads": 2},
+        sizes=SiglipSizes(
+            vision=dataclasses.replace(
+                VISION,
+                width=EMBED_DIM,
+                activation="gelu_pytorch_tanh",
+                pre_norm=False,
+                patch_bias=True,
+                class_token=False,
+            ),
             text_width=16,
             text_depth=2,
             text_heads=2,
             text_mlp_dim=32,
-            text_activation="quick_gelu",
-            text_epsilon=1e-5,
+            text_activation="gelu_pytorch_tanh",
+            text_epsilon=1e-6,
             vocab_size=VOCAB,
-            max_length=LENGTH,
+            max_length=LENGTH + 2,
             embed_dim=EMBED_DIM,
-            end_id=END,
+        ),
+    ),
+    "dino": Small(
+        tokens=1,
+        fields={"composer_width": 16, "composer_depth": 1, "composer_heads": 2},
+        sizes=DinoSizes(
+            vision=dataclasses.replace(
+                VISION,
+                activation="gelu",
+                pre_norm=False,
+                patch_bias=True,
+                registers=2,
+                layer_scale=True,
+                antialias=True,
+            ),
+            family=V2_REGISTERS,
+            text=CLIP_SIZES,
         ),
     ),
     "blip2": Small(

@@ -1,13 +1,14 @@
 """Small models of `transformers` with random weights, and what PyTorch computes with them.
 
 Needs PyTorch. `write_golden(pathlib.Path("tests/golden"))` writes the golden files, with which the
-same comparison runs where PyTorch is not installed.
+same comparison runs where PyTorch is not installed; `names` chooses some of them.
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ _Model = TypeVar("_Model", bound="torch.nn.Module")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SIZE, END = 32, 49
+DINO = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
 def small_clip(
@@ -56,6 +58,81 @@ def small_clip(
         text_config=text, vision_config=tower | vision, projection_dim=8
     )
     return randomize(transformers.CLIPModel(config))
+
+
+def small_metaclip_2() -> transformers.MetaClip2Model:
+    """A `MetaClip2Model` as small as `small_clip`; 2 ends its texts, as in published ones."""
+    import transformers
+
+    config = small_clip(end_id=2).config.to_dict()
+    towers = {
+        name: {field: x for field, x in config[name].items() if field != "model_type"}
+        for name in ("text_config", "vision_config")
+    }
+    own = transformers.MetaClip2Config(**towers, projection_dim=config["projection_dim"])
+    return randomize(transformers.MetaClip2Model(own))
+
+
+def small_siglip(
+    activation: str = "gelu_pytorch_tanh", text_width: int = 24, **vision: object
+) -> transformers.SiglipModel:
+    """A `SiglipModel` of a few thousand parameters; `vision` changes its image tower."""
+    import transformers
+
+    tower: dict[str, object] = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+        hidden_act=activation,
+    )
+    tower |= vision
+    text = dict(
+        hidden_size=text_width,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        vocab_size=50,
+        max_position_embeddings=12,
+        projection_size=tower["hidden_size"],
+        hidden_act=activation,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    config = transformers.SiglipConfig(text_config=text, vision_config=tower)
+    return randomize(transformers.SiglipModel(config))
+
+
+def small_dino(family: str = "dinov2", **fields: object) -> Any:
+    """A DINO model of a few thousand parameters, of a `model_type` of `transformers`."""
+    import transformers
+
+    config: dict[str, object] = dict(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    kinds: dict[str, tuple[Any, Any]] = {
+        "dinov2": (transformers.Dinov2Config, transformers.Dinov2Model),
+        "dinov2_with_registers": (
+            transformers.Dinov2WithRegistersConfig,
+            transformers.Dinov2WithRegistersModel,
+        ),
+        "dinov3_vit": (transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel),
+    }
+    if family == "dinov3_vit":
+        config |= {"intermediate_size": 32, "num_register_tokens": 2}
+    else:
+        config |= {"mlp_ratio": 2}
+    if family == "dinov2_with_registers":
+        config |= {"num_register_tokens": 3}
+    settings, kind = kinds[family]
+    return randomize(kind(settings(**config | fields)))
 
 
 def small_blip2(
@@ -123,11 +200,13 @@ def inputs(
     return image, ids
 
 
-def pixels(image: np.ndarray) -> torch.Tensor:
+def pixels(
+    image: np.ndarray, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> torch.Tensor:
     """What the vision towers of `transformers` get of images uint8."""
     import torch
 
-    mean, std = (np.asarray(x, np.float32) for x in (MEAN, STD))
+    mean, std = (np.asarray(x, np.float32) for x in (mean, std))
     x = (image.astype(np.float32) / 255 - mean) / std
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
@@ -154,6 +233,44 @@ def clip_outputs(
         "text_tokens": text.last_hidden_state * mask[..., None],
         "text": texts,
         "scores": model.logit_scale.exp() * unit(images, dim=-1) @ unit(texts, dim=-1).T,
+    }
+
+
+def siglip_outputs(
+    model: transformers.SiglipModel, image: np.ndarray, ids: np.ndarray, **kwargs: bool
+) -> dict[str, torch.Tensor]:
+    """What `SiglipModel` gives of texts that are padded with 0; `kwargs` go to its image tower."""
+    import torch
+
+    config = cast(Any, model.config)
+    missing = config.text_config.max_position_embeddings - ids.shape[1]
+    words = torch.from_numpy(np.pad(ids, ((0, 0), (0, missing))))
+    half = (0.5, 0.5, 0.5)
+    vision = model.vision_model(pixels(image, half, half), output_hidden_states=True, **kwargs)
+    text = model.text_model(words)
+    images, texts = vision.pooler_output, text.pooler_output
+    mask = torch.from_numpy(ids != 0)[..., None]
+    unit = torch.nn.functional.normalize
+    cosines = unit(images, dim=-1) @ unit(texts, dim=-1).T
+    return {
+        "last": vision.last_hidden_state,
+        "penultimate": vision.hidden_states[-2],
+        "image": images,
+        "text_tokens": text.last_hidden_state[:, : ids.shape[1]] * mask,
+        "text": texts,
+        "scores": cosines * model.logit_scale.exp() + model.logit_bias,
+    }
+
+
+def dino_outputs(model: Any, image: np.ndarray, ids: np.ndarray) -> dict[str, torch.Tensor]:
+    """What a DINO model gives of images; it reads no texts."""
+    del ids
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    out = model(pixels(image, mean, std), output_hidden_states=True)
+    return {
+        "last": out.last_hidden_state,
+        "penultimate": out.hidden_states[-2],
+        "pooled": out.pooler_output,
     }
 
 
@@ -198,18 +315,22 @@ def blip2_outputs(
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, torch.Tensor]]]] = {
     "clip": (small_clip, clip_outputs),
+    "siglip": (small_siglip, siglip_outputs),
     "blip2": (small_blip2, blip2_outputs),
+    **{family: (functools.partial(small_dino, family), dino_outputs) for family in DINO},
 }
 
 
 # The outputs whose weighted sum is differentiated.
 DIFFERENTIATED = {
     "clip": ("image", "text", "scores"),
+    "siglip": ("image", "text", "scores"),
     "blip2": ("gallery", "text", "composed", "matching"),
+    **{family: ("last", "pooled") for family in DINO},
 }
 
 
-def write_gradients(directory: pathlib.Path) -> None:
+def write_gradients(directory: pathlib.Path, names: Sequence[str] = tuple(MODELS)) -> None:
     """Writes gradients of the models in `tests/golden/`, by the names of PyTorch's parameters.
 
     They are of a sum of the outputs in `DIFFERENTIATED`, with random weights that are in the file
@@ -220,9 +341,12 @@ def write_gradients(directory: pathlib.Path) -> None:
 
     classes: dict[str, Any] = {
         "clip": transformers.CLIPModel,
+        "siglip": transformers.SiglipModel,
         "blip2": transformers.Blip2ForImageTextRetrieval,
+        **dict.fromkeys(MODELS.keys() - {"clip", "siglip", "blip2"}, transformers.AutoModel),
     }
-    for name, (_, outputs_of) in MODELS.items():
+    for name in names:
+        outputs_of = MODELS[name][1]
         model = classes[name].from_pretrained(directory / name).eval()
         image, ids = inputs(texts=3, images=3)
         outputs, rng = outputs_of(model, image, ids), np.random.default_rng(0)
@@ -244,11 +368,12 @@ def write_gradients(directory: pathlib.Path) -> None:
         )
 
 
-def write_golden(directory: pathlib.Path) -> None:
+def write_golden(directory: pathlib.Path, names: Sequence[str] = tuple(MODELS)) -> None:
     """Writes each small model, its inputs, outputs and gradients: the files of `tests/golden/`."""
     import torch
 
-    for name, (make, outputs_of) in MODELS.items():
+    for name in names:
+        make, outputs_of = MODELS[name]
         model = make()
         model.save_pretrained(directory / name)
         image, ids = inputs()
@@ -259,4 +384,4 @@ def write_golden(directory: pathlib.Path) -> None:
             arrays | {"input_image": image, "input_ids": ids},
             directory / f"{name}_outputs.safetensors",
         )
-    write_gradients(directory)
+    write_gradients(directory, names)

@@ -14,6 +14,7 @@ from dqe_jax.checkpoints.export import export_run
 from dqe_jax.checkpoints.exported import config_of
 from dqe_jax.checkpoints.opened import open_model
 from dqe_jax.config import RunConfig
+from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.testing.pretrained import copy_weights
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.testing.untrained import PROBABILITY, save_untrained
@@ -27,6 +28,19 @@ FIELDS = {
     "clip": {
         "model.clip.composer_width": 16,
         "model.clip.composer_heads": 2,
+        "model.frozen": ("vision", "text"),
+        "model.frozen_dtype": "bfloat16",
+    },
+    "siglip": {
+        "model.siglip.composer_width": 16,
+        "model.siglip.composer_heads": 2,
+        "model.frozen": ("vision", "pooling", "text"),
+        "model.scan_layers": True,
+    },
+    "dino": {
+        "model.dino.composer_width": 16,
+        "model.dino.composer_heads": 2,
+        "model.dino.text": "auto",
         "model.frozen": ("vision", "text"),
         "model.frozen_dtype": "bfloat16",
     },
@@ -47,9 +61,14 @@ def run(request, tmp_path_factory):
     name, base = request.param, tmp_path_factory.mktemp("exported")
     changes = {"data.max_length": 12, "model.backbone": name, "model.attributes.width": 8}
     changes |= FIELDS[name]
-    if name in ("clip", "blip2"):
+    if name in ("clip", "siglip", "blip2"):
         copy_weights(GOLDEN / name, name, base / "weights")
         changes |= {"model.weights": str(base / "weights"), f"model.{name}.variant": "auto"}
+    if name == "dino":
+        shutil.copytree(GOLDEN / "dinov3_vit", base / "weights")
+        copy_weights(GOLDEN / "siglip", "siglip", base / "text")
+        changes |= {"model.weights": str(base / "weights"), "model.dino.variant": "auto"}
+        changes |= {"model.dino.text_weights": str(base / "text")}
     save_untrained(small_config(base / "prepared", **changes), base / "run", TEXTS)
     export_run(base / "run", base / "out")
     return name, base / "run", base / "out"
@@ -78,7 +97,7 @@ def test_run_and_export_are_the_same_model(run, tmp_path):
     assert facts["max_length"] == 12
     assert RunConfig.of(config).model == config_of(facts["config"]).model
     assert config_of(facts["config"]).negatives == config.negatives
-    assert (out / "model.safetensors").exists() == (name in ("clip", "blip2"))
+    assert (out / "model.safetensors").exists() == (name in size_files.SIZES)
 
 
 @pytest.mark.parametrize("run", ["tiny"], indirect=True)  # the same for all

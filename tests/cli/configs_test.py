@@ -37,7 +37,7 @@ NOT_READ = {
 OF_PRETRAINED = {
     name
     for name in FIELDS
-    if name.startswith(("model.clip.", "model.blip2."))
+    if name.startswith(("model.clip.", "model.siglip.", "model.dino.", "model.blip2."))
     or name.removeprefix("model.") in ("weights", "tokenizer", "attention", "remat", "scan_layers")
 }
 
@@ -71,7 +71,11 @@ def variants_of(name: str) -> tuple[str, ...]:
 
 
 # Variants of a config that do not go together.
-EXCLUSIVE = {"shapes": ("hard", "coarse"), "triplets": ("tiny", "pretrained")}
+EXCLUSIVE = {
+    "fiq_siglip": ("vit_l_16", "so400m_14"),
+    "shapes": ("hard", "coarse"),
+    "triplets": ("tiny", "pretrained"),
+}
 COMBINATIONS = [
     (name, ",".join(chosen))
     for name in NAMES
@@ -268,7 +272,7 @@ def test_every_field_is_read_by_a_run(tmp_path, quick_compilation, monkeypatch):
 
 def test_fields_of_the_pretrained_backbones_are_read_by_them():
     read = set()
-    for backbone in ("clip", "blip2"):
+    for backbone in ("clip", "siglip", "dino", "blip2"):
         config = RunConfig().with_changes({"model.backbone": backbone, "data.image_size": 224})
         with recorded_reads() as reads:
             pretrained = setup.open_weights(config.model, config.data)

@@ -20,8 +20,9 @@ from dqe_jax.config import RunConfig, differences, fields, flatten
 from dqe_jax.data import augmentation, datasets, examples, preprocess
 from dqe_jax.data import settings as data_settings
 from dqe_jax.data.builders import shapes as shapes_builder
-from dqe_jax.models import attributes, build
+from dqe_jax.models import attributes, build, dino
 from dqe_jax.models import settings as model_settings
+from dqe_jax.models.two_towers import TwoTowers
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.fields import DTYPES
 
@@ -134,6 +135,8 @@ YOUNGER = {
     "eval.curve": False,
     "init.run": "",
     "loss.form": "pairs",
+    "loss.in_batch_form": "softmax",
+    "model.initial_bias": 0.0,
     "model.query": "composed",
     "features.place": "auto",
     "features.dtype": "auto",
@@ -158,6 +161,18 @@ YOUNGER = {
     "model.lora.targets": ("query", "value"),
     "model.lora.layers": 0,
     "model.features.dropout": 0.1,
+    "model.dino.variant": "dinov2_vit_b_14",
+    "model.dino.text": "clip_vit_l_14",
+    "model.dino.text_weights": "",
+    "model.dino.features": "last",
+    "model.dino.composer_width": 512,
+    "model.dino.composer_depth": 2,
+    "model.dino.composer_heads": 8,
+    "model.siglip.variant": "vit_b_16",
+    "model.siglip.features": "last",
+    "model.siglip.composer_width": 512,
+    "model.siglip.composer_depth": 2,
+    "model.siglip.composer_heads": 8,
     "optimizer.ema_decay": 0.0,
 }
 # And the lists of that version.
@@ -223,6 +238,12 @@ def test_choices_are_those_of_the_tables():
     assert data_settings.SPLITS == examples.SPLITS
     assert tuple(build.BACKBONES) == model_settings.BACKBONES
     assert tuple(build.VARIANTS["clip"]) == model_settings.CLIP_VARIANTS
+    assert tuple(build.VARIANTS["siglip"]) == model_settings.SIGLIP_VARIANTS
+    assert tuple(dino.TOWERS) == model_settings.DINO_VARIANTS
+    assert tuple(dino.TEXTS) == model_settings.DINO_TEXTS
+    assert set(model_settings.TWO_TOWERS) == {
+        name for name, kind in build.BACKBONES.items() if issubclass(kind, TwoTowers)
+    }
     assert tuple(build.VARIANTS["blip2"]) == model_settings.BLIP2_VARIANTS
     assert tuple(attributes.ACTIVATIONS) == model_settings.ACTIVATIONS
     assert tuple(build.DTYPES) == DTYPES

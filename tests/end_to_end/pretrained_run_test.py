@@ -19,7 +19,7 @@ from dqe_jax.models import freeze, setup
 from dqe_jax.models.build import parts_of
 from dqe_jax.models.weights import initial, stacking
 from dqe_jax.models.weights.conversion import convert
-from dqe_jax.testing.pretrained import copy_weights
+from dqe_jax.testing.pretrained import copy_weights, write_xlm_roberta_tokenizer
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -28,11 +28,27 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 FIELDS = {
     "clip": {"model.clip.composer_width": 16, "model.clip.composer_heads": 2},
+    "siglip": {"model.siglip.composer_width": 16, "model.siglip.composer_heads": 2},
+    "dino": {
+        "model.dino.composer_width": 16,
+        "model.dino.composer_heads": 2,
+        "model.dino.text": "auto",
+    },
     "blip2": {"model.blip2.dropout": 0.0},
 }
-FROZEN = {"clip": ("vision", "text", "logit_scale"), "blip2": ("vision", "itm_head")}
+FROZEN = {
+    "clip": ("vision", "text", "logit_scale"),
+    "siglip": ("vision", "text", "logit_scale"),
+    "dino": ("vision", "text"),
+    "blip2": ("vision", "itm_head"),
+}
 # That of CLIP is in the core tests, which CI runs with the oldest and the newest releases.
-BACKBONES = (pytest.param("clip", marks=(pytest.mark.core, pytest.mark.slow)), "blip2")
+BACKBONES = (
+    pytest.param("clip", marks=(pytest.mark.core, pytest.mark.slow)),
+    pytest.param("siglip", marks=pytest.mark.slow),
+    pytest.param("dino", marks=pytest.mark.slow),
+    "blip2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +56,14 @@ def base(tmp_path_factory, prepared):
     """Prepared data, and a Hugging Face directory of each backbone with a tokenizer."""
     directory = tmp_path_factory.mktemp("pretrained")
     prepared(directory)
-    for name in ("clip", "blip2"):
+    for name in ("clip", "siglip", "blip2"):
         copy_weights(GOLDEN / name, name, directory / name)
     return directory
 
 
 def config_of(base, name, **changes):
+    if name == "dino" and not (base / name).exists():
+        shutil.copytree(GOLDEN / "dinov2_with_registers", base / name)
     changes = {
         "total_steps": 6,
         "checkpoint_every": 3,
@@ -58,6 +76,7 @@ def config_of(base, name, **changes):
         "model.frozen_dtype": "bfloat16",
         "model.attributes.width": 8,
         **FIELDS[name],
+        **({"model.dino.text_weights": str(base / "clip")} if name == "dino" else {}),
         **changes,
     }
     return small_config(base / "prepared", **changes)
@@ -134,15 +153,23 @@ def test_evaluation_needs_the_checkpoint_alone(run, tmp_path):
 @pytest.mark.slow  # `exported_test.py` has the same models
 def test_export(run, tmp_path):
     name, _, workdir, _ = run
+    if name == "dino":
+        pytest.skip("its export has two directories, which `parity_test.py` looks at")
     export_run(workdir, tmp_path)
     params, *_ = params_of(workdir)
     ours = load_file(tmp_path / "dqe.safetensors")
     theirs = load_file(tmp_path / "model.safetensors")
-    exact = "visual_projection" if name == "clip" else "vision_projection"
-    np.testing.assert_array_equal(theirs[f"{exact}.weight"].T, params[f"backbone/{exact}/kernel"])
+    theirs_by, ours_by = {
+        "clip": ("visual_projection", "visual_projection"),
+        "siglip": ("text_model.head", "text_projection"),
+        "blip2": ("vision_projection", "vision_projection"),
+    }[name]
+    np.testing.assert_array_equal(
+        theirs[f"{theirs_by}.weight"].T, params[f"backbone/{ours_by}/kernel"]
+    )
     assert "log_scale" in ours
     assert any(path.startswith("attributes/") for path in ours)
-    assert any("composer" in path for path in ours) == (name == "clip")
+    assert any("composer" in path for path in ours) == (name != "blip2")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["vision_config"]["image_size"] == 72
     # What was exported is a source of weights itself.
@@ -155,7 +182,9 @@ def test_export(run, tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed: it would read the export")
     import transformers
 
-    kind = {"clip": "CLIPModel", "blip2": "Blip2ForImageTextRetrieval"}[name]
+    kind = {"clip": "CLIPModel", "siglip": "SiglipModel", "blip2": "Blip2ForImageTextRetrieval"}[
+        name
+    ]
     model, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -164,7 +193,8 @@ def test_export(run, tmp_path):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_converted_weights_and_a_scanned_stack_start_alike(base, name, tmp_path):
-    convert(str(base / name), str(tmp_path / "out"))
+    text = str(base / "clip") if name == "dino" else ""
+    convert(str(base / name), str(tmp_path / "out"), text_source=text)
 
     def start(**changes):
         config = RunConfig.of(config_of(base, name, **changes))
@@ -185,8 +215,15 @@ def test_converted_weights_and_a_scanned_stack_start_alike(base, name, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, stacking.unstack_layers(scanned), expected)
 
 
+def siglip_tokenizer(base, length):
+    config = RunConfig.of(config_of(base, "siglip", **{"data.max_length": length}))
+    return setup.tokenizer_of(
+        config.model, config.data, setup.open_weights(config.model, config.data)
+    )
+
+
 @pytest.mark.core
-def test_tokenizers_of_the_papers(base):
+def test_tokenizers_of_the_papers(base, tmp_path):
     """Start, end and padding as CLIP and BERT have them; a long text keeps its end."""
     from dqe_jax.data import tokenizer as text_tokens
 
@@ -196,6 +233,21 @@ def test_tokenizers_of_the_papers(base):
     assert ids[0, 2:].tolist() == [49] * 4
     assert ids[1, -1] == 49
     assert cut.tolist() == [False, True]
+    # MetaCLIP 2, as XLM-RoBERTa: 0 starts, 2 ends and 1 pads.
+    write_xlm_roberta_tokenizer(tmp_path)
+    roberta = text_tokens.pretrained_tokenizer(tmp_path, 6)
+    ids, cut = text_tokens.encode(roberta, ["make red", "red red red red red red"])
+    assert ids[0].tolist() == [0, 4, 6, 2, 1, 1]
+    assert ids[1].tolist() == [0, 6, 6, 6, 6, 2]
+    assert cut.tolist() == [False, True]
+    assert text_tokens.lengths_of(roberta, ids).tolist() == [4, 6]
+    gemma = siglip_tokenizer(base, 6)
+    ids, cut = text_tokens.encode(gemma, ["red", "RED", "red red red red red red"])
+    assert ids[0].tolist() == ids[1].tolist()  # in lower case, as it was trained
+    assert ids[0, -1] == 0
+    assert ids[0, ids[0] > 0][-1] == 1
+    assert ids[2, -1] == 1
+    assert cut.tolist() == [False, False, True]
     bert = text_tokens.pretrained_tokenizer(base / "blip2", 6)
     ids, cut = text_tokens.encode(bert, ["Make the RED", "make the red circle blue", "zebra"])
     assert ids[0].tolist() == [2, 5, 6, 7, 3, 0]
@@ -225,6 +277,17 @@ def test_tokenizers_of_the_papers(base):
         ),
         ("clip", {"model.tokenizer": "{base}/prepared"}, ["no tokenizer", "model.tokenizer"]),
         ("blip2", {"model.tokenizer": "{base}/clip"}, ["pads with id 49", "model.tokenizer"]),
+        ("siglip", {"model.tokenizer": "{base}/clip"}, ["none of the tokens <eos>", "tokenizer"]),
+        ("siglip", {"data.max_length": 13}, ["data.max_length is 13", "at most 12"]),
+        ("siglip", {"model.siglip.composer_heads": 3}, ["siglip.composer_width is 16", "multiple"]),
+        ("dino", {"model.weights": ""}, ["config.model.weights is empty", "text_weights"]),
+        ("dino", {"model.dino.text_weights": ""}, ["dino.text_weights is empty", "name both"]),
+        ("dino", {"model.dino.text_weights": "{base}/blip2"}, ["no CLIP or SigLIP model"]),
+        (
+            "dino",
+            {"model.frozen": ("logit_scale",)},
+            ["'logit_scale'", "vision, text, projections"],
+        ),
         ("clip", {"model.clip.composer_heads": 3}, ["composer_width is 16", "multiple"]),
         ("clip", {"model.attributes.heads": 3}, ["attributes.width is 8", "multiple"]),
     ],

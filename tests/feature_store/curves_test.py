@@ -19,6 +19,11 @@ STEPS = 50
 # The config whose learning rate is taken, the parts that are frozen, and what is small.
 OWN = {
     "clip": ("fiq_clip", ("vision", "text", "logit_scale"), {"model.clip.composer_width": 16}),
+    "siglip": (
+        "fiq_siglip",
+        ("vision", "pooling", "text", "logit_scale"),
+        {"model.siglip.composer_width": 16, "model.siglip.composer_heads": 2},
+    ),
     "blip2": ("fiq", ("vision", "itm_head"), {}),
 }
 BACKBONES = tuple(OWN)

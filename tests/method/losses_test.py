@@ -26,6 +26,14 @@ def plain_preference(target: float, negatives: list[float], tau: float) -> float
     return sum(plain_info_nce(target, [s], tau) for s in negatives) / max(len(negatives), 1)
 
 
+def plain_sigmoid(target: float, negatives: list[float], tau: float, bias: float = -3.0) -> float:
+    def minus_log_sigmoid(x: float) -> float:
+        return math.log(1 + math.exp(-x)) if x > -30 else -x
+
+    terms = [minus_log_sigmoid(-(s / tau + bias)) for s in negatives]
+    return minus_log_sigmoid(target / tau + bias) + sum(terms)
+
+
 def plain_margin(target: float, negatives: list[float], margin: float) -> float:
     terms = [max(0.0, margin - (target - s)) for s in negatives]
     return sum(terms) / max(len(terms), 1)
@@ -148,6 +156,43 @@ def test_finite_at_extreme_scores(paired, target, negative, tau):
     )(*args, jnp.float32(tau))
     assert finite((value, gradient))
     np.testing.assert_allclose(value, plain(target, [negative] * 2, tau), rtol=1e-4, atol=1e-6)
+
+
+def test_sigmoid_pairs_are_their_plain_statement(scores):
+    target, negatives, valid = scores
+    loss = jax.jit(losses.sigmoid_pairs)
+    values = loss(target, negatives, valid, TAU, jnp.float32(-3))
+    assert values.shape == (5,)
+    assert values.dtype == jnp.float32
+    expected = [
+        plain_sigmoid(float(t), [float(s) for s, v in zip(*row) if v], 0.07)
+        for t, *row in zip(target, negatives, valid)
+    ]
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    # What does not count changes nothing and gets no gradient.
+    wild = np.where(valid, negatives, np.float32(1e6))
+    np.testing.assert_array_equal(loss(target, wild, valid, TAU, -3.0), values)
+    gradient = jax.grad(lambda s, b: loss(target, s, valid, TAU, b).sum(), argnums=(0, 1))
+    of_scores, of_bias = gradient(wild, jnp.float32(-3))
+    assert finite(of_scores)
+    assert not np.asarray(of_scores)[~valid].any()
+    high, low = (float(loss(target, wild, valid, TAU, b).sum()) for b in (-2.99, -3.01))
+    np.testing.assert_allclose(of_bias, (high - low) / 0.02, rtol=1e-2)
+
+
+def test_sigmoid_pairs_of_a_batch_are_those_of_siglip():
+    """The diagonal matches and nothing else does: the sum over all pairs of each row."""
+    rng = np.random.default_rng(1)
+    square = rng.uniform(-1, 1, size=(6, 6)).astype(np.float32)
+    logits = square / 0.1 - 10
+    signs = 2 * np.eye(6) - 1
+    usual = np.log1p(np.exp(-signs * logits)).sum(1)
+    ours = losses.sigmoid_pairs(np.diag(square), square, ~np.eye(6, dtype=bool), 0.1, -10.0)
+    np.testing.assert_allclose(ours, usual, rtol=1e-4)
+    extreme = losses.sigmoid_pairs(
+        np.float32([1e4, -1e4]), np.float32([[-1e4], [1e4]]), np.ones((2, 1), bool), 1e-3, -10.0
+    )
+    np.testing.assert_allclose(extreme, [0, 2e7], rtol=1e-4, atol=1e-6)
 
 
 def test_info_nce_is_cross_entropy_of_the_batch():

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dqe_jax.config import RunConfig
 from dqe_jax.models import build as models
 from dqe_jax.models import freeze, layers, setup, summary
+from dqe_jax.models.settings import TWO_TOWERS
 from dqe_jax.models.weights.stacking import stack_layers
 from dqe_jax.testing.small_models import (
     ATTRIBUTE_WIDTH,
@@ -28,7 +29,17 @@ from dqe_jax.utils.errors import UserError
 R, Q = 2, 3
 
 
-@pytest.fixture(params=sorted(models.BACKBONES), scope="module")
+# CLIP's form stands for that of two towers in every test run.
+SLOW = ("siglip", "dino")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in sorted(models.BACKBONES)
+    ],
+    scope="module",
+)
 def backbone(request):
     assert request.param in BACKBONES, f"give {request.param!r} a row in dqe_jax/testing"
     return request.param
@@ -435,7 +446,7 @@ def test_what_an_untrained_query_is(model, backbone, initial):
     if backbone == "blip2":  # the multimodal path, whatever it gives
         assert np.abs(out - expected).max() > 1e-3
         return
-    if backbone == "clip":  # the image + text baseline
+    if backbone in TWO_TOWERS:  # the image + text baseline
         backbone = module.bind({"params": initial}).backbone
         pooled = backbone.text_features(text, backbone.text_states(text)).pooled
         expected = layers.normalize(expected + layers.normalize(pooled))
@@ -443,8 +454,8 @@ def test_what_an_untrained_query_is(model, backbone, initial):
 
 
 def test_dropout_only_in_training(model, backbone):
-    if backbone == "clip":
-        pytest.skip("CLIP has no dropout")
+    if backbone in TWO_TOWERS:
+        pytest.skip("these towers have no dropout")
     config = small_model_config(backbone, **{f"model.{backbone}.dropout": 0.5})
     module, params = build_small_model(config), model[1]
 
@@ -521,7 +532,7 @@ def test_every_parameter_is_in_exactly_one_part(initial, backbone):
     "backbone",
     [
         pytest.param(name, marks=() if name == "clip" else pytest.mark.slow)
-        for name in sorted(models.VARIANTS)  # of pretrained backbones
+        for name in sorted(models.PRETRAINED)
     ],
     indirect=True,
 )

@@ -13,8 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from dqe_jax.models import blip2, clip
+from dqe_jax.models import blip2, clip, dino
 from dqe_jax.models.build import VARIANTS
+from dqe_jax.models.dino import DinoSizes
+from dqe_jax.models.encoder import PIXEL_MEAN
 from dqe_jax.models.settings import ModelConfig
 from dqe_jax.models.weights import hugging_face, initial, sizes, source, transfer
 from dqe_jax.models.weights.conversion import convert
@@ -22,7 +24,7 @@ from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
-NAMES = ("clip", "blip2")
+NAMES = ("clip", "siglip", "blip2")
 
 
 def model_config(backbone, weights, variant="auto"):
@@ -93,6 +95,67 @@ def test_buffers_of_old_checkpoints_are_ignored(copy):
     assert_equal(read("clip", directory), expected)
 
 
+@pytest.mark.parametrize(("mean", "std"), [([0.5] * 3, [0.25, 0.5, 1]), (None, [0.5] * 3)])
+def test_pixels_are_standardized_as_the_processor_says(copy, mean, std):
+    directory, _ = copy
+    plain = initial.open_pretrained(model_config("clip", directory)).sizes.vision
+    assert plain.pixel_mean == PIXEL_MEAN
+    content = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": 32}}
+    (directory / source.PROCESSOR).write_text(json.dumps(content))
+    found = initial.open_pretrained(model_config("clip", directory)).sizes
+    assert found.vision.pixel_mean == (tuple(mean) if mean else PIXEL_MEAN)
+    assert found.vision.pixel_std == tuple(std)
+    assert sizes.from_json("clip", json.loads(json.dumps(sizes.to_json(found)))) == found
+    # What is exported says the same.
+    meta = {
+        "config": {"model": {"backbone": "clip"}, "data": {"image_size": 32}},
+        "sizes": sizes.to_json(found),
+    }
+    out = directory / "out"
+    whole = {"backbone": read("clip", directory), "log_scale": np.float32(1)}
+    hugging_face.write(out, whole, meta)
+    again = initial.open_pretrained(model_config("clip", out)).sizes
+    assert again == found
+
+
+@pytest.mark.parametrize("bad", [[0.5], [0.5, 0.5, 2.0], ["x", 0.5, 0.5], "mean", 3])
+def test_pixels_that_a_processor_cannot_say(copy, bad):
+    directory, _ = copy
+    (directory / source.PROCESSOR).write_text(json.dumps({"image_std": bad}))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json is refused .*get it again\.$"):
+        read("clip", directory)
+
+
+def test_configs_that_siglip_and_dino_refuse(tmp_path):
+    for name, changes, words in (
+        ("siglip", {"text_config": {"projection_size": 17}}, "projection_size is 17"),
+        ("siglip", {"vision_config": {"vision_use_head": False}}, "no pooling head"),
+        ("dinov3_vit", {"num_attention_heads": 8}, "do not divide into 4"),
+        ("dinov3_vit", {"query_bias": False}, "do not fit together"),
+        ("dinov2", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    ):
+        directory = tmp_path / name / words
+        shutil.copytree(GOLDEN / name, directory)
+        config = json.loads((directory / "config.json").read_text())
+        for field, value in changes.items():
+            config[field] = config[field] | value if isinstance(value, dict) else value
+        (directory / "config.json").write_text(json.dumps(config))
+        opened = source.open_source(str(directory))
+        kind, text = ("siglip", None) if name == "siglip" else ("dino", clip.VARIANTS["vit_b_32"])
+        with pytest.raises(UserError, match=f"config.json is refused .*{words}"):
+            sizes.from_hugging_face(kind, opened.config, "here", text=text)
+
+
+@pytest.mark.parametrize("variant", dino.TOWERS)
+def test_variants_of_dino_are_the_published_sizes(variant):
+    """By the widths that each model's own `config.json` has, given back by ours."""
+    held = DinoSizes(*dino.TOWERS[variant], dino.TEXTS["clip_vit_b_32"])
+    config = hugging_face.config_of(held)
+    found = sizes.from_hugging_face("dino", config, "here", text=held.text)
+    assert found == held
+    assert sizes.from_json("dino", json.loads(json.dumps(sizes.to_json(held)))) == held
+
+
 # ----------------------------------------------------------------------------------------- errors
 
 
@@ -122,7 +185,7 @@ def other_model(directory, tensors):
 
 def other_activation(directory, tensors):
     config = json.loads((directory / "config.json").read_text())
-    config["vision_config"]["hidden_act"] = "silu"
+    config["vision_config"]["hidden_act"] = "mish"
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -229,7 +292,7 @@ def million_layers(directory, tensors):
         (without_config, ["config.json", "config.model.clip.variant"]),
         (broken_config, ["config.json", "JSON"]),
         (other_model, ["model_type 'bert'", "clip", "blip-2"]),
-        (other_activation, ["hidden_act 'silu'", "quick_gelu"]),
+        (other_activation, ["hidden_act 'mish'", "quick_gelu"]),
         (refused_config, ["config.json is refused", "attention heads"]),
         (two_missing, ["2 tensors are missing: logit_scale, text_projection.weight."]),
         (many_missing, ["36 tensors are missing", "and 28 more"]),
@@ -356,11 +419,11 @@ def test_converted_weights_are_the_same(name, tmp_path):
     assert str(GOLDEN) not in (tmp_path / "out" / initial.FACTS).read_text()
     with pytest.raises(UserError, match=r"--output: .*already holds weights"):
         convert(str(GOLDEN / name), str(tmp_path / "out"))
-    other = {"clip": "blip2", "blip2": "clip"}[name]
+    other = {"clip": "blip2", "siglip": "clip", "blip2": "clip"}[name]
     with pytest.raises(UserError, match=f"holds weights of '{name}'"):
         read(other, tmp_path / "out")
     with pytest.raises(UserError, match=r"is not of config.model.*'auto' takes the sizes"):
-        read(name, tmp_path / "out", "vit_l_14")
+        read(name, tmp_path / "out", next(v for v in VARIANTS[name] if v.startswith("vit_l_1")))
 
 
 def test_errors_of_convert(tmp_path):
@@ -399,7 +462,8 @@ def test_sizes_that_no_model_has(copy, section, name, value):
 
 def test_sizes_of_every_kind_are_checked():
     """None is forgotten: each as a text, and as a number that is far too large."""
-    for backbone, held in (("clip", "vit_b_32"), ("blip2", "vit_g_14")):
+    kinds = (("clip", "vit_b_32"), ("siglip", "vit_b_16"), ("blip2", "vit_g_14"))
+    for backbone, held in kinds:
         content = sizes.to_json(VARIANTS[backbone][held])
         for name in content["vision"]:
             for bad in ("x", 10**12):

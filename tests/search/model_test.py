@@ -69,7 +69,7 @@ def test_the_api_ranks_as_evaluation_does(run, model, tmp_path):
 
 
 @pytest.mark.slow  # each compiles a tower
-@pytest.mark.parametrize("name", ["clip", "blip2"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "blip2"])
 def test_pretrained_backbones_rank_as_in_evaluation(run, tmp_path, name):
     config, _, split = run
     copy_weights(GOLDEN / name, name, tmp_path / "weights")

@@ -18,6 +18,7 @@ from dqe_jax.models.build import build_model
 from dqe_jax.training.optimizer import make_optimizer
 from dqe_jax.training.state import TrainState
 from dqe_jax.training.step import StepParts, make_train_step
+from dqe_jax.utils.errors import UserError
 
 # Eight units of two references, of which the first has two queries and the second has one.
 R, B, L, P, SIZE, VOCAB, PHOTOS = 16, 24, 6, 3, 32, 20, 14
@@ -184,7 +185,7 @@ def start():
 
 def plain_loss(config, out, batch, indices, drawn):
     """The loss in loops: `indices`, `drawn` `[B, n]` are the mined negatives."""
-    tau = float(out.tau)
+    tau, bias = float(out.tau), None if out.bias is None else float(out.bias)
     q = np.asarray(out.query.embedding, np.float64)
     target, reference = (np.asarray(x, np.float64) for x in (out.target, out.reference))
     pool = np.concatenate([target, reference])
@@ -216,7 +217,11 @@ def plain_loss(config, out, batch, indices, drawn):
         s = score(i, i)
         rows = [score(i, c) for c in range(len(pool)) if negative(i, c)]
         columns = [score(j, i) for j in range(B) if j != i and query_mask[j] and negative(j, i)]
-        parts["in_batch"].append((cross_entropy(s, rows) + cross_entropy(s, columns)) / 2)
+        if config.loss.in_batch_form == "sigmoid":
+            logits = np.array([s / tau + bias, *(-(x / tau + bias) for x in rows)])
+            parts["in_batch"].append(np.log1p(np.exp(-logits)).sum())
+        else:
+            parts["in_batch"].append((cross_entropy(s, rows) + cross_entropy(s, columns)) / 2)
         mined = [score(i, c) for c, kept in zip(indices[i], drawn[i]) if kept]
         assert all(negative(i, c) for c, kept in zip(indices[i], drawn[i]) if kept)
         parts["preference"].append(
@@ -265,6 +270,49 @@ def test_loss_equals_its_plain_statement(rule):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert all(value > 0 for value in means.values())
+
+
+SIGMOID = {"loss.in_batch_form": "sigmoid", "model.initial_bias": -2.0}
+
+
+def with_bias():
+    return {**init_params()[1], "logit_bias": jnp.float32(-2.5)}
+
+
+def test_the_sigmoid_form_equals_its_plain_statement():
+    config, batch = make_config("in_batch", **SIGMOID), make_batch(3)
+    images = batch.reference_image, batch.text, batch.target_image, batch.reference
+    out = jax.jit(make_model(config).apply)({"params": with_bias()}, *images)
+    value = on_one_device(jax.value_and_grad(objective_of(config), has_aux=True))
+    (_, metrics), grads = value(with_bias(), batch, jax.random.key(5))
+    none = np.zeros((B, 0), int)
+    means, _ = plain_loss(config, out, batch, none, none)
+    np.testing.assert_allclose(metrics["loss/in_batch"], means["in_batch"], rtol=1e-4)
+    assert np.abs(grads["logit_bias"]) > 1e-3
+    assert np.abs(grads["log_scale"]) > 1e-3
+
+
+def test_the_sigmoid_form_is_the_same_on_eight_devices():
+    tx, found = optax.sgd(0.01), []
+    for number in (1, 8):
+        step, devices = make_step(make_config("in_batch", **SIGMOID), tx, number)
+        state = start_state(tx, devices, with_bias())
+        batch, stop = mesh.shard(make_batch(0), number), np.zeros((number, 1), np.int32)
+        found.append(jax.device_get(step(state, batch, stop)))
+    one, eight = found
+    for name, value in one.metrics.items():
+        np.testing.assert_allclose(eight.metrics[name], value, rtol=2e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5),
+        one.state.params,
+        eight.state.params,
+    )
+    assert abs(one.state.params["logit_bias"] + 2.5) > 1e-4
+
+
+def test_the_sigmoid_form_needs_a_bias():
+    with pytest.raises(UserError, match=r"in_batch_form is 'sigmoid'.*config\.model\.initial_bias"):
+        make_config("in_batch", **{"loss.in_batch_form": "sigmoid"})
 
 
 def test_the_preference_term_of_one_softmax():

@@ -12,10 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.method.arrays import Params
-from dqe_jax.models.build import VARIANTS
+from dqe_jax.models import dino
+from dqe_jax.models.build import VARIANTS, named_sizes
 from dqe_jax.models.weights import sizes as size_files
-from dqe_jax.models.weights.initial import FACTS, PARAMS, Pretrained
-from dqe_jax.models.weights.source import open_source
+from dqe_jax.models.weights.initial import FACTS, PARAMS, Pretrained, open_dino
+from dqe_jax.models.weights.source import Source, open_source
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.paths import whole_path
 
@@ -26,7 +27,7 @@ class Converted:
 
     Attributes:
       directory: that was written.
-      backbone: "clip" or "blip2".
+      backbone: "clip", "siglip" or "blip2".
       parameters: their number.
       has_tokenizer: whether a tokenizer came with the weights.
     """
@@ -43,32 +44,46 @@ def convert(
     *,
     backbone: str | None = None,
     variant: str = "auto",
+    text_source: str = "",
 ) -> Converted:
     """Converts Hugging Face weights.
 
     Args:
       source: as `source.open_source` takes it.
       output: directory to write.
-      backbone: "clip" or "blip2"; None for what config.json says.
+      backbone: "clip", "siglip" or "blip2"; None for what config.json says.
       variant: a name of the backbone's variants, or "auto": the sizes of config.json.
+      text_source: of "dino": the CLIP or SigLIP model whose text tower is taken.
 
     Raises:
       UserError: the weights cannot be read, or not be written.
     """
     opened = open_source(source)
     backbone = backbone or size_files.backbone_of(opened.config, source)
-    known = ("auto", *VARIANTS[backbone])
+    known = ("auto", *(dino.TOWERS if backbone == "dino" else VARIANTS[backbone]))
     if variant not in known:
         raise UserError(f"--variant={variant}: it must be one of {', '.join(known)}.")
-    sizes = VARIANTS[backbone].get(variant)
-    sizes = sizes or size_files.from_hugging_face(backbone, opened.config, source)
-    pretrained = Pretrained(backbone, sizes, source, source=opened)
-    words = text_tokens.tokenizer_in(opened.directory, sizes.max_length)
+    if backbone == "dino":
+        if not text_source:
+            raise UserError(
+                "--text_source is missing: a DINO model has no texts; name a CLIP or SigLIP model."
+            )
+        pretrained = open_dino(source, text_source, variant, "auto")
+        assert pretrained.source is not None
+        return _written(pretrained, pretrained.source, output)
+    sizes = named_sizes(backbone, variant)
+    sizes = sizes or size_files.from_hugging_face(backbone, opened.config, source, opened.processor)
+    return _written(Pretrained(backbone, sizes, source, source=opened), opened, output)
+
+
+def _written(pretrained: Pretrained, opened: Source, output: str | os.PathLike[str]) -> Converted:
+    """Reads weights and writes them; raises as `convert`."""
+    words = text_tokens.tokenizer_in(opened.directory, pretrained.sizes.max_length)
     params = pretrained.read()
     directory = whole_path(output)
     write_converted(directory, params, pretrained, words and words.to_str())
     count = sum(math.prod(x.shape) for x in flatten_dict(params).values())
-    return Converted(directory, backbone, count, words is not None)
+    return Converted(directory, pretrained.backbone, count, words is not None)
 
 
 def write_converted(

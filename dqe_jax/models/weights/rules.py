@@ -1,17 +1,20 @@
 """Which tensor is which parameter: one rule for each parameter of a pretrained backbone.
 
-Layouts: `CLIPModel` and `Blip2ForImageTextRetrieval` of Hugging Face `transformers`, and the names
-of LAVIS for BLIP-2 with a CLIP ViT-L/14. Paths are those of layers that are not scanned.
+Layouts: `CLIPModel`, `MetaClip2Model`, `SiglipModel`, `Dinov2Model`, `Dinov2WithRegistersModel`,
+`DINOv3ViTModel` and `Blip2ForImageTextRetrieval` of Hugging Face `transformers`, and the names of
+LAVIS for BLIP-2 with a CLIP ViT-L/14. Paths are those of layers that are not scanned.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from dqe_jax.models.blip2 import Blip2Sizes
 from dqe_jax.models.clip import ClipSizes
+from dqe_jax.models.dino import V2, V2_REGISTERS, V3, DinoSizes
 from dqe_jax.models.encoder import VisionSizes
+from dqe_jax.models.siglip import SiglipSizes
 from dqe_jax.models.weights.sizes import PretrainedSizes
 
 
@@ -42,11 +45,13 @@ class Layout:
       name: of the layout.
       rules: one for each parameter.
       ignored: patterns of tensors that may be there and carry nothing we need.
+      blank: shapes of those of them that `transformers` misses: they are written as zeros.
     """
 
     name: str
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
+    blank: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def _linear(path: str, *names: str, bias: bool = True) -> list[Rule]:
@@ -71,7 +76,7 @@ def _clip_layer(path: str, name: str) -> list[Rule]:
 
 
 def clip_layout(sizes: ClipSizes) -> Layout:
-    """`CLIPModel` of Hugging Face."""
+    """`CLIPModel` of Hugging Face, or `MetaClip2Model`, whose tensors have the same names."""
     rules = [
         Rule("logit_scale", ("logit_scale",)),
         Rule("vision/class_token", ("vision_model.embeddings.class_embedding",)),
@@ -84,17 +89,114 @@ def clip_layout(sizes: ClipSizes) -> Layout:
         # The missing "e" is part of the published name.
         *_norm("vision/pre_norm", "vision_model.pre_layrnorm"),
         *_norm("vision/post_norm", "vision_model.post_layernorm"),
-        Rule("text/words/embedding", ("text_model.embeddings.token_embedding.weight",)),
-        Rule("text/positions", ("text_model.embeddings.position_embedding.weight",)),
-        *_norm("text/final_norm", "text_model.final_layer_norm"),
         *_linear("visual_projection", "visual_projection", bias=False),
-        *_linear("text_projection", "text_projection", bias=False),
+        *_text(sizes),
     ]
     for i in range(sizes.vision.depth):
         rules += _clip_layer(f"vision/encoder/layers_{i}", f"vision_model.encoder.layers.{i}")
+    name = "CLIPModel" if sizes.family == "clip" else "MetaClip2Model"
+    return Layout(name, tuple(rules), ("*.position_ids",))
+
+
+def siglip_layout(sizes: SiglipSizes) -> Layout:
+    """`SiglipModel` of Hugging Face."""
+    vision, head = "vision_model.embeddings", "vision_model.head"
+    rules = [
+        Rule("logit_scale", ("logit_scale",), lead=1),
+        Rule("logit_bias", ("logit_bias",), lead=1),
+        Rule("vision/positions", (f"{vision}.position_embedding.weight",), "positions"),
+        Rule("vision/patches/kernel", (f"{vision}.patch_embedding.weight",), "patches"),
+        Rule("vision/patches/bias", (f"{vision}.patch_embedding.bias",)),
+        *_norm("vision/post_norm", "vision_model.post_layernorm"),
+        Rule("vision_head/probe", (f"{head}.probe",), lead=1),
+        Rule("vision_head/qkv_kernel", (f"{head}.attention.in_proj_weight",), "linear"),
+        Rule("vision_head/qkv_bias", (f"{head}.attention.in_proj_bias",)),
+        *_linear("vision_head/out", f"{head}.attention.out_proj"),
+        *_norm("vision_head/norm", f"{head}.layernorm"),
+        *_linear("vision_head/mlp_in", f"{head}.mlp.fc1"),
+        *_linear("vision_head/mlp_out", f"{head}.mlp.fc2"),
+        *_text(sizes),
+    ]
+    for i in range(sizes.vision.depth):
+        rules += _clip_layer(f"vision/encoder/layers_{i}", f"vision_model.encoder.layers.{i}")
+    return Layout("SiglipModel", tuple(rules), ("*.position_ids",))
+
+
+def dino_layouts(sizes: DinoSizes) -> tuple[Layout, ...]:
+    """A DINO model of Hugging Face, with the text tower of `CLIPModel` or `SiglipModel`.
+
+    The first has the names of the published files, the second those of `transformers` 5 itself.
+    What else the other model holds is ignored.
+    """
+    name = {V2: "Dinov2Model", V2_REGISTERS: "Dinov2WithRegistersModel", V3: "DINOv3ViTModel"}
+    ignored = ("embeddings.mask_token", "vision_model.*", "visual_projection.*", "logit_*")
+    width = sizes.vision.width
+    # Which is there in each of these models but DINOv2, whose config can do without.
+    blank = {V2_REGISTERS: (1, width), V3: (1, 1, width)}
+    return tuple(
+        Layout(
+            name[sizes.family],
+            (*_dino(sizes, published), *_text(sizes.text)),
+            (*ignored, "*.position_ids"),
+            {"embeddings.mask_token": blank[sizes.family]} if sizes.family in blank else {},
+        )
+        for published in (True, False)
+    )
+
+
+def _dino(sizes: DinoSizes, published: bool) -> Iterable[Rule]:
+    """The tower; `published` says by which of the two sets of names."""
+    vision, third = sizes.vision, sizes.family == V3
+    patches = "embeddings.patch_embeddings" + ("" if third else ".projection")
+    yield Rule("vision/class_token", ("embeddings.cls_token",), lead=2)
+    yield Rule("vision/patches/kernel", (f"{patches}.weight",), "patches")
+    yield Rule("vision/patches/bias", (f"{patches}.bias",))
+    if vision.registers:
+        yield Rule("vision/registers", ("embeddings.register_tokens",), lead=1)
+    if not third:
+        yield Rule("vision/positions", ("embeddings.position_embeddings",), "positions", lead=1)
+    yield from _norm("vision/post_norm", "norm" if third else "layernorm")
+    layers = ("layer" if published else "model.layer") if third else "encoder.layer"
+    for i in range(vision.depth):
+        path, name = f"vision/encoder/layers_{i}", f"{layers}.{i}"
+        attention = f"{name}.attention"
+        split = third or not published
+        parts = [f"{attention}.{part}_proj" for part in "qkv"]
+        if not split:
+            parts = [f"{attention}.attention.{part}" for part in ("query", "key", "value")]
+        yield from _norm(f"{path}/norm_attention", f"{name}.norm1")
+        yield from _linear(f"{path}/qkv", *parts, bias=vision.qkv_bias and vision.key_bias)
+        if vision.qkv_bias and not vision.key_bias:
+            yield Rule(f"{path}/query_bias", (f"{parts[0]}.bias",))
+            yield Rule(f"{path}/value_bias", (f"{parts[2]}.bias",))
+        yield from _linear(f"{path}/out", f"{attention}.{'o_proj' if split else 'output.dense'}")
+        yield Rule(f"{path}/scale_attention", (f"{name}.layer_scale1.lambda1",))
+        yield from _norm(f"{path}/norm_mlp", f"{name}.norm2")
+        yield Rule(f"{path}/scale_mlp", (f"{name}.layer_scale2.lambda1",))
+        inside, out = (f"{name}.mlp.fc1",), f"{name}.mlp.fc2"
+        if third:
+            inside, out = (f"{name}.mlp.up_proj",), f"{name}.mlp.down_proj"
+        if vision.gated and split:
+            inside = (f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")
+            out = f"{name}.mlp.down_proj"
+        elif vision.gated:
+            inside, out = (f"{name}.mlp.weights_in",), f"{name}.mlp.weights_out"
+        yield from _linear(f"{path}/mlp_in", *inside)
+        yield from _linear(f"{path}/mlp_out", out)
+
+
+def _text(sizes: ClipSizes | SiglipSizes) -> Iterable[Rule]:
+    """The text tower of `CLIPModel` or `SiglipModel`, with its projection."""
+    embeddings = "text_model.embeddings"
+    yield Rule("text/words/embedding", (f"{embeddings}.token_embedding.weight",))
+    yield Rule("text/positions", (f"{embeddings}.position_embedding.weight",))
+    yield from _norm("text/final_norm", "text_model.final_layer_norm")
+    if isinstance(sizes, SiglipSizes):
+        yield from _linear("text_projection", "text_model.head")
+    else:
+        yield from _linear("text_projection", "text_projection", bias=False)
     for i in range(sizes.text_depth):
-        rules += _clip_layer(f"text/encoder/layers_{i}", f"text_model.encoder.layers.{i}")
-    return Layout("CLIPModel", tuple(rules), ("*.position_ids",))
+        yield from _clip_layer(f"text/encoder/layers_{i}", f"text_model.encoder.layers.{i}")
 
 
 def _qformer(sizes: Blip2Sizes, name: str, self_name: str) -> Iterable[Rule]:
@@ -210,4 +312,8 @@ def layouts_of(sizes: PretrainedSizes) -> tuple[Layout, ...]:
     """The layouts of a backbone of these sizes; the first is the one that is written."""
     if isinstance(sizes, ClipSizes):
         return (clip_layout(sizes),)
+    if isinstance(sizes, SiglipSizes):
+        return (siglip_layout(sizes),)
+    if isinstance(sizes, DinoSizes):
+        return dino_layouts(sizes)
     return blip2_layout(sizes), blip2_lavis_layout(sizes)

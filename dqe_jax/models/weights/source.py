@@ -17,6 +17,9 @@ from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, is_regular, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of an exported DINO: the directory of its text tower.
+TEXT = "text"
+PROCESSOR = "preprocessor_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F16", "BF16", "F32", "F64")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,12 +34,14 @@ class Source:
       files: the file that holds each tensor.
       config: the model's `config.json`; empty if there is none.
       directory: where the files lie.
+      processor: the `preprocessor_config.json` beside it; empty if there is none.
     """
 
     origin: str
     files: dict[str, pathlib.Path]
     config: JsonObject
     directory: pathlib.Path
+    processor: JsonObject = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[str], np.ndarray]]:
@@ -104,9 +109,11 @@ def open_source(origin: str) -> Source:
     if path.suffix in PICKLES:
         raise UserError(_no_pickle(path))
     files = _files_of_index(path) if path.name.endswith(".json") else _names_in(path)
-    config = path.parent / "config.json"
-    held = read_json(epath.Path(config), dict) if config.exists() else {}
-    return Source(origin, files, held, path.parent)
+    config, processor = (
+        read_json(epath.Path(file), dict) if file.exists() else {}
+        for file in (path.parent / "config.json", path.parent / PROCESSOR)
+    )
+    return Source(origin, files, config, path.parent, processor)
 
 
 def _no_pickle(path: pathlib.Path) -> str:

@@ -23,7 +23,7 @@ def layout_of(source: Source, backbone: str, sizes: PretrainedSizes) -> Layout:
 
     Args:
       source: opened weights.
-      backbone: "clip" or "blip2".
+      backbone: "clip", "siglip" or "blip2".
       sizes: of the model.
 
     Raises:
@@ -54,7 +54,7 @@ def read_backbone(source: Source, backbone: str, sizes: PretrainedSizes) -> Para
 
     Args:
       source: opened weights.
-      backbone: "clip" or "blip2".
+      backbone: "clip", "siglip" or "blip2".
       sizes: of the model.
 
     Raises:
@@ -133,10 +133,16 @@ def write_backbone(params: Params, sizes: PretrainedSizes) -> dict[str, np.ndarr
     for rule in layout.rules:
         x = np.asarray(flat[rule.path], np.float32)
         tensors |= to_tensors(rule, x, sizes.vision.patch_size)
-    return tensors
+    return tensors | {name: np.zeros(shape, np.float32) for name, shape in layout.blank.items()}
 
 
-def fit(params: Params, shapes: Params, origin: str) -> dict[str, np.ndarray]:
+def fit(
+    params: Params,
+    shapes: Params,
+    origin: str,
+    grid: tuple[int, int] | None = None,
+    antialias: bool = False,
+) -> dict[str, np.ndarray]:
     """Parameters by path as a model wants them, with positions interpolated to its image size.
 
     Args:
@@ -144,6 +150,8 @@ def fit(params: Params, shapes: Params, origin: str) -> dict[str, np.ndarray]:
       shapes: what the model has at each of these paths, as `jax.ShapeDtypeStruct`s; paths that
         `params` does not have are left to the model.
       origin: where the parameters come from, for errors.
+      grid: rows and columns of the patches of an image; None for a square.
+      antialias: see `interpolate_positions`.
 
     Raises:
       UserError: parameters that the model does not have, or that are of another shape.
@@ -156,8 +164,11 @@ def fit(params: Params, shapes: Params, origin: str) -> dict[str, np.ndarray]:
     for path, x in flat.items():
         want = tuple(shapes[path].shape)
         x = np.asarray(x)
-        if path == "vision/positions" and x.ndim == 2 and _is_square(len(x) - 1):
-            x = interpolate_positions(x, want[0])
+        if path == "vision/positions" and x.ndim == 2:
+            lead = int("vision/class_token" in flat)
+            side = math.isqrt(max(want[0] - lead, 0))
+            if _is_square(len(x) - lead):
+                x = interpolate_positions(x, grid or (side, side), lead, antialias)
         if x.shape != want:
             wrong.append(f"{path} is {list(x.shape)}, not {list(want)}")
         fitted[path] = x
@@ -170,21 +181,41 @@ def _is_square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
 
 
-def interpolate_positions(positions: np.ndarray, count: int) -> np.ndarray:
-    """Position embeddings `[1 + g * g, D]` for another grid of patches: `[count, D]`.
+def interpolate_positions(
+    positions: np.ndarray, grid: tuple[int, int], lead: int = 1, antialias: bool = False
+) -> np.ndarray:
+    """Position embeddings `[lead + g * g, D]` for another grid: `[lead + rows * columns, D]`.
 
-    The row of the class token stays. The grid is interpolated bicubically as PyTorch does it
-    (kernel with a = -0.75, pixel centres aligned, no antialiasing), which is what `transformers`
-    uses for `interpolate_pos_encoding`.
+    The rows of the first `lead` tokens, such as a class token, stay. The grid is interpolated
+    bicubically as PyTorch does it (kernel with a = -0.75, pixel centres aligned, no antialiasing),
+    which is what `transformers` uses for `interpolate_pos_encoding`; with `antialias` as it does it
+    with antialiasing (a = -0.5, a kernel as wide as the points lie apart).
     """
-    if count == len(positions):
+    old = math.isqrt(len(positions) - lead)
+    if grid == (old, old):
         return positions
-    old, new = math.isqrt(len(positions) - 1), math.isqrt(count - 1)
-    grid = positions[1:].reshape(old, old, -1)
-    weights = bicubic_matrix(old, new)
-    grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid)
-    out = np.concatenate([positions[:1], grid.reshape(new * new, -1)])
+    matrix = smooth_bicubic_matrix if antialias else bicubic_matrix
+    down, across = (matrix(old, new) for new in grid)
+    patches = positions[lead:].reshape(old, old, -1)
+    patches = np.einsum("ai,bj,ijd->abd", down, across, patches)
+    patches = patches.reshape(-1, patches.shape[-1])
+    out = np.concatenate([positions[:lead], patches])
     return out.astype(positions.dtype)
+
+
+def smooth_bicubic_matrix(old: int, new: int) -> np.ndarray:
+    """As `bicubic_matrix` with antialiasing: weights `[new, old]`, which sum to 1 at the border."""
+    a, wide = -0.5, max(old / new, 1.0)
+    centre = (np.arange(new) + 0.5) * old / new
+    first = np.maximum((centre - 2 * wide + 0.5).astype(int), 0)
+    last = np.minimum((centre + 2 * wide + 0.5).astype(int), old)
+    points = np.arange(old)
+    x = np.abs((points + 0.5 - centre[:, None]) / wide)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    matrix = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    matrix = np.where((points >= first[:, None]) & (points < last[:, None]), matrix, 0.0)
+    return matrix / matrix.sum(1, keepdims=True)
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:

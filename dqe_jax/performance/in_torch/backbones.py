@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dqe_jax.config import RunConfig
 from dqe_jax.models.blip2 import Blip2Sizes
-from dqe_jax.models.clip import LEGACY_END, ClipSizes
+from dqe_jax.models.clip import ClipSizes
 from dqe_jax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from dqe_jax.models.settings import TinyConfig
 from dqe_jax.models.weights.hugging_face import config_of
@@ -172,8 +172,8 @@ class Clip(_Pretrained):
         """Features of texts."""
         with without_gradient("text" in self.frozen):
             tokens = self.towers.text_model(ids).last_hidden_state
-        legacy = self.sizes.end_id == LEGACY_END
-        end = ids.argmax(1) if legacy else (ids == self.sizes.end_id).int().argmax(1)
+        highest = self.sizes.ends_with_highest
+        end = ids.argmax(1) if highest else (ids == self.sizes.end_id).int().argmax(1)
         pooled = tokens[torch.arange(len(ids), device=ids.device), end]
         mask = positions(ids) <= end[:, None]
         return Texts(ids, mask, tokens, self.towers.text_projection(pooled))
