@@ -369,14 +369,15 @@ class VisionTower(nn.Module):
             x = jnp.concatenate([first, x], axis=1)
         rotation = None
         if s.rotary_base:
-            grid = grid_of(image.shape[1:3], s.patch_size)
+            height, width = image.shape[1:3]
+            grid = grid_of((height, width), s.patch_size)
             rotation = rotation_of(grid, s.width // s.heads, s.rotary_base)
         else:
             x = x + self.positions.astype(dtype)
         if s.registers:
             own = jnp.broadcast_to(self.registers.astype(dtype), (len(x), *self.registers.shape))
-            first = int(s.class_token)
-            x = jnp.concatenate([x[:, :first], own, x[:, first:]], axis=1)
+            before = int(s.class_token)
+            x = jnp.concatenate([x[:, :before], own, x[:, before:]], axis=1)
         if s.pre_norm:
             x = self.pre_norm(x)
         return self.encoder(x, rotation)

@@ -69,7 +69,11 @@ def small_metaclip_2() -> transformers.MetaClip2Model:
         name: {field: x for field, x in config[name].items() if field != "model_type"}
         for name in ("text_config", "vision_config")
     }
-    own = transformers.MetaClip2Config(**towers, projection_dim=config["projection_dim"])
+    own = transformers.MetaClip2Config(
+        text_config=towers["text_config"],
+        vision_config=towers["vision_config"],
+        projection_dim=config["projection_dim"],
+    )
     return randomize(transformers.MetaClip2Model(own))
 
 
@@ -206,8 +210,8 @@ def pixels(
     """What the vision towers of `transformers` get of images uint8."""
     import torch
 
-    mean, std = (np.asarray(x, np.float32) for x in (mean, std))
-    x = (image.astype(np.float32) / 255 - mean) / std
+    middle, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    x = (image.astype(np.float32) / 255 - middle) / spread
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 

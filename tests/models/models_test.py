@@ -12,6 +12,7 @@ from dqe_jax.config import RunConfig
 from dqe_jax.models import build as models
 from dqe_jax.models import freeze, layers, setup, summary
 from dqe_jax.models.settings import TWO_TOWERS
+from dqe_jax.models.siglip import Siglip
 from dqe_jax.models.weights.stacking import stack_layers
 from dqe_jax.testing.small_models import (
     ATTRIBUTE_WIDTH,
@@ -252,7 +253,8 @@ def test_padding_of_the_text_does_not_matter(model):
         module.apply({"params": params}, ids, method=pooled) for ids in (text, text[:, :5])
     )
     np.testing.assert_allclose(whole, cut, atol=1e-5)
-    # Neither do the embeddings of padding and of the positions where it stands.
+    # Neither do the embeddings of padding and of the positions where it stands, but for SigLIP:
+    # it was trained on texts that attend to their padding.
     flat = flatten_dict(params)
     for name, x in flat.items():
         if name[-2:] == ("words", "embedding") or name[-2:] == ("words_table", "embedding"):
@@ -260,6 +262,9 @@ def test_padding_of_the_text_does_not_matter(model):
         if name[-2:] in (("text_positions", "embedding"), ("text", "positions")):
             flat[name] = x.at[5:].set(50.0)
     other = query(unflatten_dict(flat), reference, text)
+    if isinstance(module.backbone, Siglip):
+        assert np.abs(other.embedding - expected.embedding).max() > 0.1
+        return
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(other)):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -173,7 +173,8 @@ def _dino(sizes: DinoSizes, published: bool) -> Iterable[Rule]:
         yield Rule(f"{path}/scale_attention", (f"{name}.layer_scale1.lambda1",))
         yield from _norm(f"{path}/norm_mlp", f"{name}.norm2")
         yield Rule(f"{path}/scale_mlp", (f"{name}.layer_scale2.lambda1",))
-        inside, out = (f"{name}.mlp.fc1",), f"{name}.mlp.fc2"
+        inside: tuple[str, ...] = (f"{name}.mlp.fc1",)
+        out = f"{name}.mlp.fc2"
         if third:
             inside, out = (f"{name}.mlp.up_proj",), f"{name}.mlp.down_proj"
         if vision.gated and split:
