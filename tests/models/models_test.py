@@ -82,11 +82,11 @@ def entry_points(model):
     return query, gallery
 
 
-# For tests that compile much: the largest backbone is for the slow ones.
+# For tests that compile much: the largest backbone, too, is for the slow ones.
 WITHOUT_BLIP2 = pytest.mark.parametrize(
     "backbone",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "blip2" else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("blip2", *SLOW) else ())
         for name in sorted(models.BACKBONES)
     ],
     indirect=True,

@@ -292,6 +292,7 @@ def test_the_sigmoid_form_equals_its_plain_statement():
     assert np.abs(grads["log_scale"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_sigmoid_form_is_the_same_on_eight_devices():
     tx, found = optax.sgd(0.01), []
     for number in (1, 8):
