@@ -29,6 +29,7 @@ COMMANDS = {
     "serve": ("serve", "Serves a page and a REST interface for search; alone, a demonstration."),
     "audit": ("audit", "Measures which share of the mined negatives is truly relevant."),
     "simulate": ("simulate", "Measures what a simulated user finds in three turns of a search."),
+    "sliders": ("sliders", "Measures attribute weights, and what moving one by hand does."),
     "ablate": ("ablate", "Trains the variants of a config over seeds and compares them."),
     "plan": ("plan", "Says what a config needs on TPUs or GPUs, without having them."),
     "benchmark step": ("benchmark_step", "Times the training step of configs, beside PyTorch too."),

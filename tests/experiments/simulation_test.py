@@ -8,6 +8,7 @@ import pytest
 
 from dqe_jax.data.feedback import judged
 from dqe_jax.data.made.wording import make_grammar
+from dqe_jax.experiments.described import described
 from dqe_jax.experiments.simulation import run
 from dqe_jax.experiments.simulation.user import MODES, REJECTS, Wish, World, search_all
 from dqe_jax.search.relevance import MOVES, STILL
@@ -105,8 +106,8 @@ def test_what_counts_is_what_valid_images_share():
     split = SimpleNamespace(queries=queries, gallery=VALUES)
     assert run._counted(split, VALUES) == (0, 1)
     with pytest.raises(UserError, match="do not all have the same attributes"):
-        run._described([("a=1",), ("b=1",)], "shapes")
-    names, values = run._described([("a=1", "b=x=y"), ("a=2", "b=z")], "made")
+        described([("a=1",), ("b=1",)], "shapes")
+    names, values = described([("a=1", "b=x=y"), ("a=2", "b=z")], "made")
     assert names == ("a", "b")
     assert values == [("1", "x=y"), ("2", "z")]
     table = run.told({"none": [[0.1, 0.2], [0.3, 0.4]]}, [0, 1])

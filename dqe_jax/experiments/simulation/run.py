@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, feedback, splits
 from dqe_jax.data.made.wording import make_grammar
 from dqe_jax.data.splits import Split
+from dqe_jax.experiments.described import described, write_images
 from dqe_jax.experiments.simulation import user
 from dqe_jax.experiments.simulation.user import Wish, World
 from dqe_jax.search.index import Index
@@ -75,12 +75,12 @@ def simulate(
     split = datasets.split_of(config.data.dataset, split)
     builder = datasets.open_dataset(config.data)
     opened = splits.open_split(config.data, builder, split)
-    names, values = _described(splits.gallery_attributes(builder, split), config.data.dataset)
+    names, values = described(splits.gallery_attributes(builder, split), config.data.dataset)
     if not any(map(len, opened.queries.relevant)):
         raise UserError(f"{config.data.dataset} does not say which images are valid for a query.")
     with tempfile.TemporaryDirectory(prefix="dqe-simulation-") as place:
         folder = Path(photos) if photos is not None else Path(place)
-        ids = _write_images(opened, folder.expanduser().absolute())
+        ids = write_images(opened, folder.expanduser().absolute())
         model = load(directory, step=step)
         index = model.index(folder)
         world = World(
@@ -148,24 +148,6 @@ def _run(
     return found
 
 
-def _described(
-    attributes: Sequence[Sequence[str]], dataset: str
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Names of the attributes, and their values of each image.
-
-    Raises:
-      UserError: images do not all have the same attributes.
-    """
-    every = [dict(one.partition("=")[::2] for one in own) for own in attributes]
-    names = tuple(every[0]) if every else ()
-    if not names or any(tuple(own) != names for own in every):
-        raise UserError(
-            f"the images of {dataset} do not all have the same attributes, as those of "
-            "fashion_products and of triplets that are made from a table have: take such data."
-        )
-    return names, [tuple(own.values()) for own in every]
-
-
 def _counted(split: Split, values: Sequence[Sequence[str]]) -> tuple[int, ...]:
     """Positions of the attributes in which all valid images of a query agree."""
     queries, count = split.queries, len(split.gallery)
@@ -190,26 +172,6 @@ def _wishes(split: Split, users: int, seed: int) -> list[Wish]:
         )
         for i in chosen
     ]
-
-
-def _write_images(split: Split, folder: Path) -> list[str]:
-    """Writes the images of a gallery to a folder: their ids, by row."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        ids = [f"{row:06d}.png" for row in range(len(split.gallery))]
-        strange = {path.name for path in folder.iterdir()} - set(ids)
-        if strange:
-            raise UserError(
-                f"{folder} holds other files, such as {min(strange)}: name a new folder."
-            )
-        for row, id_ in enumerate(ids):
-            if not (folder / id_).exists():
-                Image.fromarray(split.gallery[row]).save(folder / id_)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder} ({error.strerror or error}): name another folder."
-        ) from error
-    return ids
 
 
 def told(found: Mapping[str, Sequence[Sequence[float]]], seeds: Sequence[int]) -> str:
