@@ -6,8 +6,7 @@ short batches are padded, and the padding is cut off again.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -16,50 +15,15 @@ from dqe_jax.data.splits import Split
 from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.embedding.sources import Images, Rows
-from dqe_jax.evaluation import metrics, protocols, ranking
+from dqe_jax.evaluation.embedded import Embedded, EmbeddingEvaluator, Result
 from dqe_jax.evaluation.protocols import Protocol
 from dqe_jax.method.arrays import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What an evaluation gives.
+class RetrievalEvaluator(EmbeddingEvaluator):
+    """Embeds a split by a model, and ranks its gallery for each of its queries."""
 
-    Attributes:
-      metrics: of the protocol (`evaluation/protocols.py`); empty for a split without labels.
-      baselines: `random` (expected; plain protocol) and `reference_only` (the reference's own
-        gallery embedding as query, with the reference left out of the ranking), the same metrics;
-        None if not asked for.
-      rows: int32 `[Q, K]`, ranked gallery rows, -1 where a list ends.
-      scores: float32 `[Q, K]`.
-      subset_rows: int32 `[Q, S]`, the queries' subsets without the reference, best first, padded
-        with -1; None where there are none.
-      attribute_weights: float32 `[Q, number of attributes]`.
-      embedded: how many gallery images were ranked.
-      composition_gain: of the best composed row over the best single modality, as
-        `gain.composition_gain` says; None where rows without training were not asked for.
-    """
-
-    metrics: dict[str, float]
-    baselines: dict[str, dict[str, float]] | None
-    rows: np.ndarray
-    scores: np.ndarray
-    subset_rows: np.ndarray | None
-    attribute_weights: np.ndarray
-    embedded: int
-    composition_gain: dict[str, str | float] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Embedded:
-    """Gallery embeddings `[E, M, d]`, and where a row's is: int `[N]`, -1 for none."""
-
-    tokens: np.ndarray
-    place: np.ndarray
-
-
-class RetrievalEvaluator:
-    """Ranks the gallery of a split for each of its queries, by the protocol of a benchmark."""
+    split: Split
 
     def __init__(
         self,
@@ -87,12 +51,8 @@ class RetrievalEvaluator:
           devices: to run on.
           protocol: what is ranked and measured.
         """
-        self.split, self.protocol = split, protocol
+        super().__init__(split=split, top_k=top_k, devices=devices, protocol=protocol)
         self._images, self._texts = images, texts
-        self._top_k = top_k
-        pools = split.pools or {"": np.arange(len(split.gallery))}
-        self._pools = protocols.pool_rows(protocol, split.queries, pools)
-
         batch = -(-batch_size // len(devices)) * len(devices)
         self._embed_queries = RowEmbedder[tuple[np.ndarray, np.ndarray]](
             query_fields(encode_query, "embedding", "attribute_weights"),
@@ -103,122 +63,53 @@ class RetrievalEvaluator:
         self._embed_rows = RowEmbedder[np.ndarray](
             encode_gallery, columns=1, batch_size=batch, devices=devices
         )
-        self._rank = ranking.make_rank_fn(top_k, devices=devices)
-        self._score = ranking.make_score_fn(devices=devices)
 
-    @property
-    def labelled(self) -> np.ndarray:
-        """Positions of the queries whose target is published, int `[n]`."""
-        return np.flatnonzero(self.split.queries.target >= 0)
+    def run(
+        self,
+        params: Params,
+        *,
+        baselines: bool = False,
+        keep: Callable[[Embedded], None] | None = None,
+    ) -> Result:
+        """Evaluates parameters that are replicated over the devices.
 
-    def metric_names(self) -> list[str]:
-        """Names of the metrics that `run` measures; none for a split without labels."""
-        rows = np.full((len(self.split.queries), self._top_k), -1, np.int32)
-        subsets = rows if max(map(len, self.split.queries.subset)) else None
-        return sorted(self._measure(rows, subsets))
+        Args:
+          params: of the model.
+          baselines: whether to measure those of `Result` too.
+          keep: is given the embeddings before they are ranked.
+        """
+        embedded = self.embed(params)
+        if keep is not None:
+            keep(embedded)
+        return self.measure(embedded, baselines=baselines)
 
-    def describe(self, measured: dict[str, float]) -> str:
-        """Headline metrics as a line, with the protocol and how much of the split was at hand."""
-        shown = [f"{key} {measured[key]:.4f}" for key in self.protocol.columns(measured)]
-        figures = ", ".join(shown) or "no labels"
-        return f"{self.split.name} ({self.protocol.name}; {self.split.coverage}): {figures}"
-
-    def run(self, params: Params, *, baselines: bool = False) -> Result:
-        """Evaluates parameters that are replicated over the devices."""
+    def embed(self, params: Params) -> Embedded:
+        """Embeds the queries, and the gallery images that any of them ranks."""
+        tokens, place = self._embed_gallery(params, self.ranked)
         queries = self.split.queries
-        gallery = self._embed_gallery(params, np.concatenate([*self._pools.values()]))
         query, weights = self._embed_queries(
             params,
             (self._images, queries.reference),
             (self._texts, np.arange(len(queries))),
         )
-        rows, scores = self._rank_pools(query, gallery, self.protocol.exclude_reference)
-        subset_rows = self._rank_subsets(query, gallery)
-        compared = self._baselines(gallery) if baselines and len(self.labelled) else None
-        return Result(
-            metrics=self._measure(rows, subset_rows),
-            baselines=compared,
-            rows=rows,
-            scores=scores,
-            subset_rows=subset_rows,
-            attribute_weights=weights,
-            embedded=len(gallery.tokens),
-        )
+        return Embedded(query, tokens, place, weights)
 
-    def score_rows(
+    def embed_asked(
         self, params: Params, reference: np.ndarray, texts: Rows, rows: np.ndarray
-    ) -> np.ndarray:
-        """Scores of given gallery rows for queries of one's own.
+    ) -> Embedded:
+        """Embeds queries of one's own, and some of the gallery.
 
         Args:
           params: replicated over the devices.
           reference: int `[J]`, rows of the reference images.
           texts: J of them.
-          rows: int `[J, S]`, gallery rows to score.
-
-        Returns:
-          float32 `[J, S]`.
+          rows: int, the gallery rows; each may be there several times.
         """
-        gallery = self._embed_gallery(params, rows.ravel())
+        tokens, place = self._embed_gallery(params, np.unique(rows))
         every = (texts, np.arange(len(reference)))
-        query, _ = self._embed_queries(params, (self._images, reference), every)
-        return self._score(query, gallery.tokens, gallery.place[rows])
+        query, weights = self._embed_queries(params, (self._images, reference), every)
+        return Embedded(query, tokens, place, weights)
 
-    def _embed_gallery(self, params: Params, rows: np.ndarray) -> _Embedded:
-        rows = np.unique(rows)
-        place = np.full(len(self.split.gallery), -1, np.int64)
-        place[rows] = np.arange(len(rows))
-        return _Embedded(self._embed_rows(params, (self._images, rows)), place)
-
-    def _rank_pools(
-        self, query: np.ndarray, gallery: _Embedded, exclude_reference: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks for each query the part of the gallery that is its own."""
-        queries = self.split.queries
-        pools = np.asarray(queries.pools, dtype=object)
-        parts, members = [], []
-        for name, pool in self._pools.items():
-            mine = np.flatnonzero(pools == name)
-            place = np.full(len(self.split.gallery), -1, np.int64)
-            place[pool] = np.arange(len(pool))
-            excluded = place[queries.reference[mine]][:, None] if exclude_reference else None
-            tokens = gallery.tokens[gallery.place[pool]]
-            rows, scores = self._rank(query[mine], tokens, excluded=excluded)
-            parts.append((np.where(rows < 0, -1, pool[rows]).astype(np.int32), scores))
-            members.append(mine)
-        order = np.argsort(np.concatenate(members), kind="stable")
-        rows, scores = (np.concatenate(columns)[order] for columns in zip(*parts))
-        return rows, scores
-
-    def _rank_subsets(self, query: np.ndarray, gallery: _Embedded) -> np.ndarray | None:
-        """The queries' subsets without the reference, best first: int32 `[Q, S]`."""
-        queries = self.split.queries
-        longest = max(map(len, queries.subset))
-        if not longest:
-            return None
-        rows = np.full((len(queries), longest), -1, np.int32)
-        for i, members in enumerate(queries.subset):
-            members = members[members != queries.reference[i]]
-            rows[i, : len(members)] = members
-        scores = self._score(query, gallery.tokens, np.where(rows < 0, -1, gallery.place[rows]))
-        return ranking.order_subset(rows, scores)
-
-    def _measure(self, rows: np.ndarray, subset_rows: np.ndarray | None) -> dict[str, float]:
-        """Metrics of the queries with labels; none if there are none."""
-        known = self.labelled
-        if not len(known):
-            return {}
-        subsets = None if subset_rows is None else subset_rows[known]
-        return self.protocol.measure(self.split.queries.take(known), rows[known], subsets)
-
-    def _baselines(self, gallery: _Embedded) -> dict[str, dict[str, float]]:
-        queries = self.split.queries
-        # Where an embedding has several tokens, the first one is taken.
-        alone = gallery.tokens[gallery.place[queries.reference], 0]
-        rows, _ = self._rank_pools(alone, gallery, exclude_reference=True)
-        compared = {"reference_only": self._measure(rows, self._rank_subsets(alone, gallery))}
-        if self.protocol.name == "plain":
-            size = len(gallery.tokens)
-            counts = [min(len(queries.relevant[i]), size) for i in self.labelled]
-            compared = {"random": metrics.random_baseline(size, counts), **compared}
-        return compared
+    def _embed_gallery(self, params: Params, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of gallery rows `[E, M, d]`, and where a row's is, int `[N]`."""
+        return self._embed_rows(params, (self._images, rows)), self.placed(rows)
