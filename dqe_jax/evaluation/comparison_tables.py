@@ -83,9 +83,9 @@ def as_csv(comparison: Comparison) -> str:
     for line in comparison.lines:
         for key in comparison.keys:
             one, apart = line.values[key], (line.differences or {}).get(key)
-            cells = [one.value, one.low, one.high]
-            cells += [apart.value, apart.low, apart.high] if apart else ["", "", ""]
-            writer.writerow([line.name, key, *cells, comparison.queries])
+            ends = [one.value, one.low, one.high]
+            others = [apart.value, apart.low, apart.high] if apart else ["", "", ""]
+            writer.writerow([line.name, key, *ends, *others, comparison.queries])
     return out.getvalue()
 
 

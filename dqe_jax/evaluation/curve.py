@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dqe_jax.evaluation.embedded import Result
-from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.intervals import query_values, strata_of
 from dqe_jax.utils.errors import UserError, reason_of
 

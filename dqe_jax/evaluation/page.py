@@ -35,7 +35,7 @@ from dqe_jax.utils.files import cannot_write, read_json
 from dqe_jax.utils.paths import whole_path
 
 if TYPE_CHECKING:
-    from dqe_jax.evaluation.embedded import EmbeddingEvaluator, Result
+    from dqe_jax.evaluation.evaluator import EmbeddingEvaluator, Result
 
 FILE = "report.html"
 SHOWN = 10
@@ -77,8 +77,15 @@ def read_compared(
         if len(known):
             path = find_results(directory, split.name)
             results, stem = read_results(path), path.name.removesuffix(SUFFIX)
-            same = {"name": "this one", "dataset": dataset, "pools": evaluator.pools}
-            own = make_results(split, evaluator.protocol, {}, known, **same)
+            own = make_results(
+                split,
+                evaluator.protocol,
+                {},
+                known,
+                name="this one",
+                dataset=dataset,
+                pools=evaluator.pools,
+            )
             results = align(results, own)
         else:
             path, stem = _newest(directory, split.name)

@@ -17,8 +17,7 @@ from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.data.text import Wordings
 from dqe_jax.embedding.sources import Rows
 from dqe_jax.evaluation.asked import Asked
-from dqe_jax.evaluation.embedded import Embedded, EmbeddingEvaluator
-from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, RetrievalEvaluator
 from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import write_json
@@ -72,7 +71,7 @@ def embed_judgements(
     """
     row = {image: i for i, image in enumerate(evaluator.split.gallery.ids)}
     reference = np.array([row[j.reference] for j in judgements])
-    return evaluator.embed_asked(params, reference, texts, _candidates(evaluator, judgements))
+    return evaluator.embed(params, reference, texts, _candidates(evaluator, judgements))
 
 
 def _candidates(evaluator: EmbeddingEvaluator, judgements: Sequence[Judgement]) -> np.ndarray:
@@ -97,7 +96,7 @@ def measure_preferences(
     """
     judgements, official = judged
     candidates = _candidates(evaluator, judgements)
-    scores = evaluator.score_listed(embedded.query, embedded, candidates)
+    scores = evaluator.score_rows(embedded, candidates)
     first, second = np.split(scores, 2, axis=1)
     preferred = np.array([j.preferred for j in judgements])
     found = preference_metrics(first, second, preferred) | {"official": official}

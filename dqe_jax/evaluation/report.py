@@ -31,8 +31,7 @@ from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:  # scoring a file of predictions needs no JAX
     from dqe_jax.data.splits import Split
-    from dqe_jax.evaluation.embedded import EmbeddingEvaluator, Result
-    from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+    from dqe_jax.evaluation.evaluator import EmbeddingEvaluator, Result, RetrievalEvaluator
 
 RANKED = 50
 

@@ -24,9 +24,8 @@ from dqe_jax.distributed import mesh, processes
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.embedding.sources import PlainImages, PlainTexts
 from dqe_jax.evaluation import protocols, report
-from dqe_jax.evaluation.embedded import Embedded, EmbeddingEvaluator, Result
 from dqe_jax.evaluation.embedding_files import Rows, check_target, write_embeddings
-from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, Result, RetrievalEvaluator
 from dqe_jax.evaluation.gain import composition_gain
 from dqe_jax.evaluation.page import read_compared, write_page
 from dqe_jax.evaluation.preferences import (
@@ -142,8 +141,9 @@ def rows_of(evaluator: EmbeddingEvaluator, embedded: Embedded) -> dict[str, Rows
     """The embeddings of a split with their ids, as `write_embeddings` takes them."""
     asked = evaluator.split
     ids = [asked.gallery.ids[row] for row in evaluator.ranked]
-    gallery = embedded.tokens[:, 0] if embedded.tokens.shape[1] == 1 else embedded.tokens
-    return {"query": Rows(list(asked.queries.ids), embedded.query), "gallery": Rows(ids, gallery)}
+    tokens = embedded.gallery.tokens
+    gallery = Rows(ids, tokens[:, 0] if tokens.shape[1] == 1 else tokens)
+    return {"query": Rows(list(asked.queries.ids), embedded.query), "gallery": gallery}
 
 
 def evaluate_rows(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
-import numpy as np
 from absl import logging
 
 from dqe_jax.config import AnyConfig, RunConfig
@@ -12,8 +12,8 @@ from dqe_jax.data.annotations.hp_fashioniq import Judgement
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.asked import Asked, Labels, read_labels, read_prepared
-from dqe_jax.evaluation.embedded import Embedded, EmbeddingEvaluator, Result
 from dqe_jax.evaluation.embedding_files import EmbeddingFile, check_ids, read_embeddings
+from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, Result
 from dqe_jax.evaluation.page import read_compared, write_page
 from dqe_jax.evaluation.preferences import judgement_ids, measure_preferences, open_preferences
 from dqe_jax.utils.errors import UserError
@@ -123,11 +123,8 @@ def _embedded(evaluator: EmbeddingEvaluator, held: EmbeddingFile) -> Embedded:
     known = frozenset(asked.gallery.ids)
     extra = [image for image in held.gallery.ids if image in known]
     check_ids(held.path, "gallery", held.gallery.ids, list(dict.fromkeys([*ids, *extra])))
-    return Embedded(
-        held.query.at(asked.queries.ids),
-        held.gallery.at(ids),
-        evaluator.placed(evaluator.ranked),
-        np.zeros((len(asked.queries), 0), np.float32),
+    return evaluator.embedded(
+        held.query.at(asked.queries.ids), held.gallery.at(ids), evaluator.ranked
     )
 
 
@@ -139,6 +136,4 @@ def _judgements(held: EmbeddingFile, embedded: Embedded, judgements: list[Judgem
     ids = judgement_ids(judgements)
     known = [one for one in held.judgement.ids if one in frozenset(ids)]
     check_ids(held.path, "judgement", known, ids)
-    return Embedded(
-        held.judgement.at(ids), embedded.tokens, embedded.place, embedded.attribute_weights[:0]
-    )
+    return dataclasses.replace(embedded, query=held.judgement.at(ids))

@@ -19,7 +19,7 @@ from dqe_jax.data import datasets
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
 from dqe_jax.evaluation import curve
-from dqe_jax.evaluation.embedded import Result
+from dqe_jax.evaluation.evaluator import Result
 from dqe_jax.evaluation.run import evaluate_and_report
 from dqe_jax.method.arrays import Tree
 from dqe_jax.method.batch import Batch

@@ -23,8 +23,7 @@ from dqe_jax.data.pipeline import Images, Texts
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import Wordings, encode_wordings
 from dqe_jax.distributed import mesh
-from dqe_jax.evaluation.embedded import Result
-from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.probability import fit
 from dqe_jax.evaluation.run import make_evaluator
 from dqe_jax.feature_store.features import Features, sizes_of

@@ -7,8 +7,8 @@ import pytest
 
 from dqe_jax.config import RunConfig
 from dqe_jax.evaluation import embedding_files, query_results, scoring
-from dqe_jax.evaluation.embedded import EmbeddingEvaluator
 from dqe_jax.evaluation.embedding_files import Rows, read_embeddings, write_embeddings
+from dqe_jax.evaluation.evaluator import EmbeddingEvaluator
 from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.testing.untrained import save_untrained
