@@ -84,6 +84,7 @@ def ndcg_at_10(split, rows):
     return np.mean(values)
 
 
+@pytest.mark.slow  # imports mteb, which imports PyTorch and more
 def test_mteb_measures_what_we_measure(mteb, run, model, tmp_path):
     config, workdir, split = run
     result = evaluate_checkpoint(config, workdir, output=tmp_path / "own")
@@ -107,6 +108,7 @@ def test_mteb_measures_what_we_measure(mteb, run, model, tmp_path):
     assert meta.revision == model.fingerprint
 
 
+@pytest.mark.slow
 def test_reranking_and_tasks_that_are_not_composed(mteb, run, model):
     split = run[2]
     task = scenes_task(mteb, split)
@@ -134,6 +136,7 @@ def test_reranking_and_tasks_that_are_not_composed(mteb, run, model):
         MtebModel(model, name="scenes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CIRRIT2IRetrieval", "FashionIQIT2IRetrieval"])
 def test_published_tasks_are_of_the_form_that_is_taken(mteb, name):
     """They are not run: their data are on the hub."""
