@@ -1,13 +1,14 @@
 """Evaluation: embeds a split's gallery and queries on all devices, ranks on device, measures.
 
 Used alike during training and by the separate evaluation binary. The gallery is never truncated:
-short batches are padded, and the padding is cut off again.
+short batches are padded, and the padding is cut off again. Embeddings of other models, read from a
+file, are ranked and measured in the same way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from dqe_jax.embedding.encoders import EncodeGallery, EncodeQuery, query_fields
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.embedding.sources import Images, Rows
 from dqe_jax.evaluation import metrics, protocols, ranking
+from dqe_jax.evaluation.asked import Asked
 from dqe_jax.evaluation.protocols import Protocol
 from dqe_jax.method.arrays import Params
 
@@ -58,53 +60,54 @@ class _Embedded:
     place: np.ndarray
 
 
-class RetrievalEvaluator:
-    """Ranks the gallery of a split for each of its queries, by the protocol of a benchmark."""
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """The embeddings of a split, or of queries of one's own.
+
+    Attributes:
+      query: float32 `[Q, d]`.
+      gallery: of the images that are ranked.
+      attribute_weights: float32 `[Q, number of attributes]`; no attributes for a model without.
+    """
+
+    query: np.ndarray
+    gallery: _Embedded
+    attribute_weights: np.ndarray
+
+
+class EmbeddingEvaluator:
+    """Ranks embeddings of a split's gallery for each of its queries, by a benchmark's protocol."""
 
     def __init__(
-        self,
-        *,
-        split: Split,
-        images: Images,
-        texts: Rows,
-        encode_query: EncodeQuery,
-        encode_gallery: EncodeGallery,
-        batch_size: int,
-        top_k: int,
-        devices: Sequence[jax.Device],
-        protocol: Protocol,
+        self, *, split: Asked, top_k: int, devices: Sequence[jax.Device], protocol: Protocol
     ):
         """Compiles nothing yet.
 
         Args:
           split: queries and gallery.
-          images: of the gallery.
-          texts: of the queries.
-          encode_query: of the model.
-          encode_gallery: of the model.
-          batch_size: examples at a time over all devices; rounded up to a multiple of these.
           top_k: length of the ranked lists; lists of a smaller gallery end in -1.
           devices: to run on.
           protocol: what is ranked and measured.
+
+        Raises:
+          UserError: the protocol needs targets that the split does not have.
         """
         self.split, self.protocol = split, protocol
-        self._images, self._texts = images, texts
         self._top_k = top_k
         pools = split.pools or {"": np.arange(len(split.gallery))}
         self._pools = protocols.pool_rows(protocol, split.queries, pools)
-
-        batch = -(-batch_size // len(devices)) * len(devices)
-        self._embed_queries = RowEmbedder[tuple[np.ndarray, np.ndarray]](
-            query_fields(encode_query, "embedding", "attribute_weights"),
-            columns=2,
-            batch_size=batch,
-            devices=devices,
-        )
-        self._embed_rows = RowEmbedder[np.ndarray](
-            encode_gallery, columns=1, batch_size=batch, devices=devices
-        )
         self._rank = ranking.make_rank_fn(top_k, devices=devices)
         self._score = ranking.make_score_fn(devices=devices)
+
+    @property
+    def pools(self) -> Mapping[str, np.ndarray]:
+        """The gallery rows that queries of each pool rank."""
+        return self._pools
+
+    @property
+    def ranked(self) -> np.ndarray:
+        """The gallery rows that any query ranks, ascending, int `[E]`."""
+        return np.unique(np.concatenate([*self._pools.values()]))
 
     @property
     def labelled(self) -> np.ndarray:
@@ -123,15 +126,30 @@ class RetrievalEvaluator:
         figures = ", ".join(shown) or "no labels"
         return f"{self.split.name} ({self.protocol.name}; {self.split.coverage}): {figures}"
 
-    def run(self, params: Params, *, baselines: bool = False) -> Result:
-        """Evaluates parameters that are replicated over the devices."""
-        queries = self.split.queries
-        gallery = self._embed_gallery(params, np.concatenate([*self._pools.values()]))
-        query, weights = self._embed_queries(
-            params,
-            (self._images, queries.reference),
-            (self._texts, np.arange(len(queries))),
-        )
+    def embedded(
+        self,
+        query: np.ndarray,
+        tokens: np.ndarray,
+        rows: np.ndarray,
+        attribute_weights: np.ndarray | None = None,
+    ) -> Embedded:
+        """Embeddings as `measure` takes them.
+
+        Args:
+          query: float32 `[Q, d]`.
+          tokens: float32 `[E, M, d]`.
+          rows: int `[E]`, the gallery rows whose tokens these are.
+          attribute_weights: as in `Embedded`; None for a model without.
+        """
+        place = np.full(len(self.split.gallery), -1, np.int64)
+        place[rows] = np.arange(len(rows))
+        nothing = np.zeros((len(query), 0), np.float32)
+        weights = nothing if attribute_weights is None else attribute_weights
+        return Embedded(query, _Embedded(tokens, place), weights)
+
+    def measure(self, embedded: Embedded, *, baselines: bool = False) -> Result:
+        """Ranks and measures the embeddings of the split, at least of `ranked`."""
+        query, gallery = embedded.query, embedded.gallery
         rows, scores = self._rank_pools(query, gallery, self.protocol.exclude_reference)
         subset_rows = self._rank_subsets(query, gallery)
         compared = self._baselines(gallery) if baselines and len(self.labelled) else None
@@ -141,34 +159,14 @@ class RetrievalEvaluator:
             rows=rows,
             scores=scores,
             subset_rows=subset_rows,
-            attribute_weights=weights,
+            attribute_weights=embedded.attribute_weights,
             embedded=len(gallery.tokens),
         )
 
-    def score_rows(
-        self, params: Params, reference: np.ndarray, texts: Rows, rows: np.ndarray
-    ) -> np.ndarray:
-        """Scores of given gallery rows for queries of one's own.
-
-        Args:
-          params: replicated over the devices.
-          reference: int `[J]`, rows of the reference images.
-          texts: J of them.
-          rows: int `[J, S]`, gallery rows to score.
-
-        Returns:
-          float32 `[J, S]`.
-        """
-        gallery = self._embed_gallery(params, rows.ravel())
-        every = (texts, np.arange(len(reference)))
-        query, _ = self._embed_queries(params, (self._images, reference), every)
-        return self._score(query, gallery.tokens, gallery.place[rows])
-
-    def _embed_gallery(self, params: Params, rows: np.ndarray) -> _Embedded:
-        rows = np.unique(rows)
-        place = np.full(len(self.split.gallery), -1, np.int64)
-        place[rows] = np.arange(len(rows))
-        return _Embedded(self._embed_rows(params, (self._images, rows)), place)
+    def score_rows(self, embedded: Embedded, rows: np.ndarray) -> np.ndarray:
+        """Scores float32 `[J, S]` of gallery rows int `[J, S]` for `J` queries of one's own."""
+        gallery = embedded.gallery
+        return self._score(embedded.query, gallery.tokens, gallery.place[rows])
 
     def _rank_pools(
         self, query: np.ndarray, gallery: _Embedded, exclude_reference: bool
@@ -222,3 +220,91 @@ class RetrievalEvaluator:
             counts = [min(len(queries.relevant[i]), size) for i in self.labelled]
             compared = {"random": metrics.random_baseline(size, counts), **compared}
         return compared
+
+
+class RetrievalEvaluator(EmbeddingEvaluator):
+    """Embeds a split by a model, and ranks its gallery for each of its queries."""
+
+    split: Split
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        images: Images,
+        texts: Rows,
+        encode_query: EncodeQuery,
+        encode_gallery: EncodeGallery,
+        batch_size: int,
+        top_k: int,
+        devices: Sequence[jax.Device],
+        protocol: Protocol,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          split: queries and gallery.
+          images: of the gallery.
+          texts: of the queries.
+          encode_query: of the model.
+          encode_gallery: of the model.
+          batch_size: examples at a time over all devices; rounded up to a multiple of these.
+          top_k: length of the ranked lists; lists of a smaller gallery end in -1.
+          devices: to run on.
+          protocol: what is ranked and measured.
+        """
+        super().__init__(split=split, top_k=top_k, devices=devices, protocol=protocol)
+        self._images, self._texts = images, texts
+        batch = -(-batch_size // len(devices)) * len(devices)
+        self._embed_queries = RowEmbedder[tuple[np.ndarray, np.ndarray]](
+            query_fields(encode_query, "embedding", "attribute_weights"),
+            columns=2,
+            batch_size=batch,
+            devices=devices,
+        )
+        self._embed_rows = RowEmbedder[np.ndarray](
+            encode_gallery, columns=1, batch_size=batch, devices=devices
+        )
+
+    def run(
+        self,
+        params: Params,
+        *,
+        baselines: bool = False,
+        keep: Callable[[Embedded], None] | None = None,
+    ) -> Result:
+        """Evaluates parameters that are replicated over the devices.
+
+        Args:
+          params: of the model.
+          baselines: whether to measure those of `Result` too.
+          keep: is given the embeddings before they are ranked.
+        """
+        queries, rows = self.split.queries, self.ranked
+        tokens = self._embed_rows(params, (self._images, rows))
+        query, weights = self._embed_queries(
+            params,
+            (self._images, queries.reference),
+            (self._texts, np.arange(len(queries))),
+        )
+        embedded = self.embedded(query, tokens, rows, weights)
+        if keep is not None:
+            keep(embedded)
+        return self.measure(embedded, baselines=baselines)
+
+    def embed(
+        self, params: Params, reference: np.ndarray, texts: Rows, rows: np.ndarray
+    ) -> Embedded:
+        """Embeds queries of one's own, and some of the gallery.
+
+        Args:
+          params: replicated over the devices.
+          reference: int `[J]`, rows of the reference images.
+          texts: J of them.
+          rows: int, gallery rows; each may be there several times.
+        """
+        rows = np.unique(rows)
+        tokens = self._embed_rows(params, (self._images, rows))
+        every = (texts, np.arange(len(reference)))
+        query, weights = self._embed_queries(params, (self._images, reference), every)
+        return self.embedded(query, tokens, rows, weights)

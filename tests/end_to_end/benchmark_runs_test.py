@@ -10,8 +10,9 @@ import pytest
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
-from dqe_jax.evaluation import predictions
+from dqe_jax.evaluation import predictions, query_results
 from dqe_jax.evaluation.run import evaluate_checkpoint
+from dqe_jax.evaluation.scoring import score_embeddings
 from dqe_jax.testing import standins
 from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import (
@@ -59,6 +60,64 @@ def read(path):
 def fashioniq_run(base):
     config = small_benchmark_config("fiq:smoke", base / "data")
     return config, base / "fiq", loop.train_and_evaluate(config, base / "fiq")
+
+
+def same_from_a_file(base, config, workdir, dataset, split="val", **options):
+    """Evaluates a run, and its embeddings from a file against the annotation files alone."""
+    own, file = base / "own", base / f"{dataset}.safetensors"
+    result = evaluate_checkpoint(
+        config, workdir, split=split, output=own, save_embeddings=file, **options
+    )
+    again = score_embeddings(
+        config, file, base / "again", split=split, raw_dir=base / "raw" / dataset, **options
+    )
+    assert again.metrics == result.metrics
+    assert again.metrics
+    assert again.baselines == result.baselines
+    name = datasets.split_of(dataset, split)
+    results = [
+        query_results.read_results(path)
+        for path in (own / f"{name}-2.queries.json", base / f"again/{name}-{dataset}.queries.json")
+    ]
+    assert results[0].questions == results[1].questions
+    assert results[0].gallery == results[1].gallery
+    assert results[0].measured() == results[1].measured()
+    for key, interval in results[0].measured().items():
+        assert interval.value == pytest.approx(result.metrics[key], abs=1e-9)
+
+
+@pytest.mark.parametrize("protocol", ["original", "val"])
+def test_embeddings_of_fashioniq(base, fashioniq_run, protocol):
+    _, workdir, _ = fashioniq_run
+    config = small_benchmark_config("fiq:smoke", base / "data", **{"eval.protocol": protocol})
+    same_from_a_file(base, config, workdir, "fashioniq")
+
+
+@pytest.mark.slow  # FashionIQ takes the same way
+def test_embeddings_of_cirr(base, cirr_run):
+    config, workdir, _ = cirr_run
+    same_from_a_file(base, config, workdir, "cirr")
+    file = base / "test1.npz"
+    evaluate_checkpoint(config, workdir, split="test1", output=base / "own", save_embeddings=file)
+    score_embeddings(config, file, base / "again", split="test1", raw_dir=base / "raw" / "cirr")
+    for name in ("recall", "recall_subset"):
+        one = read(base / "own" / f"test-2.cirr_{name}.json")
+        assert one == read(base / "again" / f"test-test1.cirr_{name}.json")
+
+
+def test_embeddings_of_circo(base, cirr_run, caplog):
+    """With the list of its gallery, and without: what the file holds is then the gallery."""
+    _, workdir, _ = cirr_run
+    config = small_benchmark_config("circo:smoke", base / "data")
+    same_from_a_file(base, config, workdir, "circo")
+    (base / "labels").mkdir()
+    labels = base / "raw" / "circo" / "annotations" / "val.json"
+    (base / "labels" / "val.json").write_bytes(labels.read_bytes())
+    file = base / "circo.safetensors"
+    with caplog.at_level("WARNING"):
+        got = score_embeddings(config, file, base / "x", split="val", raw_dir=base / "labels")
+    assert got.metrics == score_embeddings(config, file, base / "y", split="val").metrics
+    assert "do not list the gallery" in caplog.text
 
 
 def test_fashioniq(base, fashioniq_run):
@@ -126,6 +185,8 @@ def test_hp_fashioniq(base, fashioniq_run):
     assert (found["judgements"], found["official"]) == (2, 3)  # one names an image not at hand
     assert found["ties"] == 1  # the same five images
     assert found["always_first"] == 1.0
+    same_from_a_file(base, config, workdir, "fashioniq", hp_fashioniq=base / "hpfiq.json")
+    assert read(base / "own" / "hp_fashioniq-2.json") == found
     with pytest.raises(UserError, match=r"FashionIQ's val split, not test"):
         evaluate_checkpoint(config, workdir, split="test", hp_fashioniq=base / "hpfiq.json")
 
@@ -222,6 +283,7 @@ def test_triplets(base):
     ranked = read(base / "triplets" / "eval" / "test-2.ranked.json")
     assert {len(ids) for ids in ranked.values()} == {24}
     assert all(image.startswith("images/") for ids in ranked.values() for image in ids)
+    same_from_a_file(base, config, base / "triplets", "triplets", "test")
 
 
 def test_rankings_do_not_depend_on_devices(base, cirr_run):

@@ -746,8 +746,8 @@ def test_files_that_cannot_be_scored(tmp_path):
     fails(tmp_path, content, "no split 'dev'", split="dev")
     fails(tmp_path, content, "no protocol 'val'", variant="val")
     fails(tmp_path, content, "there is no directory", raw=tmp_path / "none")
-    for dataset in ("hp_fashioniq", "shapes"):
-        fails(tmp_path, content, f"{dataset} is not scored", dataset=dataset)
+    fails(tmp_path, content, "hp_fashioniq holds preferences", dataset="hp_fashioniq")
+    fails(tmp_path, content, "shapes has no annotation files: leave", dataset="shapes")
     with pytest.raises(UserError, match="cannot be read"):
         predictions.score("cirr", "val", tmp_path / "none.json", tmp_path)
     (tmp_path / "p.json").write_text('{"a": [')
