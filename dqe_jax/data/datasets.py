@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from dqe_jax.data import preparation
-from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
+from dqe_jax.data.annotations import circo, cirr, fashioniq, genecis, triplets
 from dqe_jax.data.annotations.schema import RawFormat
 from dqe_jax.data.examples import SPLITS, WHOLE
 from dqe_jax.data.made.settings import read_facts
@@ -230,8 +230,31 @@ DATASETS = {
             protocols={"original": "plain"},
             raw=triplets.RAW,
         ),
+        DatasetInfo(
+            name="genecis",
+            open=_benchmark,
+            splits=genecis.SPLITS,
+            protocols={"original": "genecis"},
+            raw=genecis.RAW,
+        ),
     )
 }
+
+
+def require_training(dataset: str) -> None:
+    """Checks that a data set has a split to train on.
+
+    Args:
+      dataset: a key of `DATASETS`.
+
+    Raises:
+      UserError: it is a benchmark to evaluate on alone.
+    """
+    if "train" not in DATASETS[dataset].splits:
+        raise UserError(
+            f"{dataset} is a benchmark without training data: train on another data set, and "
+            f"evaluate that run on {dataset} with dqe_jax.evaluate --checkpoint=DIR."
+        )
 
 
 def split_of(dataset: str, name: str) -> str:

@@ -269,12 +269,15 @@ def _figures(
     subsets = None if result.subset_rows is None else result.subset_rows[known]
     columns = protocol.columns(result.metrics)
 
-    def values_of(rows: np.ndarray, inside: np.ndarray | None) -> dict[str, np.ndarray]:
-        found = query_values(protocol, queries, rows[known], inside)
+    def values_of(
+        rows: np.ndarray, inside: np.ndarray | None, places: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        found = query_values(protocol, queries, rows[known], inside, places)
         return {key: found[key] for key in columns if key in found}
 
     strata = strata_of(protocol, queries)
-    own = values_of(result.rows, subsets)
+    places = None if result.places is None else result.places[known]
+    own = values_of(result.rows, subsets, places)
     other = {} if against is None else values_of(against.rows, None)
     differences = {key: own[key] - other[key] for key in other if key in own}
 

@@ -15,6 +15,9 @@ ranked lists, or a submission of CIRR or CIRCO.
     where a list holds it, takes a rank and is a miss: `lists_with_reference` tells in how many.
 -   **FashionIQ, val protocol**: images that are not in the smaller gallery are struck from the
     lists first. That takes lists that are long enough; `shortest_list` is of what is left.
+-   **Other benchmarks whose protocol leaves the reference out**: it is struck from the lists.
+-   **GeneCIS**: a list is of the query's own candidates. **FREEDOM, i-CIR**: metrics are of the
+    whole ranking, and all of a list counts; a relevant image that it lacks is never found.
 -   A split **without labels** cannot be scored: the file is checked against the server's rules.
 """
 
@@ -33,7 +36,7 @@ from dqe_jax.data.annotations.schema import Annotations
 from dqe_jax.data.datasets import DATASETS, split_of
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.raw_files import RawFiles
-from dqe_jax.evaluation import protocols, submissions
+from dqe_jax.evaluation import protocols, several_targets, submissions
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import read_json, write_json
 from dqe_jax.utils.paths import whole_path
@@ -113,17 +116,21 @@ def score(
         raise UserError(
             f"{raw_dir} has no sound record of {split} of {dataset}: get the annotation file again."
         )
-    if not (queries.target >= 0).any():
+    if not len(protocol.labelled(queries)):
         _refuse_unlabelled(dataset, split, path, content, queries, labels)
 
     metric = _take_metric(content, path) if dataset == "cirr" else "recall"
     lists = _read_lists(content, queries.ids, path, numbers=dataset == "circo")
     if dataset != "circo":
-        _check_images(lists, _allowed(labels, within_subset=metric == "recall_subset"), path)
+        own = metric == "recall_subset" or protocol.own_gallery
+        _check_images(lists, _allowed(labels, within_subset=own), path)
     for found in lists.values():
         for image in found:
             row_of.setdefault(image, len(row_of))
     ranked = [[row_of[image] for image in lists[query]] for query in queries.ids]
+    if protocol.exclude_reference and dataset != "cirr":
+        asked = queries.reference.tolist()
+        ranked = [[row for row in rows if row != own] for rows, own in zip(ranked, asked)]
     if protocol.gallery_of_queries:
         ranked = _restricted(ranked, protocol, queries, labels, row_of)
     return _measure(protocol, queries, ranked, metric) | _facts(dataset, queries, ranked, metric)
@@ -147,6 +154,8 @@ def _queries(labels: Annotations, row_of: Mapping[str, int]) -> Queries:
         attributes=[query.attributes for query in queries],
         pools=[query.pool for query in queries],
         subset=[rows(query.subset) for query in queries],
+        references=[rows(query.references) for query in queries],
+        negatives=[rows(query.negatives) for query in queries],
     )
 
 
@@ -280,9 +289,12 @@ def _measure(
         line[: len(found)] = found[:k]
     if metric == "recall_subset":
         return protocols.cirr_subset_recall(queries, rows)
-    if protocol.exclude_reference:
+    if protocol.name == "cirr":
         # Unlike `measure`, this takes lists that hold the reference.
         return protocols.cirr_recall(queries, rows)
+    if protocol.whole_ranking:
+        places = several_targets.listed_places(ranked, queries.relevant)
+        return protocol.measure(queries, rows, places=places)
     return protocol.measure(queries, rows)
 
 

@@ -8,6 +8,7 @@ each. `python -m dqe_jax.prepare --raw_dir=DIR` takes such a directory.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -143,6 +144,29 @@ def small_circo(raw: Path, images: int = 70) -> None:
     _list_coco(raw, ids)
     for image in ids:
         write_photo(raw / "unlabeled2017" / _coco_file(image), size=(18, 18))
+
+
+def small_genecis(raw: Path, count: int = 3) -> None:
+    """A made GeneCIS: `count` queries a task, of regions and of whole photos."""
+    for task, kind in itertools.product(("focus", "change"), ("attribute", "object")):
+        others = 9 if (task, kind) == ("focus", "attribute") else 14
+        records = []
+        for i in range(count):
+            first = 100 * (i + 1) + (1000 if task == "focus" else 2000)
+            images: list[dict[str, object]]
+            if kind == "object":
+                images = [{"val_image_id": first + 5000 + j} for j in range(others + 2)]
+            else:
+                box = [3 + i, 2, 9.5, 8]
+                images = [
+                    {"image_id": str(first + j), "instance_bbox": box} for j in range(others + 2)
+                ]
+            record = {"condition": f"colour {i}", "reference": images[0], "target": images[1]}
+            records.append({**record, "gallery": images[2:]})
+            for image in images:
+                name = image.get("image_id") or f"{image['val_image_id']:012d}"
+                write_photo(raw / "photos" / f"{name}.jpg", size=(24, 20))
+        write_json(raw / "genecis" / f"{task}_{kind}.json", records)
 
 
 def small_triplets(raw: Path, images: int = 24, count: int = 30) -> None:
