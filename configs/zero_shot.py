@@ -4,18 +4,29 @@
 
 The model is that of `configs/cirr.py`. The benchmarks are in `docs/how-to/more-benchmarks.md`.
 
-Variant `:smoke`: the smoke model of that config.
+Variants: `:pinpoint`, `:pic2word`, `:imagenet_r`, `:nico`, `:minidn`, `:ltll`, `:fashion200k` or
+`:icir` in place of GeneCIS; `:smoke`, the smoke model of `configs/cirr.py`.
 """
 
 from configs import cirr, common
 
-BENCHMARKS = ()
+BENCHMARKS = (
+    *("pinpoint", "pic2word", "imagenet_r", "nico", "minidn", "ltll"),
+    *("fashion200k", "icir"),
+)
 
 
 def get_config(arg: str = ""):
-    """`arg`: `smoke`, or nothing."""
+    """The config of a benchmark.
+
+    `arg`: `smoke`, and one of `pinpoint`, `pic2word`, `imagenet_r`, `nico`, `minidn`, `ltll`,
+    `fashion200k` or `icir`; or nothing.
+    """
     variants = common.parse_variants(arg, (*BENCHMARKS, "smoke"))
     config = cirr.get_config("smoke" if "smoke" in variants else "")
-    config.data.dataset = next(iter(variants & set(BENCHMARKS)), "genecis")
+    chosen = sorted(variants & set(BENCHMARKS))
+    if len(chosen) > 1:
+        raise ValueError(f"the variants {' and '.join(chosen)} of the config do not go together")
+    config.data.dataset = chosen[0] if chosen else "genecis"
     config.eval.split = "test"
     return config

@@ -249,6 +249,10 @@ def draw(
         listed = ", ".join(f"{name} {value:.2f}" for name, value in weights.items())
         rank = row.target_rank or f"> {result.rows.shape[1]}"
         found = f"target at {rank}" if queries.target[i] >= 0 else "target not published"
+        if evaluator.protocol.by_relevance:
+            valid = np.flatnonzero(np.isin(result.rows[i], queries.relevant[i]))
+            first = valid[0] + 1 if len(valid) else f"> {result.rows.shape[1]}"
+            found = f"first of {len(queries.relevant[i])} valid targets at {first}"
         lines.append(f"{queries.texts[i]!r}: {listed or 'no attributes'}; {found}")
     picture = contact_sheet.draw_contact_sheet(sheet)
     with epath.Path(path).open("wb") as file:

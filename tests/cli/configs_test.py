@@ -71,7 +71,11 @@ def variants_of(name: str) -> tuple[str, ...]:
 
 
 # Variants of a config that do not go together.
-EXCLUSIVE = {"shapes": ("hard", "coarse"), "triplets": ("tiny", "pretrained")}
+EXCLUSIVE = {
+    "shapes": ("hard", "coarse"),
+    "triplets": ("tiny", "pretrained"),
+    "zero_shot": importlib.import_module("configs.zero_shot").BENCHMARKS,
+}
 COMBINATIONS = [
     (name, ",".join(chosen))
     for name in NAMES

@@ -30,7 +30,13 @@ MAKERS = {
     "triplets": standins.small_triplets,
 }
 # Made copies of benchmarks without a training split, by what they are evaluated with.
-OTHERS = {"genecis": standins.small_genecis}
+OTHERS = {
+    "genecis": standins.small_genecis,
+    "pinpoint": standins.small_pinpoint,
+    "pic2word": standins.small_imagenet_r,
+    "imagenet_r": standins.small_imagenet_r,
+    "icir": standins.small_icir,
+}
 
 
 @pytest.fixture(scope="module")

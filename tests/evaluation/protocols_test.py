@@ -367,13 +367,16 @@ def test_protocols():
         for dataset, info in DATASETS.items()
         for variant in info.protocols
     }
-    assert used <= set(protocols.PROTOCOLS)
+    assert used == set(protocols.PROTOCOLS)
     for name, protocol in protocols.PROTOCOLS.items():
         assert name == protocol.name
         assert protocol.note
         assert "\n" not in protocol.note
     names = {protocol.name for protocol in protocols.PROTOCOLS.values()}
-    assert names >= {"plain", "fashioniq-original", "fashioniq-val", "cirr", "circo"}
+    assert names == {
+        *("plain", "fashioniq-original", "fashioniq-val", "cirr", "circo", "genecis", "pinpoint"),
+        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir"),
+    }
     notes = {protocol.note for protocol in protocols.PROTOCOLS.values()}
     assert len(notes) == len(names)
     for dataset, variant, message in (

@@ -159,10 +159,14 @@ class Collector:
         named = (query.target, *query.known_positives, *query.relevant, *query.subset)
         named = tuple(filter(None, (*named, *query.negatives)))
         asked = (query.reference, *query.references)
-        known = self._known[query.pool]
+        known = self._known.get(query.pool, frozenset())
         if query.id in self._ids:
             self.drop(MALFORMED, name or query.id)
-        elif not (known.issuperset(named) and self._knows(asked, known)):
+        elif (
+            query.pool not in self._known
+            or not known.issuperset(named)
+            or not self._knows(asked, known)
+        ):
             self.drop(UNKNOWN_IMAGE, name or query.id)
         else:
             self.queries.append(query)

@@ -17,7 +17,19 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dqe_jax.data import examples
-from dqe_jax.data.annotations import circo, cirr, fashioniq, genecis, triplets
+from dqe_jax.data.annotations import (
+    circo,
+    cirr,
+    domain_conversion,
+    fashion200k,
+    fashioniq,
+    genecis,
+    icir,
+    lasco,
+    pinpoint,
+    shoes,
+    triplets,
+)
 from dqe_jax.data.annotations.schema import AnnotatedQuery, Annotations, RawFormat
 from dqe_jax.data.photos import Photo, load_photo, load_photos
 from dqe_jax.data.raw_files import RawFiles
@@ -252,7 +264,83 @@ class GeneCIS(Benchmark):
     raw = genecis.RAW
 
 
-BUILDERS = {cls.name: cls for cls in (FashionIQ, CIRR, CIRCO, Triplets, GeneCIS)}
+class PinPoint(Benchmark):
+    """PinPoint (Pinterest, 2026)."""
+
+    name = "pinpoint"
+    raw = pinpoint.RAW
+
+
+class Shoes(Benchmark):
+    """Shoes (Guo et al., NeurIPS 2018)."""
+
+    name = "shoes"
+    raw = shoes.RAW
+
+
+class Pic2Word(Benchmark):
+    """ImageNet-R by Pic2Word's protocol (Saito et al., CVPR 2023)."""
+
+    name = "pic2word"
+    raw = domain_conversion.RAW_PIC2WORD
+
+
+class ImageNetR(Benchmark):
+    """ImageNet-R by FREEDOM's protocol (Efthymiadis et al., WACV 2025)."""
+
+    name = "imagenet_r"
+    raw = domain_conversion.RAW_IMAGENET_R
+
+
+class NICO(Benchmark):
+    """NICO++ by FREEDOM's protocol."""
+
+    name = "nico"
+    raw = domain_conversion.RAW_NICO
+
+
+class MiniDN(Benchmark):
+    """MiniDomainNet by FREEDOM's protocol."""
+
+    name = "minidn"
+    raw = domain_conversion.RAW_MINIDN
+
+
+class LTLL(Benchmark):
+    """LTLL by FREEDOM's protocol."""
+
+    name = "ltll"
+    raw = domain_conversion.RAW_LTLL
+
+
+class LaSCo(Benchmark):
+    """LaSCo (Levy et al., AAAI 2024)."""
+
+    name = "lasco"
+    raw = lasco.RAW
+
+
+class Fashion200k(Benchmark):
+    """Fashion200k (Han et al., ICCV 2017)."""
+
+    name = "fashion200k"
+    raw = fashion200k.RAW
+
+
+class ICIR(Benchmark):
+    """i-CIR (Psomas et al., NeurIPS 2025)."""
+
+    name = "icir"
+    raw = icir.RAW
+
+
+BUILDERS = {
+    cls.name: cls
+    for cls in (
+        *(FashionIQ, CIRR, CIRCO, Triplets, GeneCIS, PinPoint, Shoes, LaSCo, Fashion200k, ICIR),
+        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL),
+    )
+}
 
 
 def make_builder(
