@@ -23,8 +23,10 @@ def get_config(arg: str = ""):
     `fashion200k` or `icir`; or nothing.
     """
     variants = common.parse_variants(arg, (*BENCHMARKS, "smoke"))
-    config = cirr.get_config("smoke" if "smoke" in variants else "")
-    chosen = sorted(variants & set(BENCHMARKS))
+    config = cirr.whole()
+    if "smoke" in variants:
+        common.make_smoke(config)
+    chosen = [name for name in BENCHMARKS if name in variants]
     if len(chosen) > 1:
         raise ValueError(f"the variants {' and '.join(chosen)} of the config do not go together")
     config.data.dataset = chosen[0] if chosen else "genecis"

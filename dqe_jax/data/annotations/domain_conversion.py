@@ -117,8 +117,12 @@ def read_pic2word(files: RawFiles, split: str) -> Annotations:
         return Labelled(name, "photo", str(int(label)))
 
     for domain in PIC2WORD:
-        asked = (domain, f"a {domain} of", domain)
-        collected.add(path.name, _lines(path), parse, lambda _, asked=asked: asked)
+
+        def asks(image: Labelled, domain: str = domain) -> tuple[str, str, str]:
+            del image  # every photo is asked with
+            return domain, f"a {domain} of", domain
+
+        collected.add(path.name, _lines(path), parse, asks)
     return collected.finish()
 
 
@@ -242,49 +246,81 @@ def imagenet_stem(image_id: str) -> str:
     return image_id.partition("/")[2] or image_id
 
 
-def _format(
-    read: Callable[[RawFiles, str], Annotations],
-    files: tuple[str, ...],
-    stem: Callable[[str], str] = str,
-) -> RawFormat:
-    return RawFormat(
-        files=lambda split: files,
-        read=read,
-        read_labels=read,
-        shared_gallery=False,
-        stem=stem,
-        preprocess="squash",
+def _label_set(files: RawFiles, split: str) -> Annotations:
+    return read_freedom(
+        *(files, split),
+        folder="imgnet",
+        queries=TARGETS,
+        gallery=TARGETS,
+        parse=parse_label,
+        words=tuple(IMAGENET_R.values()),
     )
 
 
-def _freedom(
-    folder: str, queries: str, gallery: str, parse: _Parse, words: Iterable[str]
-) -> Callable[[RawFiles, str], Annotations]:
-    return functools.partial(
-        read_freedom,
+def _word_set(
+    files: RawFiles, split: str, *, folder: str, names: tuple[str, str], words: Mapping[str, str]
+) -> Annotations:
+    return read_freedom(
+        *(files, split),
         folder=folder,
-        queries=queries,
-        gallery=gallery,
-        parse=parse,
-        words=tuple(words),
+        queries=names[0],
+        gallery=names[1],
+        parse=functools.partial(parse_words, words=words),
+        words=tuple(words.values()),
     )
 
 
-_QUERIES, _DATABASE, _FULL = "query_files.csv", "database_files.csv", "full_files.csv"
-_BOTH = (_QUERIES, _DATABASE)
-RAW_PIC2WORD = _format(read_pic2word, (PHOTOS, TARGETS), imagenet_stem)
-RAW_IMAGENET_R = _format(
-    _freedom("imgnet", TARGETS, TARGETS, parse_label, IMAGENET_R.values()),
-    (TARGETS,),
-    imagenet_stem,
+def _read_nico(files: RawFiles, split: str) -> Annotations:
+    return _word_set(files, split, folder="nico", names=_APART, words=NICO)
+
+
+def _read_minidn(files: RawFiles, split: str) -> Annotations:
+    return _word_set(files, split, folder="minidn", names=_APART, words=MINIDN)
+
+
+def _read_ltll(files: RawFiles, split: str) -> Annotations:
+    return _word_set(files, split, folder="ltll", names=_TOGETHER, words=LTLL)
+
+
+_APART = ("query_files.csv", "database_files.csv")
+_TOGETHER = ("full_files.csv", "full_files.csv")
+RAW_PIC2WORD = RawFormat(
+    files=lambda split: (PHOTOS, TARGETS),
+    read=read_pic2word,
+    read_labels=read_pic2word,
+    shared_gallery=False,
+    stem=imagenet_stem,
+    preprocess="squash",
 )
-RAW_NICO = _format(
-    _freedom("nico", *_BOTH, functools.partial(parse_words, words=NICO), NICO.values()), _BOTH
+RAW_IMAGENET_R = RawFormat(
+    files=lambda split: (TARGETS,),
+    read=_label_set,
+    read_labels=_label_set,
+    shared_gallery=False,
+    stem=imagenet_stem,
+    preprocess="squash",
 )
-RAW_MINIDN = _format(
-    _freedom("minidn", *_BOTH, functools.partial(parse_words, words=MINIDN), MINIDN.values()), _BOTH
+RAW_NICO = RawFormat(
+    files=lambda split: _APART,
+    read=_read_nico,
+    read_labels=_read_nico,
+    shared_gallery=False,
+    stem=str,
+    preprocess="squash",
 )
-RAW_LTLL = _format(
-    _freedom("ltll", _FULL, _FULL, functools.partial(parse_words, words=LTLL), LTLL.values()),
-    (_FULL,),
+RAW_MINIDN = RawFormat(
+    files=lambda split: _APART,
+    read=_read_minidn,
+    read_labels=_read_minidn,
+    shared_gallery=False,
+    stem=str,
+    preprocess="squash",
+)
+RAW_LTLL = RawFormat(
+    files=lambda split: _TOGETHER[:1],
+    read=_read_ltll,
+    read_labels=_read_ltll,
+    shared_gallery=False,
+    stem=str,
+    preprocess="squash",
 )
