@@ -184,6 +184,8 @@ def _queries(labels: Annotations, row_of: Mapping[str, int]) -> Queries:
         attributes=[query.attributes for query in queries],
         pools=[query.pool for query in queries],
         subset=[rows(query.subset) for query in queries],
+        references=[rows(query.references) for query in queries],
+        negatives=[rows(query.negatives) for query in queries],
     )
 
 
@@ -194,13 +196,19 @@ def questions_of(asked: Asked) -> str:
     """A digest of what is asked and which images are right, by ids: equal ones can be compared.
 
     It does not depend on the order of queries and images, nor on where the labels come from.
-    Relevant images that are not at hand have no id, and count by their number.
+    Relevant images that are not at hand have no id, and count by their number. Further references
+    and explicit negatives count where there are any.
     """
     ids, queries = asked.gallery.ids, asked.queries
 
     def name(row: int) -> str:
         return ids[row] if 0 <= row < len(ids) else ""
 
+    def more(column: Sequence[np.ndarray], i: int) -> list[str]:
+        return sorted(map(name, column[i].tolist())) if len(column) else []
+
+    extras = (queries.references, queries.negatives)
+    held = [column for column in extras if any(map(len, column))]
     lines = sorted(
         [
             query,
@@ -209,6 +217,7 @@ def questions_of(asked: Asked) -> str:
             sorted(map(name, np.unique(queries.relevant[i]).tolist())),
             sorted(map(name, np.unique(queries.subset[i]).tolist())),
             queries.pools[i],
+            *([more(column, i) for column in extras] if held else []),
         ]
         for i, query in enumerate(queries.ids)
     )

@@ -16,6 +16,9 @@ and `fashion_products`, it is scored against prepared data.
     where a list holds it, takes a rank and is a miss: `lists_with_reference` tells in how many.
 -   **FashionIQ, val protocol**: images that are not in the smaller gallery are struck from the
     lists first. That takes lists that are long enough; `shortest_list` is of what is left.
+-   **Other benchmarks whose protocol leaves the reference out**: it is struck from the lists.
+-   **GeneCIS**: a list is of the query's own candidates. **FREEDOM, i-CIR**: metrics are of the
+    whole ranking, and all of a list counts; a relevant image that it lacks is never found.
 -   A split **without labels** cannot be scored: the file is checked against the server's rules.
 """
 
@@ -32,7 +35,7 @@ from etils import epath
 
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
-from dqe_jax.evaluation import protocols, submissions
+from dqe_jax.evaluation import protocols, several_targets, submissions
 from dqe_jax.evaluation.asked import Asked, Labels, read_labels
 from dqe_jax.evaluation.intervals import query_values
 from dqe_jax.evaluation.query_results import SUFFIX, QueryResults, make_results, write_results
@@ -143,7 +146,9 @@ class _Scored:
         self._path = epath.Path(path).expanduser()
         content = read_json(self._path, dict)
         queries = asked.queries
-        if not (queries.target >= 0).any():
+        # A query without labels says nothing, where others have some.
+        self._known = protocol.labelled(queries)
+        if not len(self._known):
             _refuse_unlabelled(dataset, asked, self._path, content)
         self._metric = _take_metric(content, self._path) if dataset == "cirr" else "recall"
         lists = _read_lists(content, queries.ids, self._path, numbers=dataset == "circo")
@@ -154,15 +159,20 @@ class _Scored:
             for image in found:
                 row_of.setdefault(image, len(row_of))
         ranked = [[row_of[image] for image in lists[query]] for query in queries.ids]
+        if protocol.exclude_reference and dataset != "cirr":
+            own = queries.reference.tolist()
+            ranked = [[row for row in rows if row != mine] for rows, mine in zip(ranked, own)]
         pools = asked.pools or {"": np.arange(len(asked.gallery))}
         self._pools = protocols.pool_rows(protocol, queries, pools)
         if protocol.gallery_of_queries:
             ranked = _restricted(ranked, self._pools, queries)
-        # A query without labels says nothing, where others have some.
-        self._known = np.flatnonzero(queries.target >= 0)
         rows = _as_rows(ranked)
         self._rows, self._labelled = rows[self._known], queries.take(self._known)
-        self.metrics = _measure(protocol, queries, rows, self._metric)
+        places = None
+        if protocol.whole_ranking:
+            places = several_targets.listed_places(ranked, queries.relevant)
+        self._places = None if places is None else places[self._known]
+        self.metrics = _measure(protocol, queries, rows, places, self._metric)
         self.metrics |= _facts(dataset, queries, ranked, self._metric)
 
     @property
@@ -173,7 +183,7 @@ class _Scored:
     def _allowed(self) -> dict[str, Container[str]]:
         """Which images may be listed, by query."""
         ids, queries = self._asked.gallery.ids, self._asked.queries
-        if self._metric == "recall_subset":
+        if self._metric == "recall_subset" or self._protocol.own_gallery:
             return {
                 query: frozenset(ids[row] for row in rows)
                 for query, rows in zip(queries.ids, queries.subset)
@@ -190,6 +200,7 @@ class _Scored:
             self._labelled,
             np.full_like(self._rows, -1) if inside else self._rows,
             self._rows if inside else None,
+            self._places,
         )
         return make_results(
             self._asked,
@@ -316,13 +327,19 @@ def _as_rows(ranked: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _measure(
-    protocol: protocols.Protocol, queries: Queries, rows: np.ndarray, metric: str
+    protocol: protocols.Protocol,
+    queries: Queries,
+    rows: np.ndarray,
+    places: np.ndarray | None,
+    metric: str,
 ) -> dict[str, float]:
     if metric == "recall_subset":
         return protocols.cirr_subset_recall(queries, rows)
-    if protocol.exclude_reference:
+    if protocol.name == "cirr":
         # Unlike `measure`, this takes lists that hold the reference.
         return protocols.cirr_recall(queries, rows)
+    if protocol.whole_ranking:
+        return protocol.metrics(queries, rows, places=places)
     return protocol.measure(queries, rows)
 
 

@@ -13,7 +13,8 @@ Every evaluation of a split with labels writes `<name>.queries.json`, an object:
 | `queries` | `id`, `reference` (id of the image) and `stratum` of each query: lists |
 | `values` | for each headline metric a list, null for a query that does not count in it |
 
-A stratum is what means are taken over before they are averaged: FashionIQ's categories, else one.
+A stratum is what means are taken over before they are averaged: categories of
+FashionIQ, tasks of GeneCIS, domains of domain conversion, else one.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from dqe_jax.data.examples import Queries
 from dqe_jax.evaluation import asked as asking
 from dqe_jax.evaluation.asked import Asked
-from dqe_jax.evaluation.intervals import Interval, intervals, strata_of
+from dqe_jax.evaluation.intervals import Interval, intervals, strata_names
 from dqe_jax.evaluation.protocols import Protocol
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject, read_json, write_json
@@ -125,15 +125,9 @@ def make_results(
         images=None if pools is None else len(np.unique(np.concatenate([*pools.values()]))),
         ids=list(queries.ids),
         references=[ids[row] if 0 <= row < len(ids) else "" for row in queries.reference.tolist()],
-        strata=_strata(protocol, queries),
+        strata=strata_names(protocol, queries),
         values={key: np.asarray(value, np.float64) for key, value in values.items()},
     )
-
-
-def _strata(protocol: Protocol, queries: Queries) -> list[str]:
-    """Names of what `strata_of` numbers: the pool, where there are several."""
-    numbers = strata_of(protocol, queries)
-    return list(queries.pools) if len(np.unique(numbers)) > 1 else [""] * len(queries)
 
 
 def write_results(results: QueryResults, path: epath.Path) -> None:

@@ -111,12 +111,13 @@ def results_of(
     split, known = evaluator.split, evaluator.labelled
     if not len(known):
         return None
-    protocol, subsets = evaluator.protocol, result.subset_rows
+    protocol, subsets, places = evaluator.protocol, result.subset_rows, result.places
     values = query_values(
         protocol,
         split.queries.take(known),
         result.rows[known],
         None if subsets is None else subsets[known],
+        None if places is None else places[known],
     )
     columns = protocol.columns(result.metrics)
     return make_results(
@@ -280,6 +281,10 @@ def draw(
         listed = ", ".join(f"{name} {value:.2f}" for name, value in weights.items())
         rank = row.target_rank or f"> {result.rows.shape[1]}"
         found = f"target at {rank}" if queries.target[i] >= 0 else "target not published"
+        if evaluator.protocol.by_relevance:
+            valid = np.flatnonzero(np.isin(result.rows[i], queries.relevant[i]))
+            first = valid[0] + 1 if len(valid) else f"> {result.rows.shape[1]}"
+            found = f"first of {len(queries.relevant[i])} valid targets at {first}"
         lines.append(f"{queries.texts[i]!r}: {listed or 'no attributes'}; {found}")
     picture = contact_sheet.draw_contact_sheet(sheet)
     with epath.Path(path).open("wb") as file:

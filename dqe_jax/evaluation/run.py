@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
@@ -139,9 +140,10 @@ def evaluate_checkpoint(
 
 def rows_of(evaluator: EmbeddingEvaluator, embedded: Embedded) -> dict[str, Rows]:
     """The embeddings of a split with their ids, as `write_embeddings` takes them."""
-    asked = evaluator.split
-    ids = [asked.gallery.ids[row] for row in evaluator.ranked]
-    tokens = embedded.gallery.tokens
+    asked, held = evaluator.split, embedded.gallery
+    rows = np.flatnonzero(held.place >= 0)
+    ids = [asked.gallery.ids[row] for row in rows]
+    tokens = held.tokens[held.place[rows]]
     gallery = Rows(ids, tokens[:, 0] if tokens.shape[1] == 1 else tokens)
     return {"query": Rows(list(asked.queries.ids), embedded.query), "gallery": gallery}
 

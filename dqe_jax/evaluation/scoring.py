@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import numpy as np
 from absl import logging
 
 from dqe_jax.config import AnyConfig, RunConfig
@@ -123,9 +124,10 @@ def _embedded(evaluator: EmbeddingEvaluator, held: EmbeddingFile) -> Embedded:
     known = frozenset(asked.gallery.ids)
     extra = [image for image in held.gallery.ids if image in known]
     check_ids(held.path, "gallery", held.gallery.ids, list(dict.fromkeys([*ids, *extra])))
-    return evaluator.embedded(
-        held.query.at(asked.queries.ids), held.gallery.at(ids), evaluator.ranked
-    )
+    inside = frozenset(extra)
+    rows = [row for row in evaluator.compared.tolist() if asked.gallery.ids[row] in inside]
+    tokens = held.gallery.at([asked.gallery.ids[row] for row in rows])
+    return evaluator.embedded(held.query.at(asked.queries.ids), tokens, np.array(rows))
 
 
 def _judgements(held: EmbeddingFile, embedded: Embedded, judgements: list[Judgement]) -> Embedded:

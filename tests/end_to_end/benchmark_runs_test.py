@@ -30,6 +30,14 @@ MAKERS = {
     "circo": standins.small_circo,
     "triplets": standins.small_triplets,
 }
+# Made copies of benchmarks without a training split, by what they are evaluated with.
+OTHERS = {
+    "genecis": standins.small_genecis,
+    "pinpoint": standins.small_pinpoint,
+    "pic2word": standins.small_imagenet_r,
+    "imagenet_r": standins.small_imagenet_r,
+    "icir": standins.small_icir,
+}
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +261,37 @@ def test_circo_by_the_model_of_cirr(base, cirr_run):
     made = read(base / "circo" / "test-2.circo.json")
     assert made.keys() == {"0", "1", "2", "3"}
     assert all(len(set(v)) == 50 and {type(i) for i in v} == {int} for v in made.values())
-    with pytest.raises(UserError, match=r"circo has no split 'train'; it has validation, test"):
+    with pytest.raises(UserError, match="circo is a benchmark without training data: train on"):
+        loop.train_and_evaluate(config, base / "no")
+
+
+@pytest.mark.parametrize("dataset", OTHERS)
+def test_benchmarks_without_training_data(base, cirr_run, dataset):
+    raw, out = base / "raw" / dataset, base / f"{dataset}-results"
+    OTHERS[dataset](raw)
+    builder = make_builder(
+        *(dataset, str(base / "data")),
+        image_size=BENCHMARK_SIZE,
+        preprocess="squash",
+        raw_dir=str(raw),
+        splits=("test",),
+        num_workers=1,
+    )
+    preparation.prepare(builder)
+    assert preparation.write_report(builder, preparation.report(builder), None) == []
+    variants = "smoke" if dataset == "genecis" else f"{dataset},smoke"
+    config = small_benchmark_config(f"zero_shot:{variants}", base / "data")
+    evaluate_checkpoint(config, cirr_run[1], output=out, page=True)
+    report = read(out / "test-2.json")
+    protocol = datasets.DATASETS[dataset].protocols["original"]
+    assert report["protocol"] == protocol
+    assert report["queries"]["used"] == report["queries"]["official"] > 0
+    assert (out / "report.html").exists()
+    # The ranked lists score the same as a file of anybody's predictions.
+    ranked = out / "test-2.ranked.json"
+    scored = predictions.score(dataset, "test", ranked, raw)
+    assert scored | report["metrics"] == pytest.approx(scored, abs=1e-9)
+    with pytest.raises(UserError, match=f"{dataset} is a benchmark without training data"):
         loop.train_and_evaluate(config, base / "no")
 
 

@@ -83,6 +83,7 @@ def found(count=60, images=40, seed=0, protocol="plain", text=lambda i: f"make i
         baselines={"random": {"R@1": 0.025}, "reference_only": {"R@1": 0.1}},
         rows=rows,
         subset_rows=None,
+        places=None,
         attribute_weights=rng.random((count, 2), np.float32),
         composition_gain=None,
     )
