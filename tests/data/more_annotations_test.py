@@ -342,6 +342,18 @@ def test_minidn_names_the_list_that_is_not_here():
         real("minidn", "domain_conversion/freedom/minidn")
 
 
+@needs_real
+def test_the_published_queries_of_minidn(tmp_path):
+    lines = (REAL / "domain_conversion/freedom/minidn/query_files.csv").read_text()
+    write(tmp_path / "minidn/query_files.csv", lines)
+    write(tmp_path / "minidn/database_files.csv", lines.replace("minidn/", "made/"))
+    read = DATASETS["minidn"].raw.read(RawFiles(tmp_path), "test")
+    assert not read.dropped
+    assert (len(read.queries), len(read.unranked)) == (7_560, 2_520)
+    assert {len(query.relevant) for query in read.queries} == {5}
+    assert len({query.kinds for query in read.queries}) == 12
+
+
 def test_domain_conversion_made(tmp_path):
     write(tmp_path / "imgnet_targets.txt", "i/r/n1/toy_1.jpg 2007 \ni/real/n1/a.JPEG 6007 \n")
     write(tmp_path / "imgnet_real_query.txt", "i/real/n1/a.JPEG 7 \nnonsense\ni/x.JPEG 7\n")

@@ -10,7 +10,7 @@ import pytest
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
-from dqe_jax.evaluation import predictions, query_results
+from dqe_jax.evaluation import comparison, predictions, query_results
 from dqe_jax.evaluation.run import evaluate_checkpoint
 from dqe_jax.evaluation.scoring import score_embeddings
 from dqe_jax.testing import standins
@@ -70,11 +70,11 @@ def fashioniq_run(base):
     return config, base / "fiq", loop.train_and_evaluate(config, base / "fiq")
 
 
-def same_from_a_file(base, config, workdir, dataset, split="val", **options):
+def same_from_a_file(base, config, workdir, dataset, split="val", own=None, page=False, **options):
     """Evaluates a run, and its embeddings from a file against the annotation files alone."""
-    own, file = base / "own", base / f"{dataset}.safetensors"
+    own, file = own or base / "own", base / f"{dataset}.safetensors"
     result = evaluate_checkpoint(
-        config, workdir, split=split, output=own, save_embeddings=file, **options
+        config, workdir, split=split, output=own, save_embeddings=file, page=page, **options
     )
     again = score_embeddings(
         config, file, base / "again", split=split, raw_dir=base / "raw" / dataset, **options
@@ -281,7 +281,7 @@ def test_benchmarks_without_training_data(base, cirr_run, dataset):
     assert preparation.write_report(builder, preparation.report(builder), None) == []
     variants = "smoke" if dataset == "genecis" else f"{dataset},smoke"
     config = small_benchmark_config(f"zero_shot:{variants}", base / "data")
-    evaluate_checkpoint(config, cirr_run[1], output=out, page=True)
+    same_from_a_file(base, config, cirr_run[1], dataset, "test", out, page=True)
     report = read(out / "test-2.json")
     protocol = datasets.DATASETS[dataset].protocols["original"]
     assert report["protocol"] == protocol
@@ -289,8 +289,15 @@ def test_benchmarks_without_training_data(base, cirr_run, dataset):
     assert (out / "report.html").exists()
     # The ranked lists score the same as a file of anybody's predictions.
     ranked = out / "test-2.ranked.json"
-    scored = predictions.score(dataset, "test", ranked, raw)
+    scored = predictions.score_predictions(dataset, "test", ranked, raw, output=out)
     assert scored | report["metrics"] == pytest.approx(scored, abs=1e-9)
+    # So does each query, and the two can be compared.
+    files = ("test-2.queries.json", "predictions-test.queries.json")
+    compared = comparison.compare([query_results.read_results(out / file) for file in files])
+    assert set(compared.keys) <= set(report["intervals"])
+    assert compared.lines[1].differences
+    for apart in compared.lines[1].differences.values():
+        assert (apart.low, apart.value, apart.high) == pytest.approx((0, 0, 0), abs=1e-9)
     with pytest.raises(UserError, match=f"{dataset} is a benchmark without training data"):
         loop.train_and_evaluate(config, base / "no")
 
