@@ -136,6 +136,7 @@ def _judgements(held: EmbeddingFile, embedded: Embedded, judgements: list[Judgem
             f"{held.path} has no 'judgement': --hp_fashioniq needs the embeddings of its queries."
         )
     ids = judgement_ids(judgements)
-    known = [one for one in held.judgement.ids if one in frozenset(ids)]
-    check_ids(held.path, "judgement", known, ids)
+    asked = frozenset(ids)  # others are of images that are not at hand
+    own = [one for one in held.judgement.ids if one in asked]
+    check_ids(held.path, "judgement", own, ids)
     return dataclasses.replace(embedded, query=held.judgement.at(ids))
