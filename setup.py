@@ -89,6 +89,8 @@ setup(
         # Also compiles for TPUs on a machine without one (Linux, x86-64).
         # gcsfs: run directories on gs://.
         "tpu": ["jax[tpu]>=0.10", "gcsfs>=2023.5"],
+        # A trained model in the Massive Text Embedding Benchmark; it brings PyTorch.
+        "mteb": ["mteb>=2.26"],
         # An index in Milvus, whatever its size; milvus-lite is its embedded form.
         "milvus": ["pymilvus>=3.0", "milvus-lite>=3.2"],
         # The page and the REST interface.

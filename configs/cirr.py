@@ -8,9 +8,8 @@ See `configs/fiq.py` for the weights. Variant `:smoke`: a few steps.
 from configs import common
 
 
-def get_config(arg: str = ""):
-    """`arg`: `smoke`, or nothing."""
-    variants = common.parse_variants(arg, ("smoke",))
+def whole():
+    """The config of a whole run."""
     config = common.get_config()
     common.use_blip2(config)
     config.data.dataset = "cirr"
@@ -18,6 +17,13 @@ def get_config(arg: str = ""):
     config.data.preprocess = "squash"
     config.model.attributes.names = ("color", "shape", "size", "position")
     config.total_steps = 12000
+    return config
+
+
+def get_config(arg: str = ""):
+    """`arg`: `smoke`, or nothing."""
+    variants = common.parse_variants(arg, ("smoke",))
+    config = whole()
     if "smoke" in variants:
         common.make_smoke(config)
     return config

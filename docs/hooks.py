@@ -27,6 +27,7 @@ OBJECTS = {
         "dqe_jax.search.results",
         "dqe_jax.search.tables",
         "dqe_jax.search.store",
+        "dqe_jax.search.mteb_model",
     ),
     "Config": ("dqe_jax.cli.config_files.load_config", "dqe_jax.config"),
     "Training and evaluation": (
@@ -71,6 +72,11 @@ OBJECTS = {
         "dqe_jax.evaluation.ranking",
         "dqe_jax.evaluation.protocols",
         "dqe_jax.evaluation.predictions",
+        "dqe_jax.evaluation.scoring",
+        "dqe_jax.evaluation.embedding_files",
+        "dqe_jax.evaluation.query_results",
+        "dqe_jax.evaluation.comparison",
+        "dqe_jax.evaluation.intervals",
     ),
     "Experiments and cost": (
         "dqe_jax.experiments.ablation.runs.run_ablation",

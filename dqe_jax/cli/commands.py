@@ -17,7 +17,8 @@ from dqe_jax.cli import command_line
 # Command -> the module that it runs, and what it does.
 COMMANDS = {
     "train": ("train", "Trains a model by a config, and evaluates it."),
-    "evaluate": ("evaluate", "Evaluates a checkpoint, a run that still trains, or predictions."),
+    "evaluate": ("evaluate", "Evaluates a checkpoint, a run that still trains, or another model."),
+    "compare": ("compare", "Compares models on one benchmark, query by query, with intervals."),
     "prepare": ("prepare", "Prepares a benchmark or your own triplets from raw files."),
     "triplets": (
         "triplets",

@@ -19,6 +19,11 @@ python -m dqe_jax.evaluate --config=configs/fiq_clip.py --zero_shot=text,image,s
 To score a file of predictions, without a model and without images:
 
 python -m dqe_jax.evaluate --config=configs/circo.py --split=val --predictions=FILE --raw_dir=DIR
+
+To score the embeddings of any model, in FILE.npz, FILE.safetensors or FILE.parquet:
+
+python -m dqe_jax.evaluate --config=configs/cirr.py --split=val --embeddings=FILE --raw_dir=DIR \
+  --output=DIR2
 """
 
 from __future__ import annotations
@@ -49,10 +54,28 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "Where results go; default: <run>/eval, or a place named by another data set."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Short for --config.data.data_dir.")
-_PREDICTIONS = flags.DEFINE_string(
-    "predictions", None, "Score this file of ranked image ids; needs --raw_dir."
+_PREDICTIONS = flags.DEFINE_string("predictions", None, "Score this file of ranked image ids.")
+_EMBEDDINGS = flags.DEFINE_string(
+    "embeddings", None, "Score this file of embeddings of queries and gallery; needs --output."
 )
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory of the raw annotation files.")
+_SIMILARITY = flags.DEFINE_enum(
+    "similarity",
+    "unit",
+    ("unit", "cosine", "dot"),
+    "With --embeddings: unit demands embeddings of length 1, cosine makes them so, dot ranks by "
+    "the inner product of what is there.",
+)
+_SAVE_EMBEDDINGS = flags.DEFINE_string(
+    "save_embeddings",
+    None,
+    "Write the embeddings of queries and gallery to this .npz, .safetensors or .parquet file.",
+)
+_RAW_DIR = flags.DEFINE_string(
+    "raw_dir",
+    None,
+    "With --predictions or --embeddings: directory of the raw annotation files, in place of "
+    "prepared data.",
+)
 _HP_FASHIONIQ = flags.DEFINE_string(
     "hp_fashioniq", None, "Also measure the preference ratio on this hpfiq.json (FashionIQ, val)."
 )
@@ -92,15 +115,29 @@ REQUIRED = ("config",)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluates one checkpoint, the checkpoints of a run, or one file of predictions."""
+    """Evaluates one checkpoint, the checkpoints of a run, or a file of what another model found."""
     del argv
     use_data_dir(_CONFIG.value, _DATA_DIR.value)
-    if (_REPORT.value or _REPORT_AGAINST.value) and (_PREDICTIONS.value or _WATCH.value):
+    page = _REPORT.value or _REPORT_AGAINST.value
+    if page and (_PREDICTIONS.value or _WATCH.value):
         raise UserError("--report goes with one checkpoint, without --watch and --predictions.")
-    if _ZERO_SHOT.value and (_PREDICTIONS.value or _WATCH.value):
-        raise UserError("--zero_shot goes with one checkpoint, without --watch and --predictions.")
+    if _ZERO_SHOT.value and (_PREDICTIONS.value or _EMBEDDINGS.value or _WATCH.value):
+        raise UserError(
+            "--zero_shot goes with one checkpoint, without --watch, --predictions and --embeddings."
+        )
+    files = _PREDICTIONS.value, _EMBEDDINGS.value
+    if all(files) or (any(files) and (_WATCH.value or _SAVE_EMBEDDINGS.value)):
+        raise UserError(
+            "--predictions, --embeddings, --save_embeddings and --watch: name one of them."
+        )
+    if _RAW_DIR.value is not None and not any(files):
+        raise UserError("--raw_dir goes with --predictions or --embeddings.")
+    if _SIMILARITY.value != "unit" and not _EMBEDDINGS.value:
+        raise UserError("--similarity goes with --embeddings.")
     if _PREDICTIONS.value is not None:
         _score(_PREDICTIONS.value)
+    elif _EMBEDDINGS.value is not None:
+        _score_embeddings(_EMBEDDINGS.value)
     elif _WATCH.value:
         _watch()
     else:
@@ -130,6 +167,7 @@ def _evaluate() -> None:
         against=_REPORT_AGAINST.value,
         zero_shot=_ZERO_SHOT.value,
         corpora=_corpora(),
+        save_embeddings=_SAVE_EMBEDDINGS.value,
     )
 
 
@@ -139,6 +177,8 @@ def _measure_rows() -> None:
         raise UserError("--zero_shot without --workdir needs --output=DIR, where results go.")
     if _REPORT.value or _REPORT_AGAINST.value:
         raise UserError("--report shows the queries of a run: name one by --workdir=DIR.")
+    if _SAVE_EMBEDDINGS.value is not None:
+        raise UserError("--save_embeddings writes those of a run: name one by --workdir=DIR.")
     from dqe_jax.distributed import compiled
     from dqe_jax.evaluation.run import evaluate_rows
 
@@ -168,6 +208,8 @@ def _corpora() -> Corpora | None:
 def _watch() -> None:
     if _WORKDIR.value is None or _CHECKPOINT.value or _STEP.value is not None:
         raise UserError("--watch follows --workdir=DIR, without --checkpoint and --step.")
+    if _SAVE_EMBEDDINGS.value is not None:
+        raise UserError("--save_embeddings goes with one checkpoint, without --watch.")
     from dqe_jax.evaluation.watch import watch
 
     watch(
@@ -181,17 +223,38 @@ def _watch() -> None:
 
 
 def _score(predictions: str) -> None:
-    if _RAW_DIR.value is None:
-        raise UserError("--predictions needs --raw_dir=DIR, the directory of the annotation files.")
     from dqe_jax.config import RunConfig
-    from dqe_jax.evaluation.predictions import score_predictions
+    from dqe_jax.evaluation.asked import read_labels, read_prepared
+    from dqe_jax.evaluation.predictions import score_asked
 
     config = RunConfig.of(_CONFIG.value)
-    score_predictions(
-        config.data.dataset,
-        _SPLIT.value or config.eval.split,
+    dataset, split = config.data.dataset, _SPLIT.value or config.eval.split
+    score_asked(
+        dataset,
+        read_prepared(config.data, split)
+        if _RAW_DIR.value is None
+        else read_labels(dataset, split, _RAW_DIR.value),
         predictions,
-        _RAW_DIR.value,
         config.eval.protocol,
         output=_OUTPUT.value,
+    )
+
+
+def _score_embeddings(file: str) -> None:
+    if _OUTPUT.value is None:
+        raise UserError("--embeddings needs --output=DIR, where results go.")
+    from dqe_jax.distributed import compiled
+    from dqe_jax.evaluation.scoring import score_embeddings
+
+    compiled.keep_programs()
+    score_embeddings(
+        _CONFIG.value,
+        file,
+        _OUTPUT.value,
+        split=_SPLIT.value,
+        raw_dir=_RAW_DIR.value,
+        similarity=_SIMILARITY.value,
+        hp_fashioniq=_HP_FASHIONIQ.value,
+        page=_REPORT.value,
+        against=_REPORT_AGAINST.value,
     )

@@ -42,6 +42,14 @@ _NUM_WORKERS = flags.DEFINE_integer(
     "num_workers", 0, "Processes that decode photos; 0 for one per core.", 0
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Prepare again, even if it is prepared already.")
+_DOWNLOAD = flags.DEFINE_bool(
+    "download",
+    False,
+    "First fetch photos that --raw_dir lacks, by their addresses: fashioniq alone.",
+)
+_PER_SECOND = flags.DEFINE_float(
+    "per_second", 2.0, "With --download: requests a second, at the most.", 0.01, 100
+)
 _BEAM_RUNNER = flags.DEFINE_string(
     "beam_runner", None, "Decode photos with this Apache Beam runner, such as DirectRunner."
 )
@@ -65,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
         max_missing=_MAX_MISSING.value,
         num_workers=_NUM_WORKERS.value,
         overwrite=_OVERWRITE.value,
+        download=_DOWNLOAD.value,
+        per_second=_PER_SECOND.value,
         beam_runner=_BEAM_RUNNER.value,
         beam_options=_BEAM_OPTIONS.value,
     )

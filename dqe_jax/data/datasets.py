@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from dqe_jax.data import preparation
-from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
+from dqe_jax.data.annotations import (
+    circo,
+    cirr,
+    domain_conversion,
+    fashion200k,
+    fashioniq,
+    genecis,
+    icir,
+    lasco,
+    pinpoint,
+    shoes,
+    triplets,
+)
 from dqe_jax.data.annotations.schema import RawFormat
 from dqe_jax.data.examples import SPLITS, WHOLE
 from dqe_jax.data.made.settings import read_facts
@@ -230,8 +242,60 @@ DATASETS = {
             protocols={"original": "plain"},
             raw=triplets.RAW,
         ),
+        DatasetInfo(
+            name="shoes",
+            open=_benchmark,
+            splits=shoes.SPLITS,
+            protocols={"original": "shoes"},
+            sizes={"train": SplitSize(10_000, 8_990), "validation": SplitSize(4_658, 1_761)},
+            raw=shoes.RAW,
+        ),
+        DatasetInfo(
+            name="lasco",
+            open=_benchmark,
+            splits=lasco.SPLITS,
+            protocols={"original": "lasco"},
+            sizes={"train": SplitSize(81_653, 359_268), "validation": SplitSize(39_826, 30_037)},
+            raw=lasco.RAW,
+        ),
+        *(
+            DatasetInfo(
+                name=name,
+                open=_benchmark,
+                splits={"test": "test"},
+                protocols={"original": protocol},
+                raw=raw,
+            )
+            for name, protocol, raw in (
+                ("genecis", "genecis", genecis.RAW),
+                ("pinpoint", "pinpoint", pinpoint.RAW),
+                ("pic2word", "pic2word", domain_conversion.RAW_PIC2WORD),
+                ("imagenet_r", "freedom", domain_conversion.RAW_IMAGENET_R),
+                ("nico", "freedom", domain_conversion.RAW_NICO),
+                ("minidn", "freedom", domain_conversion.RAW_MINIDN),
+                ("ltll", "freedom", domain_conversion.RAW_LTLL),
+                ("fashion200k", "fashion200k", fashion200k.RAW),
+                ("icir", "icir", icir.RAW),
+            )
+        ),
     )
 }
+
+
+def require_training(dataset: str) -> None:
+    """Checks that a data set has a split to train on.
+
+    Args:
+      dataset: a key of `DATASETS`.
+
+    Raises:
+      UserError: it is a benchmark to evaluate on alone.
+    """
+    if "train" not in DATASETS[dataset].splits:
+        raise UserError(
+            f"{dataset} is a benchmark without training data: train on another data set, and "
+            f"evaluate that run on {dataset} with dqe_jax.evaluate --checkpoint=DIR."
+        )
 
 
 def split_of(dataset: str, name: str) -> str:

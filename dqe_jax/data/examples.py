@@ -20,6 +20,13 @@ read by random access.
 | `pools` | parts of the gallery it belongs to, or none | the part that it ranks; none for all |
 | `kinds` | none | kinds of change, by which results are broken down |
 
+Some data sets have fields of `EXTRAS` too, which the records of the others do not hold:
+
+| field | query record (none in a gallery record) |
+| --- | --- |
+| `references` | rows of further reference images; with `reference` they make one question |
+| `negatives` | rows that are stated to be wrong; -1 for one that is not in the gallery |
+
 These are the names in stored records. In the code `photo` is `image_id`, `targets` is
 `known_positives` and `valid` is `relevant`.
 """
@@ -45,6 +52,9 @@ Record = Mapping[str, Any]
 SPLITS = settings.SPLITS
 # The gallery of all splits, where they share one.
 GALLERY = "gallery"
+# Fields that only some data sets have, so that records that were stored before there were any stay
+# as they are.
+EXTRAS = ("references", "negatives")
 # In place of these: all rows of a directory as one split, to evaluate on (TFDS keeps the name
 # `all`, by which users call it, for itself).
 WHOLE = "whole"
@@ -91,10 +101,13 @@ class Query:
     attributes: Sequence[str] = ()
     subset: Sequence[int] = ()
     pools: Sequence[str] = ()
+    references: Sequence[int] = ()
+    negatives: Sequence[int] = ()
 
-    def record(self) -> Record:
-        """The TFDS record of this query."""
-        fields = dataclasses.asdict(self)
+    def record(self, extras: Sequence[str] = ()) -> Record:
+        """The TFDS record of this query, with these fields of `EXTRAS`."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {k: v for k, v in fields.items() if k not in EXTRAS or k in extras}
         fields["targets"] = fields.pop("known_positives")
         fields["valid"] = fields.pop("relevant")
         lists = {k: list(v) for k, v in fields.items() if not isinstance(v, (str, int))}
@@ -119,9 +132,10 @@ class GalleryItem:
     reason: str = ""
     image_format: str = "png"
 
-    def record(self) -> Record:
-        """The TFDS record of this image."""
+    def record(self, extras: Sequence[str] = ()) -> Record:
+        """The TFDS record of this image, with these fields of `EXTRAS`."""
         return {
+            **{name: [] for name in extras},
             "id": self.id,
             "image": [] if self.image is None else [_stored(self.image, self.image_format)],
             "photo": self.image_id,
@@ -160,6 +174,10 @@ class Queries:
       pools: `n` names of the parts of the gallery that are ranked; "" for all of it.
       subset: `n` arrays of rows, as in the module's table.
       captions: `n` tuples: what `texts` are joined of.
+      references: `n` arrays of rows of further references, beside `reference`; empty if no query
+        has any.
+      negatives: `n` arrays of rows that are stated to be wrong, as annotated: a row may come twice,
+        and -1 stands for an image that is not in the gallery. Empty if there are none at all.
     """
 
     ids: Sequence[str]
@@ -173,6 +191,8 @@ class Queries:
     pools: Sequence[str]
     subset: Sequence[np.ndarray]
     captions: Sequence[Sequence[str]] = ()
+    references: Sequence[np.ndarray] = ()
+    negatives: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -188,12 +208,32 @@ class Queries:
         return Queries(**columns)
 
 
-def features(image_size: int, image_format: str = "png") -> tfds.features.FeaturesDict:
+def needed_rows(record: Record) -> list[int]:
+    """Rows of the images without which a query is left out: references and target, -1 for none."""
+    return [record["reference"], *record.get("references", ()), record["target"]]
+
+
+def all_references(queries: Queries) -> tuple[np.ndarray, np.ndarray]:
+    """Every reference of every query: numbers of the queries, ascending, and rows, int `[P]`."""
+    owner, rows = np.arange(len(queries)), queries.reference
+    if not len(queries.references):
+        return owner, rows
+    more = np.repeat(owner, [len(own) for own in queries.references])
+    owner = np.concatenate([owner, more])
+    rows = np.concatenate([rows, *queries.references]).astype(np.int32)
+    order = np.argsort(owner, kind="stable")
+    return owner[order], rows[order]
+
+
+def features(
+    image_size: int, image_format: str = "png", extras: Sequence[str] = ()
+) -> tfds.features.FeaturesDict:
     """TFDS features of the schema.
 
     Args:
       image_size: pixels a side of the images.
       image_format: how they are stored, of `settings.IMAGE_FORMATS`.
+      extras: fields of `EXTRAS` that the data set has.
     """
     import tensorflow_datasets as tfds  # only builders need it; reading the schema does not
 
@@ -217,5 +257,6 @@ def features(image_size: int, image_format: str = "png") -> tfds.features.Featur
             "subset": tfds.features.Sequence(np.int64),
             "pools": tfds.features.Sequence(tfds.features.Text()),
             "kinds": tfds.features.Sequence(tfds.features.Text()),
+            **{name: tfds.features.Sequence(np.int64) for name in extras},
         }
     )

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dqe_jax.data.image_formats import encode_image
 from dqe_jax.data.preprocess import PREPROCESS
+from dqe_jax.data.regions import Region, crop_of
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import is_regular
 
@@ -32,6 +33,7 @@ MAX_SIDE = 10_000  # padding to a square must not make a bomb of a thin strip
 MAX_BYTES = 64 * 2**20
 _CHUNK = 32
 _MISSING = "is missing"
+_Part = tuple[str | None, Region | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,11 @@ class Photo:
 
 
 def decode_photo(
-    data: bytes, image_size: int, preprocess: str, decode_side: int | None = None
+    data: bytes,
+    image_size: int,
+    preprocess: str,
+    decode_side: int | None = None,
+    region: Region | None = None,
 ) -> tuple[np.ndarray, str]:
     """Decodes a photo, makes it square, and reduces it.
 
@@ -61,6 +67,8 @@ def decode_photo(
       preprocess: how, a name of `preprocess.PREPROCESS`.
       decode_side: decode a JPEG at the smallest of its scales with at least this many pixels a
         side; None decodes it whole.
+      region: the part of the photo to take, as `crop_of`, of one that is decoded whole; None for
+        all of it.
 
     Returns:
       The photo, uint8 `[image_size, image_size, 3]`, and a digest that is equal for photos whose
@@ -70,6 +78,9 @@ def decode_photo(
       Exception: the photo does not decode; decoders raise many types.
     """
     photo, (width, height) = open_photo(data, decode_side)
+    if region is not None:
+        photo = crop_of(photo, region)
+        width, height = photo.size
     digest = hashlib.sha256(f"{width}x{height}:".encode() + photo.tobytes()).hexdigest()
     return PREPROCESS[preprocess](photo, image_size), digest
 
@@ -87,9 +98,17 @@ def open_photo(data: bytes, decode_side: int | None = None) -> tuple[Image.Image
 
 
 def load_photo(
-    path: str | None, root: str, image_size: int, preprocess: str, image_format: str = "png"
+    path: str | None,
+    root: str,
+    image_size: int,
+    preprocess: str,
+    image_format: str = "png",
+    region: Region | None = None,
 ) -> Photo:
-    """Reads the photo at a path below `root`; None is a photo that is not there."""
+    """Reads the photo at a path below `root`, or the region of it that `crop_of` gives.
+
+    None is a photo that is not there.
+    """
     try:
         if path is None:
             raise FileNotFoundError(_MISSING)
@@ -98,7 +117,7 @@ def load_photo(
             return Photo(None, _number(f"{root}/{path}"), "is no regular file")
         if (size := file.stat().length) > MAX_BYTES:
             raise ValueError(f"has {size} bytes")
-        image, digest = decode_photo(file.read_bytes(), image_size, preprocess)
+        image, digest = decode_photo(file.read_bytes(), image_size, preprocess, region=region)
     except FileNotFoundError:
         return Photo(None, _number(f"{root}/{path}"), _MISSING)
     except UnidentifiedImageError:  # its text holds an address in memory
@@ -114,23 +133,25 @@ def _number(text: str) -> int:
 
 
 def _load_some(
-    paths: Sequence[str | None], root: str, image_size: int, preprocess: str, image_format: str
+    parts: Sequence[_Part], root: str, image_size: int, preprocess: str, image_format: str
 ) -> list[Photo]:
-    return [load_photo(path, root, image_size, preprocess, image_format) for path in paths]
+    how = (root, image_size, preprocess, image_format)
+    return [load_photo(path, *how, region=region) for path, region in parts]
 
 
 def load_photos(
-    paths: Iterable[str | None],
+    parts: Iterable[_Part],
     root: str,
     image_size: int,
     preprocess: str,
     image_format: str = "png",
     num_workers: int = 0,
 ) -> Iterator[Photo]:
-    """`load_photo` of each path, in order, by processes.
+    """`load_photo` of each part, in order, by processes.
 
     Args:
-      paths: relative to `root`; None for a photo that is not there.
+      parts: paths relative to `root`, None for a photo that is not there; each with the region of
+        the photo, None for all of it.
       root: directory of the raw data.
       image_size: pixels a side.
       preprocess: a name of `preprocess.PREPROCESS`.
@@ -143,13 +164,13 @@ def load_photos(
     how = (root, image_size, preprocess, image_format)
     workers = num_workers or os.cpu_count() or 1
     if workers == 1:
-        for path in paths:
-            yield load_photo(path, *how)
+        for path, region in parts:
+            yield load_photo(path, *how, region=region)
         return
     # Processes are spawned: a fork of a process with threads (JAX, array_record) may hang.
     context = multiprocessing.get_context("spawn")
     pending: collections.deque[concurrent.futures.Future[list[Photo]]] = collections.deque()
-    iterator = iter(paths)
+    iterator = iter(parts)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             while chunk := list(itertools.islice(iterator, _CHUNK)):

@@ -173,14 +173,18 @@ def _split_report(
     facts: JsonObject, records: Sequence[Record], known: index.GalleryIndex
 ) -> tuple[SplitReport, dict[str, list[str]]]:
     dropped = {reason: list(names) for reason, names in facts["dropped"].items()}
-    seen: set[tuple[int, tuple[bytes, ...], tuple[bytes, ...]]] = set()
+    seen: set[tuple[tuple[int, ...], tuple[bytes, ...], tuple[bytes, ...]]] = set()
     empty = kept = 0
     for record in records:
-        seen.add((record["reference"], tuple(record["texts"]), tuple(record["pools"])))
+        references = (record["reference"], *record.get("references", ()))
+        seen.add((references, tuple(record["texts"]), tuple(record["pools"])))
         empty += not record["texts"] or any(not text.strip() for text in record["texts"])
         lacking = [
             reason
-            for reason, row in ((NO_REFERENCE, record["reference"]), (NO_TARGET, record["target"]))
+            for reason, row in (
+                *((NO_REFERENCE, row) for row in references),
+                (NO_TARGET, record["target"]),
+            )
             if row in known.missing
         ]
         if lacking:

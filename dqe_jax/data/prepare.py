@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from dqe_jax.data import preparation
+from dqe_jax.data import downloads, preparation
+from dqe_jax.data.annotations import fashioniq
 from dqe_jax.data.builders.benchmarks import (
     BUILDERS,
     Benchmark,
@@ -35,6 +36,8 @@ def prepare_benchmark(
     max_missing: float | None = None,
     num_workers: int = 0,
     overwrite: bool = False,
+    download: bool = False,
+    per_second: float = 2.0,
     beam_runner: str | None = None,
     beam_options: Sequence[str] = (),
 ) -> preparation.Report:
@@ -52,6 +55,9 @@ def prepare_benchmark(
       max_missing: share of a split that may be missing; None for `preparation.MAX_MISSING`.
       num_workers: processes that decode photos; 0 for one a core.
       overwrite: whether to prepare again what is prepared.
+      download: whether to fetch photos that the raw directory lacks, by their published addresses:
+        of fashioniq alone.
+      per_second: requests a second, at the most.
       beam_runner: of Apache Beam, to decode photos by; None for processes of this machine.
       beam_options: pipeline options of Beam, without dashes.
 
@@ -64,6 +70,8 @@ def prepare_benchmark(
     """
     names = splits or DATASETS[dataset].splits
     wanted = tuple(dict.fromkeys(split_of(dataset, name) for name in names))
+    if download:
+        download_photos(dataset, raw_dir, wanted, per_second=per_second)
     make = functools.partial(
         make_builder,
         dataset,
@@ -76,13 +84,47 @@ def prepare_benchmark(
         num_workers=num_workers,
         beam=beam_runner is not None,
     )
-    download = {} if beam_runner is None else _beam_fields(beam_runner, beam_options)
+    beam = {} if beam_runner is None else _beam_fields(beam_runner, beam_options)
     builder = _open_builder(make, overwrite=overwrite, needed=wanted if splits else ())
-    preparation.prepare(builder, **download)
+    preparation.prepare(builder, **beam)
     found = _report(builder, max_missing)
     stored = "" if image_format == "png" else f" --config.data.image_format={image_format}"
     logging.info("Use it with --data_dir=%s%s.", data_dir, stored)
     return found
+
+
+def download_photos(
+    dataset: str, raw_dir: PathLike, splits: Sequence[str], *, per_second: float
+) -> downloads.Overview:
+    """Fetches what the raw directory lacks of the photos of splits, into its folder `images`.
+
+    Args:
+      dataset: `fashioniq`.
+      raw_dir: with the annotations and the lists of addresses.
+      splits: our names.
+      per_second: requests a second, at the most.
+
+    Raises:
+      UserError: the data set has no list of addresses, or as `downloads.fetch`.
+    """
+    if dataset != "fashioniq":
+        raise UserError(
+            f"--download: {dataset} has no list of addresses; get its photos as its source says."
+        )
+    files = RawFiles(raw_dir)
+    read = read_splits(dataset, files, splits)
+    listed, malformed = fashioniq.read_addresses(files)
+    if malformed:
+        more = f"{len(malformed):,} lines of the lists of addresses are malformed"
+        logging.warning("%s and left out; the first is %s.", more, malformed[0])
+    wanted = dict.fromkeys(image for part in read.values() for image in part.images)
+    addresses = {image: listed.get(image, "") for image in wanted}
+    return downloads.fetch(
+        addresses,
+        files.root / "images",
+        lambda image: files.image(image) is not None,
+        per_second=per_second,
+    )
 
 
 def _report(builder: Benchmark, max_missing: float | None) -> preparation.Report:

@@ -85,11 +85,16 @@ class RawFiles:
         """Path of an image relative to the root, or None.
 
         Args:
-          name: a relative path, or a file name without its suffix. Of several files of one name
-            the shallowest is taken, then the first by name.
+          name: a relative path; one that is relative to a folder below, if it fits one file; or a
+            file name without its suffix. Of several files of one such name the shallowest is taken,
+            then the first by name.
         """
         if name in self._images:
             return name
+        if "/" in name:
+            below = self._by_name.get(name.rsplit("/", 1)[-1], [])
+            ends = [p for p in below if p.endswith(f"/{name}") and p in self._images]
+            return ends[0] if len(ends) == 1 else None
         found = self._by_stem.get(name)
         return found[0] if found else None
 

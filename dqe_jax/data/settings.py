@@ -6,7 +6,11 @@ import dataclasses
 
 from dqe_jax.utils.fields import field, flag, integer, number, one_of, text
 
-DATASETS = ("shapes", "fashion_products", "fashioniq", "cirr", "circo", "triplets")
+DATASETS = (
+    *("shapes", "fashion_products", "fashioniq", "cirr", "circo", "triplets"),
+    *("genecis", "pinpoint", "shoes", "pic2word", "imagenet_r", "nico", "minidn", "ltll"),
+    *("lasco", "fashion200k", "icir"),
+)
 VARIANTS = ("plain", "hard", "coarse", "smoke", "hard_smoke", "coarse_smoke")
 PREPROCESS = ("pad", "squash", "crop", "target_pad")
 IMAGE_FORMATS = ("png", "jpeg", "raw")
@@ -24,7 +28,8 @@ class DataConfig:
     dataset: str = field(
         "shapes",
         'Data set: "shapes" (generated), "fashion_products" (needs data_dir), or one that '
-        'dqe_jax.prepare has prepared: "fashioniq", "cirr", "circo" or "triplets" (your own).',
+        'dqe_jax.prepare has prepared: "fashioniq", "cirr", "circo", "triplets" (your own) or '
+        "another benchmark of docs/how-to/more-benchmarks.md.",
         one_of(*DATASETS),
     )
     variant: str = field(

@@ -12,7 +12,14 @@ import numpy as np
 
 from dqe_jax.data.chosen import captions_of, share_of
 from dqe_jax.data.digest import contents_of, digest_of, digests_of_rows
-from dqe_jax.data.examples import SPLITS, Queries, Record, Source, gallery_split
+from dqe_jax.data.examples import (
+    SPLITS,
+    Queries,
+    Record,
+    Source,
+    gallery_split,
+    needed_rows,
+)
 from dqe_jax.data.index import GalleryIndex, read_index
 from dqe_jax.data.records import DecodedRecords, read_records
 from dqe_jax.data.settings import DataConfig
@@ -268,12 +275,19 @@ def _make_queries(
     def at_hand(row: int) -> bool:
         return row not in index.missing
 
-    kept = [r for r in records if at_hand(r["reference"]) and at_hand(r["target"])]
+    kept = [r for r in records if all(map(at_hand, needed_rows(r)))]
 
     def row_arrays(field: str, *, known: bool) -> list[np.ndarray]:
         """Rows of a field; `known` leaves out those that are not at hand."""
         stored = [np.asarray(record[field], np.int32) for record in kept]
         return [rows[x[list(map(at_hand, x.tolist()))] if known else x] for x in stored]
+
+    def extra(field: str) -> list[np.ndarray]:
+        """Rows of a field of `EXTRAS`, -1 where none is named; none at all without the field."""
+        if not any(field in record for record in kept):
+            return []
+        stored = [np.asarray(record.get(field, ()), np.int32) for record in kept]
+        return [np.where(x < 0, -1, rows[x]).astype(np.int32) for x in stored]
 
     def words(field: str) -> list[tuple[str, ...]]:
         return [tuple(value.decode() for value in record[field]) for record in kept]
@@ -291,6 +305,8 @@ def _make_queries(
         pools=["".join(pools[:1]) for pools in words("pools")],
         subset=row_arrays("subset", known=True),
         captions=all_captions,
+        references=extra("references"),
+        negatives=extra("negatives"),
     )
 
 

@@ -63,7 +63,8 @@ def write_point(
     split, known = evaluator.split, evaluator.labelled
     queries = split.queries.take(known)
     subset = None if result.subset_rows is None else result.subset_rows[known]
-    values = query_values(evaluator.protocol, queries, result.rows[known], subset)
+    places = None if result.places is None else result.places[known]
+    values = query_values(evaluator.protocol, queries, result.rows[known], subset, places)
     columns: dict[str, Any] = {f"value/{name}": x.astype(np.float32) for name, x in values.items()}
     content = io.BytesIO()
     np.savez_compressed(

@@ -41,6 +41,7 @@ def query_values(
     queries: Queries,
     rows: np.ndarray,
     subset_rows: np.ndarray | None = None,
+    places: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Headline metrics of every query, whose mean (see `means`) is what the protocol gives.
 
@@ -49,11 +50,16 @@ def query_values(
       queries: with labels.
       rows: int `[Q, K]`, ranked gallery rows, -1 where a list ends.
       subset_rows: as `Result.subset_rows`, of these queries.
+      places: as `Result.places`, of these queries; without them there are no metrics of the whole
+        ranking.
 
     Returns:
       Float64 `[Q]` by the metric's name; NaN for a query that does not count in it.
     """
     rows = metrics.pad_lists(rows, protocols.TOP_K)
+    if protocol.query_values is not None:
+        got = protocol.query_values(queries, rows, places)
+        return {key: got[key] for key in protocol.headline if key in got}
     known = np.array([len(relevant) > 0 for relevant in queries.relevant], bool)
     values: dict[str, np.ndarray] = {}
     for key in protocol.headline:
@@ -69,23 +75,27 @@ def query_values(
             inside = protocols.without_reference(queries, subset_rows)
             inside = metrics.pad_lists(inside, max(protocols.SUBSET_KS))
             values[key] = metrics.recall_at_k(inside, queries.target, int(k))
-        elif name == "top1_is_reference" and not _by_category(protocol):  # no mean of means
+        elif name == "top1_is_reference" and not protocol.mean_of:  # no mean of means
             values[key] = ((rows[:, 0] >= 0) & (rows[:, 0] == queries.reference)).astype(float)
     for parts in (("R@10", "R@50"), ("R@5", "R_subset@1")):
-        fits = (parts[0] == "R@10") == _by_category(protocol)
+        fits = (parts[0] == "R@10") == bool(protocol.mean_of)
         if "mean" in protocol.headline and fits and set(parts) <= values.keys():
             values["mean"] = (values[parts[0]] + values[parts[1]]) / 2
     return {key: values[key] for key in protocol.headline if key in values}
 
 
-def _by_category(protocol: Protocol) -> bool:
-    return protocol.name.startswith("fashioniq")
+def strata_names(protocol: Protocol, queries: Queries) -> list[str]:
+    """For each query the name of what it is averaged in; "" for all where there is one mean."""
+    if protocol.mean_of == "pools":
+        return list(queries.pools)
+    if protocol.mean_of == "kinds":
+        return ["".join(kinds[:1]) for kinds in queries.kinds]
+    return [""] * len(queries)
 
 
 def strata_of(protocol: Protocol, queries: Queries) -> np.ndarray:
     """int `[Q]`: queries with the same number are drawn together, and these means averaged."""
-    names = list(queries.pools) if _by_category(protocol) else [""] * len(queries)
-    return np.unique(names, return_inverse=True)[1]
+    return np.unique(strata_names(protocol, queries), return_inverse=True)[1]
 
 
 def intervals(

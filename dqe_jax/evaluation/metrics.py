@@ -9,6 +9,7 @@ each. All results are float64.
     P@k  = (relevant rows among the first k) / k
     R@k  = 1 if any relevant row is among the first k, else 0
     AP@k = (sum over ranks i <= k that are relevant of P@i) / min(number of relevant rows, k)
+    nDCG@k = (sum over ranks i <= k that are relevant of 1 / log2(i + 1)) / (its best value)
 
 `R@k` is recall for one target and the "hit rate" for several, as FashionIQ and CIRR report it; AP@k
 is that of CIRCO (Baldrati et al., 2023, arXiv:2303.15247, section 5).
@@ -21,6 +22,7 @@ The keys of `summarize`:
 | `R_valid@k` | any relevant target being among the first k |
 | `P@k`, `P@k_ceiling` | precision over relevant targets, and its best value |
 | `mAP@k` | AP@k over relevant targets |
+| `nDCG@k` | nDCG@k over relevant targets, each worth 1 |
 | `top1_is_reference` | the first result being the query's own reference image |
 | `queries` | (the number of queries) |
 | `queries_with_valid` | (the number of queries whose relevant targets are known) |
@@ -58,13 +60,13 @@ def recall_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
         UserError: if `k` is larger than `K`.
         ValueError: if shapes do not fit together or a list repeats a row.
     """
-    hits, _ = _hits(rows, targets, k)
+    hits, _ = hits_at_k(rows, targets, k)
     return np.asarray(hits.any(axis=1), np.float64)
 
 
 def precision_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
     """P@k of every query, `[Q]`. Raises as `recall_at_k`."""
-    return _hits(rows, targets, k)[0].sum(axis=1) / k
+    return hits_at_k(rows, targets, k)[0].sum(axis=1) / k
 
 
 def precision_ceiling(num_relevant: Sequence[int] | np.ndarray, k: int) -> np.ndarray:
@@ -74,11 +76,49 @@ def precision_ceiling(num_relevant: Sequence[int] | np.ndarray, k: int) -> np.nd
 
 def average_precision_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
     """AP@k of every query, `[Q]`; NaN without any target. Raises as `recall_at_k`."""
-    return _average_precision(*_hits(rows, targets, k))
+    return average_precision_of(*hits_at_k(rows, targets, k))
 
 
-def _average_precision(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """AP@k of hits `[Q, k]`, with `counts[q]` relevant rows in all."""
+def ndcg_at_k(rows: np.ndarray, targets: Ragged, k: int) -> np.ndarray:
+    """nDCG@k of every query, `[Q]`; NaN without any target. Raises as `recall_at_k`."""
+    return _ndcg(*hits_at_k(rows, targets, k))
+
+
+def _ndcg(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """nDCG@k of hits `[Q, k]`, with `counts[q]` relevant rows in all, each worth 1."""
+    k = hits.shape[1]
+    gains = 1 / np.log2(np.arange(2, k + 2))
+    best = np.concatenate([[0.0], np.cumsum(gains)])[np.minimum(counts, k)]
+    return np.divide(hits @ gains, best, out=np.full(len(hits), np.nan), where=best > 0)
+
+
+def trapezoid_average_precision(places: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """AP of every query as the area under its curve by the trapezoid rule, `[Q]`.
+
+    That of the Oxford buildings protocol (Philbin et al., 2007), as in the evaluation code of
+    Radenovic et al. (2018). With relevant rows at places `r_0 < r_1 < ...`, counted from 0, and `n`
+    of them in all,
+
+        AP = sum_j (p_j + p'_j) / 2 / (n + 1e-5),  p_j = j / r_j (1 if r_j = 0),
+                                                   p'_j = (j + 1) / (r_j + 1)
+
+    A query without relevant rows has 0.
+
+    Args:
+        places: int `[Q, R]`, places of the relevant rows in the whole ranking, ascending, padded
+            with -1 at the end.
+        counts: int `[Q]`, `n`; rows that are not ranked at all count in it.
+    """
+    places = np.asarray(places)
+    j = np.arange(places.shape[1])
+    before = np.where(places <= 0, 1.0, j / np.maximum(places, 1))
+    area = (before + (j + 1) / (places + 1.0 + (places < 0))) / 2
+    total: np.ndarray = np.where(places >= 0, area, 0.0).sum(axis=1) / (np.asarray(counts) + 1e-5)
+    return total
+
+
+def average_precision_of(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """AP@k of hits bool `[Q, k]`, `[Q]`, with `counts[q]` relevant rows in all; NaN without any."""
     k = hits.shape[1]
     precision = np.cumsum(hits, axis=1) / np.arange(1, k + 1)
     best = np.minimum(counts, k)
@@ -93,7 +133,7 @@ def r_precision(rows: np.ndarray, targets: Ragged) -> np.ndarray:
     NaN where it is not defined: without any target, or where the list is shorter than R and so does
     not suffice. Such queries have to be left out of a mean by the caller, who should say so.
     """
-    hits, counts = _hits(rows, targets, np.shape(rows)[1])
+    hits, counts = hits_at_k(rows, targets, np.shape(rows)[1])
     within = np.arange(hits.shape[1]) < counts[:, None]
     known = (counts > 0) & (counts <= hits.shape[1])
     return np.divide(
@@ -122,7 +162,7 @@ def summarize(
         kinds: `Q` sequences of names.
         attributes: `Q` sequences of `name=value`; None for no metrics by attribute.
         ks: cut-offs of `R@k` and `R_valid@k`.
-        precision_ks: cut-offs of `P@k` and `mAP@k`.
+        precision_ks: cut-offs of `P@k`, `mAP@k` and `nDCG@k`.
 
     Raises:
         UserError: if a cut-off is larger than `K` (see `pad_lists`).
@@ -142,7 +182,7 @@ def summarize(
     values = {f"R@{k}": recall_at_k(rows, target, k) for k in ks}
     values["top1_is_reference"] = (rows[:, 0] >= 0) & (rows[:, 0] == reference)
     # Looking up relevant rows takes most of the time, so it is done once for all metrics.
-    hits, num_relevant = _hits(rows, relevant, rows.shape[1])
+    hits, num_relevant = hits_at_k(rows, relevant, rows.shape[1])
     over_relevant = _over_relevant(hits, num_relevant, ks, precision_ks)
     summary: dict[str, float] = {}
     for suffix, members in _groups(kinds, attributes).items():
@@ -171,7 +211,8 @@ def _over_relevant(
         _check_cutoff(k, hits)
         values[f"P@{k}"] = hits[:, :k].sum(axis=1) / k
         values[f"P@{k}_ceiling"] = precision_ceiling(num_relevant, k)
-        values[f"mAP@{k}"] = _average_precision(hits[:, :k], num_relevant)
+        values[f"mAP@{k}"] = average_precision_of(hits[:, :k], num_relevant)
+        values[f"nDCG@{k}"] = _ndcg(hits[:, :k], num_relevant)
     return values | {f"R_valid@{k}": hits[:, :k].any(axis=1) for k in ks}
 
 
@@ -241,6 +282,7 @@ def random_baseline(
         R_valid@k = 1 - C(N - n, k) / C(N, k)
         P@k       = n / N
         AP@k      = sum_{i <= k} (1/i) (n/N) (1 + (i - 1) (n - 1) / (N - 1)) / min(n, k)
+        nDCG@k    = (n/N) (sum_{i <= min(k, N)} 1 / log2(i + 1)) / (the same sum to min(n, k))
 
     where AP@k takes P@i, given that rank i is relevant, as that hit plus the expected ones
     before it. Keys and the mean over queries are those of `summarize`.
@@ -250,7 +292,7 @@ def random_baseline(
         num_relevant: int `[Q]`, the number of relevant targets of each query; queries with none are
             left out. None or none at all gives `R@k` only.
         ks: cut-offs of `R@k` and `R_valid@k`.
-        precision_ks: cut-offs of `P@k` and `mAP@k`.
+        precision_ks: cut-offs of `P@k`, `mAP@k` and `nDCG@k`.
 
     Raises:
         ValueError: if the gallery is empty or holds fewer images than a query has relevant targets.
@@ -274,6 +316,9 @@ def random_baseline(
         result[f"P@{k}"] = float(precision.mean() * min(k, N) / k)
         result[f"P@{k}_ceiling"] = float(precision_ceiling(n, k).mean())
         result[f"mAP@{k}"] = float((expected.sum(axis=0) / np.minimum(n, k)).mean())
+        gains = np.cumsum(1 / np.log2(np.arange(2, k + 2)))
+        best = gains[np.minimum(n, k).astype(int) - 1]
+        result[f"nDCG@{k}"] = float((precision * gains[min(k, N) - 1] / best).mean())
     for k in ks:
         j = np.arange(min(k, N))[:, None]
         # A factor at or below 0 means that k draws cannot miss all n.
@@ -282,8 +327,11 @@ def random_baseline(
     return result
 
 
-def _hits(rows: np.ndarray, targets: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each of the first `k` rows is a target, bool `[Q, k]`; how many targets, `[Q]`."""
+def hits_at_k(rows: np.ndarray, targets: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each of the first `k` rows is a target, bool `[Q, k]`; how many targets, `[Q]`.
+
+    Raises as `recall_at_k`.
+    """
     rows = np.asarray(rows)
     if rows.ndim != 2 or len(targets) != len(rows):
         raise ValueError(

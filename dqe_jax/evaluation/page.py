@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from absl import logging
@@ -25,14 +25,17 @@ from PIL import Image
 
 from dqe_jax.data.splits import Split
 from dqe_jax.evaluation import metrics, protocols
+from dqe_jax.evaluation.comparison import align, differences, find_results
 from dqe_jax.evaluation.gain import gain_line
-from dqe_jax.evaluation.intervals import Interval, intervals, query_values, strata_of
+from dqe_jax.evaluation.intervals import Interval, intervals
+from dqe_jax.evaluation.query_results import SUFFIX, QueryResults, make_results, read_results
+from dqe_jax.evaluation.report import results_of
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import cannot_write, read_json
 from dqe_jax.utils.paths import whole_path
 
 if TYPE_CHECKING:
-    from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
+    from dqe_jax.evaluation.evaluator import EmbeddingEvaluator, Result
 
 FILE = "report.html"
 SHOWN = 10
@@ -43,77 +46,101 @@ _KIND_KEYS = 3  # headline metrics that are shown by kind
 
 
 class Compared:
-    """The ranked lists of another run on the same split.
+    """What another run found on the same split.
 
     Attributes:
       name: what it is called.
       rows: int `[Q, K]`, gallery rows, -1 where a list ends.
+      results: what each query got; None for a split without labels.
     """
 
-    def __init__(self, name: str, rows: np.ndarray):
-        self.name, self.rows = name, rows
+    def __init__(self, name: str, rows: np.ndarray, results: QueryResults | None):
+        self.name, self.rows, self.results = name, rows, results
 
 
-def read_compared(directory: str | os.PathLike[str], split: Split) -> Compared:
+def read_compared(
+    directory: str | os.PathLike[str], evaluator: EmbeddingEvaluator, dataset: str
+) -> Compared:
     """Another run, from the files of its newest evaluation on a split.
 
     Args:
-      directory: of the run, or of its results.
-      split: that the first run is evaluated on.
+      directory: of the run, or of its results; or a file of results.
+      evaluator: by which the first run is evaluated.
+      dataset: name of the data set.
 
     Raises:
-      UserError: it was not evaluated on this split, or on other data.
+      UserError: it was not evaluated on this split, or not in the same way.
     """
-    root = whole_path(directory)
-    found: dict[int, epath.Path] = {}
-    for place in (root / "eval", root):
-        for path in place.glob(f"{split.name}-*.json") if place.is_dir() else ():
-            if match := re.fullmatch(rf"{split.name}-(\d+)\.json", path.name):
-                found.setdefault(int(match[1]), path)
-    if not found:
-        raise UserError(
-            f"--report_against: {root} has no results on {split.name}; evaluate that run with "
-            f"--split={split.name} first."
-        )
-    path = found[max(found)]
-    facts = read_json(path, dict)
-    if facts.get("data") != split.digest:
-        raise UserError(
-            f"--report_against: {path} is of other data than {split.name} here; evaluate that run "
-            "on the same data first."
-        )
-    ranked = path.parent / f"{path.stem}.ranked.json"
+    split, known = evaluator.split, evaluator.labelled
+    results = None
+    try:
+        if len(known):
+            path = find_results(directory, split.name)
+            results, stem = read_results(path), path.name.removesuffix(SUFFIX)
+            own = make_results(
+                split,
+                evaluator.protocol,
+                {},
+                known,
+                name="this one",
+                dataset=dataset,
+                pools=evaluator.pools,
+            )
+            results = align(results, own)
+        else:
+            path, stem = _newest(directory, split.name)
+    except UserError as error:
+        raise UserError(f"--report_against: {error}") from error
+    ranked = path.parent / f"{stem}.ranked.json"
     lists = read_json(ranked, dict, "evaluate that run again")
     row_of = {image: row for row, image in enumerate(split.gallery.ids)}
     rows = np.full((len(split.queries), protocols.TOP_K), -1, np.int32)
     for i, query in enumerate(split.queries.ids):
-        own = lists.get(query)
-        if not isinstance(own, list) or not all(image in row_of for image in own):
+        own_list = lists.get(query)
+        if not isinstance(own_list, list) or not all(image in row_of for image in own_list):
             raise UserError(f"{ranked} lacks query {query!r}; evaluate that run again.")
-        rows[i, : len(own)] = [row_of[image] for image in own[: protocols.TOP_K]]
-    return Compared(f"{root.name}, step {max(found)}", rows)
+        rows[i, : len(own_list)] = [row_of[image] for image in own_list[: protocols.TOP_K]]
+    name = f"{whole_path(directory).name}, {stem}" if results is None else results.name
+    return Compared(name, rows, results)
+
+
+def _newest(directory: str | os.PathLike[str], split: str) -> tuple[epath.Path, str]:
+    """The newest ranked lists of a split without labels, and their name without its end."""
+    root, end = whole_path(directory), ".ranked.json"
+    found = [
+        (int(match[1]), path)
+        for place in (root / "eval", root)
+        for path in (place.glob(f"{split}-*{end}") if place.is_dir() else ())
+        if (match := re.fullmatch(rf"{split}-(\d+){re.escape(end)}", path.name))
+    ]
+    if not found:
+        raise UserError(
+            f"{root} has no results on {split}: evaluate that run with --split={split} first."
+        )
+    path = max(found, key=lambda one: one[0])[1]
+    return path, path.name.removesuffix(end)
 
 
 def write_page(
-    evaluator: RetrievalEvaluator,
+    evaluator: EmbeddingEvaluator,
     result: Result,
     directory: epath.Path,
     *,
     run: str,
     dataset: str,
-    step: int,
+    step: int | None,
     attributes: Sequence[str],
     against: Compared | None = None,
 ) -> epath.Path:
     """Writes `report.html`.
 
     Args:
-      evaluator: that gave the result.
+      evaluator: that gave the result, of a split with its images.
       result: of its `run`, with baselines.
       directory: where it goes.
       run: what the run is called.
       dataset: name of the data set.
-      step: of the checkpoint.
+      step: of the checkpoint; None for a file of embeddings.
       attributes: names of the model's attributes; none without attribute weights.
       against: another run on the same split.
 
@@ -123,14 +150,14 @@ def write_page(
     Raises:
       UserError: it cannot be written.
     """
-    split, name = evaluator.split, f"{run}, step {step}"
+    split, name = cast(Split, evaluator.split), run if step is None else f"{run}, step {step}"
     rows = metrics.pad_lists(result.rows, SHOWN)
     lists = [rows] if against is None else [rows, against.rows]
     images = _Images(split)
     gain = gain_line(result.composition_gain) if result.composition_gain else ""
     content: dict[str, Any] = {
         "title": f"{run}: {split.name} of {dataset}",
-        "about": f"Step {step}; {split.coverage}.",
+        "about": f"{'Embeddings' if step is None else f'Step {step}'}; {split.coverage}.",
         "run": name if against is not None else "value",
         "other": against and against.name,
         "note": " ".join(filter(None, [f"{evaluator.protocol.note}. {_INTERVALS}", gain])),
@@ -259,32 +286,31 @@ def _query(
 
 
 def _figures(
-    evaluator: RetrievalEvaluator, result: Result, against: Compared | None
+    evaluator: EmbeddingEvaluator, result: Result, against: Compared | None
 ) -> dict[str, Any]:
     """The metrics with intervals, in all and by kind; and the baselines."""
     known = evaluator.labelled
     if not len(known):
         return {"metrics": [], "groups": [], "baselines": []}
-    protocol, queries = evaluator.protocol, evaluator.split.queries.take(known)
-    subsets = None if result.subset_rows is None else result.subset_rows[known]
-    columns = protocol.columns(result.metrics)
-
-    def values_of(rows: np.ndarray, inside: np.ndarray | None) -> dict[str, np.ndarray]:
-        found = query_values(protocol, queries, rows[known], inside)
-        return {key: found[key] for key in columns if key in found}
-
-    strata = strata_of(protocol, queries)
-    own = values_of(result.rows, subsets)
-    other = {} if against is None else values_of(against.rows, None)
-    differences = {key: own[key] - other[key] for key in other if key in own}
+    queries = evaluator.split.queries.take(known)
+    columns = evaluator.protocol.columns(result.metrics)
+    results = results_of(evaluator, result, run="", dataset="", step=None)
+    assert results is not None, "there are labels"
+    own = results.values
+    reference, strata = results.groups
+    beside = None if against is None else against.results
+    other = {} if beside is None else {k: beside.values[k] for k in columns if k in beside.values}
 
     def of(values: Mapping[str, np.ndarray], members: np.ndarray) -> dict[str, list[float]]:
         chosen = {key: value[members] for key, value in values.items()}
-        found = intervals(chosen, queries.reference[members], strata[members])
+        found = intervals(chosen, reference[members], strata[members])
         return {key: _listed(interval) for key, interval in found.items()}
 
     everyone = np.ones(len(queries), bool)
-    whole, others, apart = (of(x, everyone) for x in (own, other, differences))
+    whole, others = (of(x, everyone) for x in (own, other))
+    apart = {}
+    if beside is not None:
+        apart = {key: _listed(one) for key, one in differences(results, beside).items()}
     listed = [
         {
             "key": key,

@@ -1,7 +1,8 @@
 """Scores a file of predictions against a benchmark's annotation files: no model, no images.
 
 The file is a JSON object, query id to a list of image ids, best first: what evaluation writes as
-ranked lists, or a submission of CIRR or CIRCO.
+ranked lists, or a submission of CIRR or CIRCO. Where there are no annotation files, as of `shapes`
+and `fashion_products`, it is scored against prepared data.
 
 -   **Query ids** are those of the readers in `dqe_jax.data.annotations`: `dress-val-17` for
     FashionIQ, the pair id for CIRR, the id for CIRCO. Every query of the split must be there, and
@@ -15,6 +16,9 @@ ranked lists, or a submission of CIRR or CIRCO.
     where a list holds it, takes a rank and is a miss: `lists_with_reference` tells in how many.
 -   **FashionIQ, val protocol**: images that are not in the smaller gallery are struck from the
     lists first. That takes lists that are long enough; `shortest_list` is of what is left.
+-   **Other benchmarks whose protocol leaves the reference out**: it is struck from the lists.
+-   **GeneCIS**: a list is of the query's own candidates. **FREEDOM, i-CIR**: metrics are of the
+    whole ranking, and all of a list counts; a relevant image that it lacks is never found.
 -   A split **without labels** cannot be scored: the file is checked against the server's rules.
 """
 
@@ -29,13 +33,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dqe_jax.data.annotations.schema import Annotations
-from dqe_jax.data.datasets import DATASETS, split_of
+from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
-from dqe_jax.data.raw_files import RawFiles
-from dqe_jax.evaluation import protocols, submissions
+from dqe_jax.evaluation import protocols, several_targets, submissions
+from dqe_jax.evaluation.asked import Asked, Labels, read_labels
+from dqe_jax.evaluation.intervals import query_values
+from dqe_jax.evaluation.query_results import SUFFIX, QueryResults, make_results, write_results
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import read_json, write_json
+from dqe_jax.utils.files import make_directory, read_json, write_json
 from dqe_jax.utils.paths import whole_path
 
 PathLike = str | os.PathLike[str]
@@ -60,19 +65,13 @@ def score_predictions(
       path: of the file.
       raw_dir: the directory with the annotation files.
       variant: of the protocol.
-      output: directory for `predictions-<split>.json`; None writes nothing.
+      output: directory for `predictions-<split>.json` and what each query got; None writes nothing.
 
     Raises:
       UserError: as `score`, or the directory is not writable.
     """
-    split = split_of(dataset, split)
-    found = score(dataset, split, path, raw_dir, variant)
-    protocol = protocols.protocol_of(dataset, variant)
-    facts = {"dataset": dataset, "split": split, "protocol": protocol.name, "metrics": found}
-    logging.info("%s\n%s", json.dumps(facts, indent=2), protocol.note)
-    if output is not None:
-        write_json(whole_path(output) / f"predictions-{split}.json", facts)
-    return found
+    asked = read_labels(dataset, split, raw_dir)
+    return score_asked(dataset, asked, path, variant, output=output)
 
 
 def score(
@@ -95,80 +94,147 @@ def score(
       UserError: the file breaks a rule of the module, the split has no labels, or an annotation
         file cannot be used.
     """
-    raw = DATASETS[dataset].raw if dataset in DATASETS else None
-    if raw is None:
-        known = ", ".join(name for name, info in DATASETS.items() if info.raw)
-        raise UserError(f"{dataset} is not scored from files of predictions; {known} are.")
     protocol = protocols.protocol_of(dataset, variant)
-    labels = raw.read_labels(RawFiles(raw_dir), split_of(dataset, split))
-    path = epath.Path(path).expanduser()
-    content = read_json(path, dict)
-    left_out = labels.official_queries - len(labels.queries)
-    if left_out:
-        logging.warning("%d records of %s are not sound and left out.", left_out, raw_dir)
+    return _Scored(dataset, read_labels(dataset, split, raw_dir), protocol, path).metrics
 
-    row_of = {image: row for row, image in enumerate(labels.images)}
-    queries = _queries(labels, row_of)
-    if not len(queries):
-        raise UserError(
-            f"{raw_dir} has no sound record of {split} of {dataset}: get the annotation file again."
+
+def score_asked(
+    dataset: str,
+    asked: Asked,
+    path: PathLike,
+    variant: str = "original",
+    *,
+    output: PathLike | None = None,
+) -> dict[str, float]:
+    """Metrics of a file of predictions for any split; they are logged and written.
+
+    Args:
+      dataset: name of the data set.
+      asked: the split, from annotation files or from prepared data.
+      path: of the file, see the module.
+      variant: of the protocol.
+      output: as for `score_predictions`.
+
+    Raises:
+      UserError: as `score`, or the directory is not writable.
+    """
+    protocol = protocols.protocol_of(dataset, variant)
+    place = None if output is None else whole_path(output)
+    if place is not None:
+        make_directory(place)
+    scored = _Scored(dataset, asked, protocol, path)
+    results = scored.results()
+    facts = {
+        "dataset": dataset,
+        "split": asked.name,
+        "protocol": protocol.name,
+        "metrics": scored.metrics,
+        "intervals": results.intervals(),
+    }
+    logging.info("%s\n%s", json.dumps(facts, indent=2), protocol.note)
+    if place is not None:
+        write_json(place / f"predictions-{asked.name}.json", facts)
+        write_results(results, place / f"predictions-{asked.name}{SUFFIX}")
+    return scored.metrics
+
+
+class _Scored:
+    """A file of predictions that was read and measured."""
+
+    def __init__(self, dataset: str, asked: Asked, protocol: protocols.Protocol, path: PathLike):
+        self._dataset, self._asked, self._protocol = dataset, asked, protocol
+        self._path = epath.Path(path).expanduser()
+        content = read_json(self._path, dict)
+        queries = asked.queries
+        # A query without labels says nothing, where others have some.
+        self._known = protocol.labelled(queries)
+        if not len(self._known):
+            _refuse_unlabelled(dataset, asked, self._path, content)
+        self._metric = _take_metric(content, self._path) if dataset == "cirr" else "recall"
+        lists = _read_lists(content, queries.ids, self._path, numbers=dataset == "circo")
+        if self._listed:
+            _check_images(lists, self._allowed(), self._path)
+        row_of = {image: row for row, image in enumerate(asked.gallery.ids)}
+        for found in lists.values():
+            for image in found:
+                row_of.setdefault(image, len(row_of))
+        ranked = [[row_of[image] for image in lists[query]] for query in queries.ids]
+        if protocol.exclude_reference and dataset != "cirr":
+            own = queries.reference.tolist()
+            ranked = [[row for row in rows if row != mine] for rows, mine in zip(ranked, own)]
+        pools = asked.pools or {"": np.arange(len(asked.gallery))}
+        self._pools = protocols.pool_rows(protocol, queries, pools)
+        if protocol.gallery_of_queries:
+            ranked = _restricted(ranked, self._pools, queries)
+        rows = _as_rows(ranked)
+        self._rows, self._labelled = rows[self._known], queries.take(self._known)
+        places = None
+        if protocol.whole_ranking:
+            places = several_targets.listed_places(ranked, queries.relevant)
+        self._places = None if places is None else places[self._known]
+        self.metrics = _measure(protocol, queries, rows, places, self._metric)
+        self.metrics |= _facts(dataset, queries, ranked, self._metric)
+
+    @property
+    def _listed(self) -> bool:
+        """Whether all images of the gallery are known."""
+        return not isinstance(self._asked, Labels) or self._asked.listed
+
+    def _allowed(self) -> dict[str, Container[str]]:
+        """Which images may be listed, by query."""
+        ids, queries = self._asked.gallery.ids, self._asked.queries
+        if self._metric == "recall_subset" or self._protocol.own_gallery:
+            return {
+                query: frozenset(ids[row] for row in rows)
+                for query, rows in zip(queries.ids, queries.subset)
+            }
+        every = self._asked.pools or {"": np.arange(len(ids))}
+        pools = {name: frozenset(ids[row] for row in rows) for name, rows in every.items()}
+        return {query: pools[pool] for query, pool in zip(queries.ids, queries.pools)}
+
+    def results(self) -> QueryResults:
+        """What each query got."""
+        inside = self._metric == "recall_subset"
+        values = query_values(
+            self._protocol,
+            self._labelled,
+            np.full_like(self._rows, -1) if inside else self._rows,
+            self._rows if inside else None,
+            self._places,
         )
-    if not (queries.target >= 0).any():
-        _refuse_unlabelled(dataset, split, path, content, queries, labels)
-
-    metric = _take_metric(content, path) if dataset == "cirr" else "recall"
-    lists = _read_lists(content, queries.ids, path, numbers=dataset == "circo")
-    if dataset != "circo":
-        _check_images(lists, _allowed(labels, within_subset=metric == "recall_subset"), path)
-    for found in lists.values():
-        for image in found:
-            row_of.setdefault(image, len(row_of))
-    ranked = [[row_of[image] for image in lists[query]] for query in queries.ids]
-    if protocol.gallery_of_queries:
-        ranked = _restricted(ranked, protocol, queries, labels, row_of)
-    return _measure(protocol, queries, ranked, metric) | _facts(dataset, queries, ranked, metric)
-
-
-def _queries(labels: Annotations, row_of: Mapping[str, int]) -> Queries:
-    """The annotated queries, with images by row; -1 for no target."""
-
-    def rows(images: Sequence[str]) -> np.ndarray:
-        return np.array([row_of.get(image, -1) for image in images], np.int32)
-
-    queries = labels.queries
-    return Queries(
-        ids=[query.id for query in queries],
-        texts=[" ".join(query.texts) for query in queries],
-        reference=rows([query.reference for query in queries]),
-        target=rows([query.target for query in queries]),
-        known_positives=[rows(query.known_positives) for query in queries],
-        relevant=[rows(query.relevant) for query in queries],
-        kinds=[query.kinds for query in queries],
-        attributes=[query.attributes for query in queries],
-        pools=[query.pool for query in queries],
-        subset=[rows(query.subset) for query in queries],
-    )
+        return make_results(
+            self._asked,
+            self._protocol,
+            {
+                key: values[key]
+                for key in self._protocol.columns(self.metrics)
+                if key in values and key.startswith("R_subset") == inside
+            },
+            self._known,
+            name=self._path.name.partition(".")[0],
+            dataset=self._dataset,
+            pools=self._pools if self._listed else None,
+        )
 
 
 def _refuse_unlabelled(
-    dataset: str,
-    split: str,
-    path: epath.Path,
-    content: Mapping[str, object],
-    queries: Queries,
-    labels: Annotations,
+    dataset: str, asked: Asked, path: epath.Path, content: Mapping[str, object]
 ) -> NoReturn:
     """Raises an error: of a server's rule that the file breaks, else where to send the file."""
     server = DATASETS[dataset].server
     if server is None:
-        raise UserError(f"{dataset} {split} has no labels; score predictions of validation.")
-    gallery_ids = None if dataset == "circo" else labels.images
+        raise UserError(f"{dataset} {asked.name} has no labels; score predictions of validation.")
+    listed = not isinstance(asked, Labels) or asked.listed
     submissions.check_submission(
-        dataset, content, queries, gallery_ids, num_queries=labels.official_queries
+        dataset,
+        content,
+        asked.queries,
+        asked.gallery.ids if listed else None,
+        num_queries=asked.coverage.official_queries,
     )
     raise UserError(
-        f"The labels of {dataset} {split} are not public; {path} keeps the rules for submissions, "
-        f"so send it to {server}."
+        f"The labels of {dataset} {asked.name} are not public; {path} keeps the rules for "
+        f"submissions, so send it to {server}."
     )
 
 
@@ -223,14 +289,6 @@ def _are_ids(values: object, numbers: bool) -> bool:
     return isinstance(values, list) and all(map(is_id, values))
 
 
-def _allowed(labels: Annotations, *, within_subset: bool) -> dict[str, Container[str]]:
-    """Which images may be listed, by query."""
-    if within_subset:
-        return {query.id: frozenset(query.subset) for query in labels.queries}
-    pools = {name: frozenset(images) for name, images in labels.pools.items()}
-    return {query.id: pools[query.pool] for query in labels.queries}
-
-
 def _check_images(
     lists: Mapping[str, Sequence[str]], allowed: Mapping[str, Container[str]], path: epath.Path
 ) -> None:
@@ -253,36 +311,35 @@ def _reject(path: epath.Path, queries: Sequence[str], fault: str, remedy: str) -
 
 
 def _restricted(
-    ranked: Sequence[Sequence[int]],
-    protocol: protocols.Protocol,
-    queries: Queries,
-    labels: Annotations,
-    row_of: Mapping[str, int],
+    ranked: Sequence[Sequence[int]], pools: Mapping[str, np.ndarray], queries: Queries
 ) -> list[list[int]]:
     """The lists, less the images that the protocol does not rank."""
-    pools = {
-        name: np.array([row_of[image] for image in images], np.int32)
-        for name, images in labels.pools.items()
-    }
-    kept = {
-        name: frozenset(rows.tolist())
-        for name, rows in protocols.pool_rows(protocol, queries, pools).items()
-    }
+    kept = {name: frozenset(rows.tolist()) for name, rows in pools.items()}
     return [[row for row in rows if row in kept[pool]] for rows, pool in zip(ranked, queries.pools)]
 
 
-def _measure(
-    protocol: protocols.Protocol, queries: Queries, ranked: Sequence[Sequence[int]], metric: str
-) -> dict[str, float]:
-    k = protocols.TOP_K
-    rows = np.full((len(ranked), k), -1, np.int32)
+def _as_rows(ranked: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lists as int32 `[n, TOP_K]`."""
+    rows = np.full((len(ranked), protocols.TOP_K), -1, np.int32)
     for line, found in zip(rows, ranked):
-        line[: len(found)] = found[:k]
+        line[: len(found)] = found[: protocols.TOP_K]
+    return rows
+
+
+def _measure(
+    protocol: protocols.Protocol,
+    queries: Queries,
+    rows: np.ndarray,
+    places: np.ndarray | None,
+    metric: str,
+) -> dict[str, float]:
     if metric == "recall_subset":
         return protocols.cirr_subset_recall(queries, rows)
-    if protocol.exclude_reference:
+    if protocol.name == "cirr":
         # Unlike `measure`, this takes lists that hold the reference.
         return protocols.cirr_recall(queries, rows)
+    if protocol.whole_ranking:
+        return protocol.metrics(queries, rows, places=places)
     return protocol.measure(queries, rows)
 
 

@@ -11,31 +11,30 @@ from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
-from dqe_jax.config import RunConfig
 from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.data.annotations import hp_fashioniq
 from dqe_jax.data.annotations.hp_fashioniq import Judgement
-from dqe_jax.data.splits import Split
 from dqe_jax.data.text import Wordings
 from dqe_jax.embedding.sources import Rows
-from dqe_jax.evaluation.evaluator import RetrievalEvaluator
+from dqe_jax.evaluation.asked import Asked
+from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, RetrievalEvaluator
 from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import write_json
 
 
 def open_preferences(
-    config: RunConfig, split: Split, path: str | os.PathLike[str]
+    dataset: str, split: Asked, path: str | os.PathLike[str]
 ) -> tuple[list[Judgement], int]:
     """The judgements of HP-FashionIQ whose images are all at hand, and how many there are in all.
 
     Raises:
       UserError: the file cannot be read, or the split is not FashionIQ's validation split.
     """
-    if (config.data.dataset, split.name) != ("fashioniq", "validation"):
+    if (dataset, split.name) != ("fashioniq", "validation"):
         raise UserError(
             f"--hp_fashioniq judges images of FashionIQ's val split, not {split.name} of "
-            f"{config.data.dataset}: take --config=configs/fiq.py --split=val."
+            f"{dataset}: take --config=configs/fiq.py --split=val."
         )
     judgements = hp_fashioniq.read(epath.Path(path))
     known = set(split.gallery.ids)
@@ -51,31 +50,58 @@ def texts_of(tokenizer: Tokenizer, judgements: Sequence[Judgement]) -> Wordings:
     return Wordings(text_tokens.encode(tokenizer, texts)[0][:, None], [texts])
 
 
-def measure_preferences(
+def judgement_ids(judgements: Sequence[Judgement]) -> list[str]:
+    """Ids of judgements, as files of embeddings name them: `user_1/question_set_1/0`."""
+    return [f"{j.user}/{j.question_set}/{j.index}" for j in judgements]
+
+
+def embed_judgements(
     evaluator: RetrievalEvaluator,
     texts: Rows,
     params: Params,
-    judged: tuple[list[Judgement], int],
-    path: epath.Path,
-) -> dict[str, float]:
-    """The metrics of HP-FashionIQ, written to `path` and logged.
+    judgements: Sequence[Judgement],
+) -> Embedded:
+    """Embeddings of judgements as queries, and of the images that they judge.
 
     Args:
       evaluator: of FashionIQ's validation split.
       texts: of the judgements.
       params: replicated over the devices.
+      judgements: of `open_preferences`.
+    """
+    row = {image: i for i, image in enumerate(evaluator.split.gallery.ids)}
+    reference = np.array([row[j.reference] for j in judgements])
+    return evaluator.embed(params, reference, texts, _candidates(evaluator, judgements))
+
+
+def _candidates(evaluator: EmbeddingEvaluator, judgements: Sequence[Judgement]) -> np.ndarray:
+    """Gallery rows of the two sets of each judgement, int `[J, 10]`."""
+    row = {image: i for i, image in enumerate(evaluator.split.gallery.ids)}
+    return np.array([[row[image] for image in (*j.first, *j.second)] for j in judgements])
+
+
+def measure_preferences(
+    evaluator: EmbeddingEvaluator,
+    embedded: Embedded,
+    judged: tuple[list[Judgement], int],
+    path: epath.Path | None,
+) -> dict[str, float]:
+    """The metrics of HP-FashionIQ, written to `path` and logged.
+
+    Args:
+      evaluator: of FashionIQ's validation split.
+      embedded: the judgements as queries, and a gallery with the images that they judge.
       judged: of `open_preferences`.
-      path: a .json.
+      path: a .json; None writes nothing.
     """
     judgements, official = judged
-    row = {image: i for i, image in enumerate(evaluator.split.gallery.ids)}
-    candidates = np.array([[row[image] for image in (*j.first, *j.second)] for j in judgements])
-    reference = np.array([row[j.reference] for j in judgements])
-    scores = evaluator.score_rows(params, reference, texts, candidates)
+    candidates = _candidates(evaluator, judgements)
+    scores = evaluator.score_rows(embedded, candidates)
     first, second = np.split(scores, 2, axis=1)
     preferred = np.array([j.preferred for j in judgements])
     found = preference_metrics(first, second, preferred) | {"official": official}
-    write_json(path, found)
+    if path is not None:
+        write_json(path, found)
     logging.info(
         "HP-FashionIQ, %d of %d judgements:\n%s", len(judgements), official, json.dumps(found)
     )

@@ -10,6 +10,17 @@ fractions (published tables show percentages), means over queries unless it says
 | fashioniq-val | fashioniq | references and targets of its category's queries | stays | the same |
 | cirr | cirr | all | left out | R@k; R_subset@k among the query's subset |
 | circo | circo | all | stays | mAP@k over all ground truths; R@k of the single target |
+| genecis | genecis | its own 10 or 15 candidates | stays | R@k by task |
+| pinpoint | pinpoint | all | stays | mAP@k, rate of explicit negatives, spread over wordings |
+| shoes | shoes | all | left out | R@k, mean of R@1, R@10 and R@50 |
+| pic2word | pic2word | all | stays | share of the relevant images in the first k, by domain |
+| freedom | imagenet_r, nico, minidn, ltll | all; nico, minidn: their database | stays | mAP |
+| lasco | lasco | all | stays | R@k |
+| fashion200k | fashion200k | all | left out | R@k of any image with the target's description |
+| icir | icir | its instance's database | stays | mAP |
+
+`several_targets.py` measures those with several valid targets. The mAP of freedom and icir is of
+the whole ranking and the trapezoid rule, so that a measure takes `places` too.
 
 The two of FashionIQ are **not comparable**: `original` is that of CLIP4Cir, SPRC and QuRe; `val`
 (VAL-split), with about half the images, that of VAL and DQU-CIR.
@@ -24,20 +35,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
-from dqe_jax.evaluation import metrics
+from dqe_jax.evaluation import metrics, several_targets
 from dqe_jax.utils.errors import UserError
 
 TOP_K = 50  # the largest cut-off of all protocols, and the length of submitted lists
 RECALL_KS = (1, 5, 10, 50)
 SUBSET_KS = (1, 2, 3)
 CIRCO_KS = (5, 10, 25, 50)
+GENECIS_KS = (1, 2, 3)
+SHOES_KS = (1, 10, 50)
 
 Measure = Callable[..., dict[str, float]]
+# Of queries, rows and places: float `[Q]` by the metric's name.
+QueryValues = Callable[[Queries, np.ndarray, np.ndarray | None], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +64,21 @@ class Protocol:
       name: as in the module's table; every table of results names it.
       measure: `(queries, rows, subset_rows=None) -> metrics`, for labelled queries only: a split
         without labels has no metrics. `subset_rows` int `[Q, S]` are the images of each query's
-        subset, best first, padded with -1; only CIRR has them.
+        subset, best first, padded with -1; only CIRR has them. If `whole_ranking` it takes
+        `places` too, int `[Q, R]` as `ranking.make_place_fn` gives them.
       headline: keys for a log line and the columns of a table.
       note: one line on what the figures mean, to be printed with them.
       exclude_reference: whether the reference is left out of the ranking.
       gallery_of_queries: whether only images that the queries name are ranked: see `pool_rows`.
+      own_gallery: whether a query ranks its subset alone, the reference too if it is there; of
+        equal scores the target's comes last.
+      whole_ranking: whether metrics need the places of all relevant rows.
+      by_relevance: whether all that counts are the relevant rows, so that a query counts that has
+        none, and has no single target.
+      mean_of: what metrics are unweighted means over: "pools" or "kinds" of the queries, or "" for
+        the queries themselves.
+      query_values: what each query gets; None where `intervals.query_values` knows it by the names
+        of the metrics.
     """
 
     name: str
@@ -61,6 +87,43 @@ class Protocol:
     note: str
     exclude_reference: bool = False
     gallery_of_queries: bool = False
+    own_gallery: bool = False
+    whole_ranking: bool = False
+    by_relevance: bool = False
+    mean_of: str = ""
+    query_values: QueryValues | None = None
+
+    def labelled(self, queries: Queries) -> np.ndarray:
+        """Positions of the queries that are measured, int `[n]`; none without published labels."""
+        if self.by_relevance and any(len(relevant) for relevant in queries.relevant):
+            return np.arange(len(queries))
+        return np.flatnonzero(queries.target >= 0)
+
+    def metrics(
+        self,
+        queries: Queries,
+        rows: np.ndarray,
+        subset_rows: np.ndarray | None = None,
+        places: np.ndarray | None = None,
+    ) -> dict[str, float]:
+        """Metrics of the labelled queries among all; {} if there are none.
+
+        Args:
+          queries: of a split.
+          rows: of all of them.
+          subset_rows: the same.
+          places: the same; needed if `whole_ranking`.
+        """
+        known = self.labelled(queries)
+        if not len(known):
+            return {}
+        more: dict[str, Any] = {}
+        if self.whole_ranking:
+            if places is None:
+                raise ValueError(f"the protocol {self.name} needs places")
+            more = {"places": places[known]}
+        inside = None if subset_rows is None else subset_rows[known]
+        return self.measure(queries.take(known), rows[known], inside, **more)
 
     def columns(self, found: Mapping[str, float]) -> tuple[str, ...]:
         """The headline metrics that say something: P@10 does not where a query has one target.
@@ -126,6 +189,19 @@ def pool_rows(
     members = metrics.group_members([(pool,) for pool in queries.pools])
     nobody = np.zeros(len(queries), bool)
     return {name: np.unique(named[:, members.get(name, nobody)]) for name in pools}
+
+
+def subsets_of(protocol: Protocol, queries: Queries) -> np.ndarray:
+    """The queries' subsets that are ranked among themselves: int32 `[Q, S]`, padded with -1.
+
+    Without the reference, but where they are a query's whole gallery.
+    """
+    rows = np.full((len(queries), max(map(len, queries.subset))), -1, np.int32)
+    for i, members in enumerate(queries.subset):
+        if not protocol.own_gallery:
+            members = members[members != queries.reference[i]]
+        rows[i, : len(members)] = members
+    return rows
 
 
 def plain_metrics(
@@ -236,6 +312,7 @@ def circo_metrics(
     | key | |
     | --- | --- |
     | `mAP@k` | over all ground truths, k of 5, 10, 25, 50; see `metrics` |
+    | `nDCG@10` | the same; not among the published metrics |
     | `R@k` | recall of the single target that the text was written for |
     | `mAP@10/<aspect>` | of the queries with this semantic aspect, one of nine |
     | `top1_is_reference` | share of queries whose first result is their own reference |
@@ -252,8 +329,9 @@ def circo_metrics(
     precisions = {
         f"mAP@{k}": metrics.average_precision_at_k(rows, queries.relevant, k) for k in CIRCO_KS
     }
+    gains = {"nDCG@10": metrics.ndcg_at_k(rows, queries.relevant, 10)}
     aspects = metrics.group_members(queries.kinds)
-    values = precisions | _recalls(queries, rows, CIRCO_KS)
+    values = precisions | gains | _recalls(queries, rows, CIRCO_KS)
     return {
         **{name: float(value.mean()) for name, value in values.items()},
         **{
@@ -263,6 +341,66 @@ def circo_metrics(
         "top1_is_reference": _top1_is_reference(queries, rows),
         "queries": len(queries),
         **{f"queries/{aspect}": int(members.sum()) for aspect, members in aspects.items()},
+    }
+
+
+def genecis_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """GeneCIS's metrics, of each query's candidates as they are ranked.
+
+    | key | |
+    | --- | --- |
+    | `R@k/<task>` | recall of the task's queries, k of 1, 2, 3 |
+    | `R@k` | the unweighted mean of the tasks' |
+    | `queries`, `queries/<task>` | numbers of queries |
+    | `tasks` | how many tasks there are: published means are over four |
+    """
+    del subset_rows
+    recalls = _recalls(queries, rows, GENECIS_KS)
+    tasks = metrics.group_members([(pool,) for pool in queries.pools])
+    by_task = {
+        f"{name}/{task}": float(values[members].mean())
+        for task, members in tasks.items()
+        for name, values in recalls.items()
+    }
+    return {
+        **{name: float(np.mean([by_task[f"{name}/{task}"] for task in tasks])) for name in recalls},
+        **by_task,
+        "queries": len(queries),
+        **{f"queries/{task}": int(members.sum()) for task, members in tasks.items()},
+        "tasks": len(tasks),
+    }
+
+
+def shoes_values(
+    queries: Queries, rows: np.ndarray, places: np.ndarray | None = None
+) -> Mapping[str, np.ndarray]:
+    """`R@k` of each query for k of 1, 10, 50, and their `mean`."""
+    del places
+    found = _recalls(queries, rows, SHOES_KS)
+    return found | {"mean": np.mean([*found.values()], axis=0)}
+
+
+def shoes_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """Means of `shoes_values` over queries, and `queries`."""
+    del subset_rows
+    found = {key: float(value.mean()) for key, value in shoes_values(queries, rows).items()}
+    return found | {"queries": len(queries)}
+
+
+def lasco_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """`R@k` for k of 1, 5, 10, 50, `top1_is_reference` and `queries`."""
+    del subset_rows
+    found = {k: float(v.mean()) for k, v in _recalls(queries, rows, RECALL_KS).items()}
+    return {
+        **found,
+        "top1_is_reference": _top1_is_reference(queries, rows),
+        "queries": len(queries),
     }
 
 
@@ -301,6 +439,7 @@ _FASHIONIQ = Protocol(
         "FashionIQ, original protocol: image split files as galleries, the reference included; "
         "totals are unweighted means over categories; not comparable with the val protocol"
     ),
+    mean_of="pools",
 )
 _FASHIONIQ_VAL = Protocol(
     name="fashioniq-val",
@@ -312,6 +451,7 @@ _FASHIONIQ_VAL = Protocol(
         "the original protocol"
     ),
     gallery_of_queries=True,
+    mean_of="pools",
 )
 _CIRR = Protocol(
     name="cirr",
@@ -329,7 +469,104 @@ _CIRCO = Protocol(
     headline=("mAP@5", "mAP@10", "mAP@25", "mAP@50", "R@5", "R@10", "R@25", "R@50"),
     note="CIRCO protocol: mAP@k over all ground truths, R@k of the single target",
 )
+_GENECIS = Protocol(
+    name="genecis",
+    measure=genecis_metrics,
+    headline=("R@1", "R@2", "R@3"),
+    note=(
+        "GeneCIS protocol: each query ranks its own 10 or 15 candidates, equal scores against the "
+        "target; totals are unweighted means over tasks; a random order has 0.075, 0.150 and 0.225"
+    ),
+    own_gallery=True,
+    mean_of="pools",
+)
+_PINPOINT = Protocol(
+    name="pinpoint",
+    measure=several_targets.pinpoint_metrics,
+    headline=(
+        *("mAP@10", "P@1", "P@10", "negatives@10", "mAP@10_without_negatives"),
+        *("range_P@10", "nDCG@10"),
+    ),
+    note=(
+        "PinPoint protocol: the whole gallery is ranked, the references included; mAP over all "
+        "positives; negatives@10 is the rate of explicit negatives: lower is better"
+    ),
+    by_relevance=True,
+    query_values=several_targets.pinpoint_values,
+)
+_SHOES = Protocol(
+    name="shoes",
+    measure=shoes_metrics,
+    headline=("R@1", "R@10", "R@50", "mean"),
+    note=(
+        "Shoes protocol: all images of the evaluation split, the reference left out; mean is that "
+        "of R@1, R@10 and R@50"
+    ),
+    exclude_reference=True,
+    query_values=shoes_values,
+)
+_PIC2WORD = Protocol(
+    name="pic2word",
+    measure=several_targets.pic2word_metrics,
+    headline=("R@10", "R@50", "R@1", "R@5", "P@10"),
+    note=(
+        "Pic2Word protocol: R@k is the share of a query's relevant images among the first k; "
+        "queries without any count 0, so that R@10 is at most 0.539 and R@50 at most 0.679; the "
+        "reference is ranked too"
+    ),
+    by_relevance=True,
+    mean_of="kinds",
+    query_values=several_targets.pic2word_values,
+)
+_FREEDOM = Protocol(
+    name="freedom",
+    measure=several_targets.freedom_metrics,
+    headline=("mAP", "R@10", "R@50", "P@10", "P@50"),
+    note=(
+        "FREEDOM protocol: mAP of the whole ranking by the trapezoid rule, for each source and "
+        "target domain, then means over targets and over sources; queries without a relevant image "
+        "count 0"
+    ),
+    whole_ranking=True,
+    by_relevance=True,
+    mean_of="kinds",
+    query_values=several_targets.freedom_values,
+)
+_LASCO = Protocol(
+    name="lasco",
+    measure=lasco_metrics,
+    headline=("R@1", "R@5", "R@10", "R@50", "top1_is_reference"),
+    note="LaSCo protocol: the whole gallery is ranked, the reference included",
+)
+_FASHION200K = Protocol(
+    name="fashion200k",
+    measure=several_targets.fashion200k_metrics,
+    headline=("R@1", "R@10", "R@50", "mean"),
+    note=(
+        "Fashion200k protocol: all test images, the reference left out; any image with the "
+        "target's description is a hit"
+    ),
+    exclude_reference=True,
+    by_relevance=True,
+    query_values=several_targets.fashion200k_values,
+)
+_ICIR = Protocol(
+    name="icir",
+    measure=several_targets.icir_metrics,
+    headline=("mAP", "mAP_instances", "worst_instances"),
+    note=(
+        "i-CIR protocol: each query ranks its instance's database; mAP by the trapezoid rule over "
+        "queries, the mean of the instances' means and that of their minima"
+    ),
+    whole_ranking=True,
+    by_relevance=True,
+    query_values=several_targets.icir_values,
+)
 # By name; `data/datasets.py` says which data set uses which.
 PROTOCOLS = {
-    protocol.name: protocol for protocol in (_PLAIN, _FASHIONIQ, _FASHIONIQ_VAL, _CIRR, _CIRCO)
+    protocol.name: protocol
+    for protocol in (
+        *(_PLAIN, _FASHIONIQ, _FASHIONIQ_VAL, _CIRR, _CIRCO),
+        *(_GENECIS, _PINPOINT, _SHOES, _PIC2WORD, _FREEDOM, _LASCO, _FASHION200K, _ICIR),
+    )
 }

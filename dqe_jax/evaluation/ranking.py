@@ -357,10 +357,131 @@ def _score_shard(_: object, queries: Array, tokens: Array) -> Array:
     return listed_similarity(queries, tokens)
 
 
-def order_subset(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Rows `[Q, S]` of small sets, best first, equal scores by row, padding (-1) last."""
-    order = np.lexsort((rows, np.where(rows >= 0, -scores, np.inf)), axis=1)
-    return np.take_along_axis(rows, order, axis=1)
+# Numbers in the scores that a device sorts at once.
+SORTED = 2**24
+# Queries that a device places at once, few or many.
+PLACED_QUERIES = (16, CHUNK_QUERIES)
+# Rows of a gallery that are placed come in multiples of this many: programs are few.
+PLACED_ROWS = 8 * CHUNK_ROWS
+
+
+class PlaceFn(Protocol):
+    """Says where some rows of a gallery stand in the whole ranking; see `make_place_fn`."""
+
+    def __call__(
+        self,
+        queries: np.ndarray,
+        gallery: np.ndarray,
+        rows: np.ndarray,
+        *,
+        excluded: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The places of each query's rows in its ranking of the whole gallery.
+
+        Args:
+            queries: float `[Q, d]`.
+            gallery: float `[N, M, d]`.
+            rows: int `[Q, R]`, gallery rows, padded with -1.
+            excluded: int `[Q]`, a row that is left out of each query's ranking, -1 for none; it
+                must not be among its `rows`.
+
+        Returns:
+            int32 `[Q, R]`, places counted from 0, ascending, then -1 for padding. The ranking is
+            that of `RankFn`: higher scores first, equal ones by row.
+
+        Raises:
+            ValueError: shapes do not fit together.
+            UserError: an embedding is not finite.
+        """
+
+
+def make_place_fn(*, devices: Sequence[jax.Device] | None = None) -> PlaceFn:
+    """Makes a function that places rows, for metrics that look at the whole ranking.
+
+    The gallery lies on every device while its queries are ranked. Some queries at a time have their
+    scores with all of it, which are sorted there: only the places come back. It compiles once for
+    each `(d, M)`, `R`, number of `PLACED_ROWS` and of `PLACED_QUERIES`.
+
+    Args:
+        devices: the devices to use, of all processes; by default all.
+    """
+    devices = mesh.all_devices() if devices is None else list(devices)
+    program = _placing(devices[0].platform == "cpu")
+    place_chunk = mesh.map_rows(program, columns=3, devices=devices)
+
+    def place(
+        queries: np.ndarray,
+        gallery: np.ndarray,
+        rows: np.ndarray,
+        *,
+        excluded: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """As `PlaceFn` says."""
+        queries, gallery = np.asarray(queries, np.float32), np.asarray(gallery, np.float32)
+        check_embeddings(queries, gallery)
+        rows = np.asarray(rows, np.int32)
+        nothing = np.full(len(queries), -1, np.int32)
+        left_out = nothing if excluded is None else np.asarray(excluded, np.int32)
+        if rows.ndim != 2 or len(rows) != len(queries) or left_out.shape != nothing.shape:
+            raise ValueError(
+                f"expected rows [{len(queries)}, R] and excluded [{len(queries)}], "
+                f"got {list(rows.shape)} and {list(left_out.shape)}"
+            )
+        if not rows.size:
+            return rows
+        padded = mesh.pad_rows(gallery, PLACED_ROWS)
+        held = mesh.replicate(
+            (padded.reshape(-1, CHUNK_ROWS, *gallery.shape[1:]), np.int32(len(gallery))), devices
+        )
+        few, many = PLACED_QUERIES
+        each = few if len(queries) <= few * len(devices) else many
+        chunk = max(1, min(each, SORTED // len(padded))) * len(devices)
+        parts = []
+        for start in range(0, len(queries), chunk):
+            columns = [x[start : start + chunk] for x in (queries, rows, left_out)]
+            own = [mesh.own_rows(mesh.pad_rows(x, chunk), chunk, devices) for x in columns]
+            parts.append(place_chunk(held, *own)[: len(columns[0])])
+        return np.concatenate(parts)
+
+    return place
+
+
+@functools.lru_cache(mesh.REMEMBERED)
+def _placing(on_cpu: bool) -> Callable[..., jax.Array]:
+    """Per device: chunks of a gallery with its size; `[C, d]`, `[C, R]` and `[C]` to `[C, R]`."""
+
+    def placed(
+        gallery: tuple[Array, Array], queries: Array, rows: Array, excluded: Array
+    ) -> jax.Array:
+        chunks, num_rows = gallery
+        by_chunk = lax.map(lambda tokens: _scores(queries, tokens, on_cpu=on_cpu), chunks)
+        scores = jnp.moveaxis(by_chunk, 0, 1).reshape(len(queries), -1)  # [C, N]
+        numbers = jnp.arange(scores.shape[1])
+        out = (numbers >= num_rows) | (numbers == excluded[:, None])
+        order = jnp.argsort(jnp.where(out, jnp.inf, -scores), axis=1, stable=True)
+        at = jnp.arange(len(queries))[:, None]
+        places = jnp.zeros(order.shape, jnp.int32).at[at, order].set(numbers.astype(jnp.int32))
+        last = jnp.iinfo(jnp.int32).max
+        found = jnp.where(rows >= 0, jnp.take_along_axis(places, jnp.maximum(rows, 0), 1), last)
+        found = jnp.sort(found, axis=1)
+        return jnp.where(found == last, -1, found)
+
+    return placed
+
+
+def order_of_subset(
+    rows: np.ndarray, scores: np.ndarray, last: np.ndarray | None = None
+) -> np.ndarray:
+    """The order of small sets, int `[Q, S]`: best first, equal scores by row, padding (-1) last.
+
+    Args:
+        rows: int `[Q, S]`.
+        scores: float `[Q, S]`.
+        last: int `[Q]`, a row that comes after all others of its score; None for none.
+    """
+    late = np.zeros(rows.shape, bool) if last is None else rows == np.asarray(last)[:, None]
+    order: np.ndarray = np.lexsort((rows, late, np.where(rows >= 0, -scores, np.inf)), axis=1)
+    return order
 
 
 def check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:

@@ -4,8 +4,10 @@
 | --- | --- |
 | `<split>-<step>.json` | metrics and baselines; the protocol, the data, how much was at hand |
 | `<split>-<step>.ranked.json` | ids of the (at most 50) best images of each query |
+| `<split>-<step>.queries.json` | what each query got, see `query_results.py` |
 | `<split>-<step>.png` | some queries and what they found |
 | `<split>-zero_shot.json` | rows without training, where there is no run |
+| `<split>-<name>.json` and so on | the same of a file of embeddings, `<name>.npz` |
 | `<split>-<step>.<file>` | what the benchmark's server takes, for a split without labels |
 """
 
@@ -22,39 +24,39 @@ from etils import epath
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.evaluation import contact_sheet, protocols, submissions
 from dqe_jax.evaluation.gain import gain_line
+from dqe_jax.evaluation.intervals import query_values
+from dqe_jax.evaluation.query_results import SUFFIX, QueryResults, make_results, write_results
 from dqe_jax.utils.files import write_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:  # scoring a file of predictions needs no JAX
     from dqe_jax.data.splits import Split
-    from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
+    from dqe_jax.evaluation.evaluator import EmbeddingEvaluator, Result, RetrievalEvaluator
 
 RANKED = 50
 
 
 def write_report(
-    evaluator: RetrievalEvaluator,
+    evaluator: EmbeddingEvaluator,
     result: Result,
     directory: epath.Path,
     name: str,
     *,
+    run: str,
     dataset: str,
-    step: int,
-    attributes: Sequence[str],
-    sheet_queries: int,
+    step: int | None,
     averaged: bool = False,
 ) -> None:
-    """Writes the files of the module's table and logs what they say.
+    """Writes the files of the module's table, but for the picture, and logs what they say.
 
     Args:
       evaluator: that gave the result.
       result: with baselines.
       directory: made if it is not there.
       name: `<split>-<step>`.
+      run: what was evaluated: the name of a run, or of a file of embeddings.
       dataset: name of the data set.
-      step: of the checkpoint.
-      attributes: names of the model's attributes.
-      sheet_queries: how many queries are drawn.
+      step: of the checkpoint; None for a file of embeddings.
       averaged: whether the parameters are a moving average of those that trained.
 
     Raises:
@@ -63,6 +65,7 @@ def write_report(
     """
     split, protocol = evaluator.split, evaluator.protocol
     coverage = split.coverage
+    results = results_of(evaluator, result, run=run, dataset=dataset, step=step)
     facts = {
         "dataset": dataset,
         "split": split.name,
@@ -74,6 +77,7 @@ def write_report(
         "gallery": {"used": coverage.gallery, "official": coverage.official_gallery},
         "ranked_images": result.embedded,
         "metrics": result.metrics,
+        "intervals": None if results is None else results.intervals(),
         "baselines": result.baselines,
         "composition_gain": result.composition_gain,
     }
@@ -81,22 +85,50 @@ def write_report(
     # Before anything is written: a full disk must not cost the figures.
     ranked = "" if result.embedded == coverage.gallery else f"; {result.embedded:,} images ranked"
     logging.info(
-        "%s, step %d%s: %s%s.\n%s",
-        *(split.name, step, ", moving average of the parameters" if averaged else ""),
-        *(coverage, ranked, table(result, protocol)),
+        "%s, %s%s: %s%s.\n%s",
+        *(split.name, run if step is None else f"step {step}"),
+        *(", moving average of the parameters" if averaged else "", coverage, ranked),
+        table(result, protocol),
     )
-    if behind := behind_reference(result, protocol):
+    if step is not None and (behind := behind_reference(result, protocol)):
         logging.info("%s", behind)
     if result.composition_gain:
         logging.info("%s", gain_line(result.composition_gain))
     write_json(directory / f"{name}.json", facts)
     lists = submissions.rankings(queries, ids, result.rows, RANKED)
     write_json(directory / f"{name}.ranked.json", lists, indent=None)
-    drawn = draw(evaluator, result, directory / f"{name}.png", sheet_queries, attributes)
-    logging.info("Queries on the contact sheet:\n  %s", "\n  ".join(drawn))
-    logging.info("Files: %s*", directory / name)
+    if results is not None:
+        write_results(results, directory / f"{name}{SUFFIX}")
     if not len(evaluator.labelled):
         _write_submissions(evaluator, result, directory, name, dataset)
+    logging.info("Files: %s*", directory / name)
+
+
+def results_of(
+    evaluator: EmbeddingEvaluator, result: Result, *, run: str, dataset: str, step: int | None
+) -> QueryResults | None:
+    """What each query with labels got; None if there are none. Arguments as of `write_report`."""
+    split, known = evaluator.split, evaluator.labelled
+    if not len(known):
+        return None
+    protocol, subsets, places = evaluator.protocol, result.subset_rows, result.places
+    values = query_values(
+        protocol,
+        split.queries.take(known),
+        result.rows[known],
+        None if subsets is None else subsets[known],
+        None if places is None else places[known],
+    )
+    columns = protocol.columns(result.metrics)
+    return make_results(
+        split,
+        protocol,
+        {key: values[key] for key in columns if key in values},
+        known,
+        name=run if step is None else f"{run}, step {step}",
+        dataset=dataset,
+        pools=evaluator.pools,
+    )
 
 
 def write_rows(
@@ -144,7 +176,7 @@ def write_rows(
 
 
 def _write_submissions(
-    evaluator: RetrievalEvaluator, result: Result, directory: epath.Path, name: str, dataset: str
+    evaluator: EmbeddingEvaluator, result: Result, directory: epath.Path, name: str, dataset: str
 ) -> None:
     """Writes what the benchmark's server takes, after checking it against the server's rules."""
     split = evaluator.split
@@ -249,6 +281,10 @@ def draw(
         listed = ", ".join(f"{name} {value:.2f}" for name, value in weights.items())
         rank = row.target_rank or f"> {result.rows.shape[1]}"
         found = f"target at {rank}" if queries.target[i] >= 0 else "target not published"
+        if evaluator.protocol.by_relevance:
+            valid = np.flatnonzero(np.isin(result.rows[i], queries.relevant[i]))
+            first = valid[0] + 1 if len(valid) else f"> {result.rows.shape[1]}"
+            found = f"first of {len(queries.relevant[i])} valid targets at {first}"
         lines.append(f"{queries.texts[i]!r}: {listed or 'no attributes'}; {found}")
     picture = contact_sheet.draw_contact_sheet(sheet)
     with epath.Path(path).open("wb") as file:

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
@@ -24,10 +25,17 @@ from dqe_jax.distributed import mesh, processes
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.embedding.sources import PlainImages, PlainTexts
 from dqe_jax.evaluation import protocols, report
-from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
+from dqe_jax.evaluation.embedding_files import Rows, check_target, write_embeddings
+from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, Result, RetrievalEvaluator
 from dqe_jax.evaluation.gain import composition_gain
 from dqe_jax.evaluation.page import read_compared, write_page
-from dqe_jax.evaluation.preferences import measure_preferences, open_preferences, texts_of
+from dqe_jax.evaluation.preferences import (
+    embed_judgements,
+    judgement_ids,
+    measure_preferences,
+    open_preferences,
+    texts_of,
+)
 from dqe_jax.evaluation.zero_shot import Corpora, measure_rows, read_rows
 from dqe_jax.feature_store.features import Features
 from dqe_jax.method.arrays import Params
@@ -49,6 +57,7 @@ def evaluate_checkpoint(
     against: str | os.PathLike[str] | None = None,
     zero_shot: Sequence[str] = (),
     corpora: Corpora | None = None,
+    save_embeddings: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Evaluates a checkpoint on a split and writes the files of `report.py`.
 
@@ -64,6 +73,7 @@ def evaluate_checkpoint(
       zero_shot: rows without training to show beside the model, of `zero_shot.ROWS`: those of
         `config.model.weights`.
       corpora: for the rows of BASIC.
+      save_embeddings: file for the embeddings of queries and gallery, see `embedding_files.py`.
 
     Raises:
       UserError: the config, the data, the checkpoint or a file cannot be used.
@@ -71,23 +81,46 @@ def evaluate_checkpoint(
     config = RunConfig.of(config)
     split = datasets.split_of(config.data.dataset, split or config.eval.split)
     datasets.find_dataset(config.data, split)
+    saved = None if save_embeddings is None else check_target(save_embeddings)
     trained = open_trained(config, directory, step)
     words, step = trained.tokenizer, trained.step
     opened = splits.open_split(config.data, datasets.open_dataset(config.data, split), split)
     features = Features(config, trained.model, trained.devices)
     judged, judged_texts = None, None
     if hp_fashioniq is not None:
-        judged = open_preferences(config, opened, hp_fashioniq)
+        judged = open_preferences(config.data.dataset, opened, hp_fashioniq)
         judged_texts = features.texts(texts_of(words, judged[0]))
     evaluator = make_evaluator(config, trained.model, words, opened, trained.devices, features)
     place = whole_path(output) if output else output_of(trained, opened)
-    compared = None if against is None else read_compared(against, opened)
+    compared = None if against is None else read_compared(against, evaluator, config.data.dataset)
     make_directory(place)
+    if saved is not None:
+        make_directory(whole_path(saved.parent))
     rows = _rows(config, opened, zero_shot, trained.devices, corpora)
     params = trained.place_params()
     features.fill(params)
+    asking = None
+    if judged is not None and judged_texts is not None:
+        asking = embed_judgements(evaluator, judged_texts, params, judged[0])
+
+    def keep(embedded: Embedded) -> None:
+        if saved is not None and processes.leads():
+            more = {}
+            if judged is not None and asking is not None:
+                more["judgement"] = Rows(judgement_ids(judged[0]), asking.query)
+            write_embeddings(saved, rows_of(evaluator, embedded) | more)
+            logging.info("Embeddings: %s", saved)
+
     result = evaluate_and_report(
-        config, evaluator, params, step=step, directory=place, averaged=trained.averaged, rows=rows
+        config,
+        evaluator,
+        params,
+        step=step,
+        directory=place,
+        averaged=trained.averaged,
+        rows=rows,
+        run=trained.directory.parent.name,
+        keep=keep,
     )
     if (page or compared is not None) and processes.leads():
         write_page(
@@ -100,10 +133,19 @@ def evaluate_checkpoint(
             attributes=shown_attributes(config),
             against=compared,
         )
-    if judged is not None and judged_texts is not None:
-        path = place / f"hp_fashioniq-{step}.json"
-        measure_preferences(evaluator, judged_texts, params, judged, path)
+    if judged is not None and asking is not None:
+        measure_preferences(evaluator, asking, judged, place / f"hp_fashioniq-{step}.json")
     return result
+
+
+def rows_of(evaluator: EmbeddingEvaluator, embedded: Embedded) -> dict[str, Rows]:
+    """The embeddings of a split with their ids, as `write_embeddings` takes them."""
+    asked, held = evaluator.split, embedded.gallery
+    rows = np.flatnonzero(held.place >= 0)
+    ids = [asked.gallery.ids[row] for row in rows]
+    tokens = held.tokens[held.place[rows]]
+    gallery = Rows(ids, tokens[:, 0] if tokens.shape[1] == 1 else tokens)
+    return {"query": Rows(list(asked.queries.ids), embedded.query), "gallery": gallery}
 
 
 def evaluate_rows(
@@ -207,6 +249,8 @@ def evaluate_and_report(
     directory: epath.Path,
     averaged: bool = False,
     rows: Mapping[str, dict[str, float]] | None = None,
+    run: str = "",
+    keep: Callable[[Embedded], None] | None = None,
 ) -> Result:
     """Evaluates, writes the files of `report.py`, and logs the table and the queries drawn.
 
@@ -218,11 +262,13 @@ def evaluate_and_report(
       directory: where the files go.
       averaged: whether the parameters are a moving average of those that trained.
       rows: metrics of rows without training, to stand beside the model; None for none.
+      run: what the run is called; default: the directory above that of the files.
+      keep: is given the embeddings before they are ranked.
 
     Raises:
       UserError: the directory is not writable, or a submission would be refused.
     """
-    result = evaluator.run(params, baselines=True)
+    result = evaluator.run(params, baselines=True, keep=keep)
     if rows and result.baselines is not None:
         shown = {f"zero-shot {name}": values for name, values in rows.items()}
         columns = evaluator.protocol.columns(result.metrics)
@@ -232,17 +278,25 @@ def evaluate_and_report(
         )
     if not processes.leads():
         return result
+    name = f"{evaluator.split.name}-{step}"
     report.write_report(
         evaluator,
         result,
         directory,
-        f"{evaluator.split.name}-{step}",
+        name,
+        run=run or whole_path(directory).parent.name,
         dataset=config.data.dataset,
         step=step,
-        attributes=shown_attributes(config),
-        sheet_queries=config.eval.sheet_queries,
         averaged=averaged,
     )
+    drawn = report.draw(
+        evaluator,
+        result,
+        directory / f"{name}.png",
+        config.eval.sheet_queries,
+        shown_attributes(config),
+    )
+    logging.info("Queries on the contact sheet:\n  %s", "\n  ".join(drawn))
     return result
 
 

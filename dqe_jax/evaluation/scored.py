@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dqe_jax.data.splits import Split
-from dqe_jax.evaluation import protocols
+from dqe_jax.evaluation import metrics, protocols
 from dqe_jax.evaluation.protocols import Protocol
+from dqe_jax.evaluation.ranking import order_of_subset
 
 # Numbers in an array of scores, at the most.
 SCORES = 2**24
@@ -45,27 +46,35 @@ def measure_scores(split: Split, protocol: Protocol, top_k: int, score: Score) -
       top_k: length of the ranked lists.
       score: of queries with gallery rows.
     """
-    queries = split.queries
-    known = np.flatnonzero(queries.target >= 0)
-    if not len(known):
+    queries, size = split.queries, len(split.gallery)
+    if not len(protocol.labelled(queries)):
         return {}
-    longest = max(map(len, queries.subset))
     rows = np.full((len(queries), top_k), -1, np.int32)
-    inside = np.full((len(queries), longest), -1, np.int32)
+    inside = protocols.subsets_of(protocol, queries)
+    relevant = [np.unique(own[own < size]) for own in queries.relevant]
+    places = np.full((len(queries), max(map(len, relevant))), -1, np.int32)
     for mine, pool in parts_of(split, protocol):
         place = np.full(len(split.gallery), -1, np.int64)
         place[pool] = np.arange(len(pool))
         scores = np.array(score(mine, pool))
-        for i, own in zip(mine, scores):
-            members = np.asarray(queries.subset[i], np.int64)
-            members = np.sort(members[members != queries.reference[i]])
-            order = np.argsort(-own[place[members]], kind="stable")
-            inside[i, : len(members)] = members[order]
+        if inside.size:
+            at = place[inside[mine]]
+            given = np.take_along_axis(scores, np.where(inside[mine] < 0, 0, at), axis=1)
+            last = queries.target[mine] if protocol.own_gallery else None
+            order = order_of_subset(inside[mine], given, last)
+            inside[mine] = np.take_along_axis(inside[mine], order, axis=1)
         if protocol.exclude_reference:
             at = place[queries.reference[mine]]
             scores[np.flatnonzero(at >= 0), at[at >= 0]] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+        order = np.argsort(-scores, axis=1, kind="stable")
+        if protocol.whole_ranking:
+            standing = np.empty_like(order)
+            np.put_along_axis(standing, order, np.arange(len(pool))[None], axis=1)
+            for i, own in zip(mine, standing):
+                places[i, : len(relevant[i])] = np.sort(own[place[relevant[i]]])
+        order = order[:, :top_k]
         out = np.isneginf(np.take_along_axis(scores, order, axis=1))
         rows[mine, : order.shape[1]] = np.where(out, -1, pool[order])
-    subsets = inside[known] if longest else None
-    return protocol.measure(queries.take(known), rows[known], subsets)
+    if protocol.own_gallery:
+        rows = metrics.pad_lists(inside, top_k)
+    return protocol.metrics(queries, rows, inside if inside.size else None, places)

@@ -28,11 +28,13 @@ from tokenizers import Tokenizer
 
 from dqe_jax.config import RunConfig
 from dqe_jax.data import tokenizer as text_tokens
+from dqe_jax.data.examples import Queries, all_references
 from dqe_jax.data.splits import Split
 from dqe_jax.data.text import encode_wordings
 from dqe_jax.distributed import mesh
 from dqe_jax.embedding.encoders import encoders
 from dqe_jax.embedding.rows import RowEmbedder
+from dqe_jax.embedding.several import directions_of
 from dqe_jax.embedding.sources import Column, Images, PlainImages
 from dqe_jax.evaluation import basic, ranking, scored
 from dqe_jax.evaluation.gain import SINGLE
@@ -79,6 +81,12 @@ class Space:
     place: np.ndarray
     texts: np.ndarray | None = None
     basic: BasicFeatures | None = None
+
+    def asked(self, queries: Queries) -> np.ndarray:
+        """Of the queries' references, `[Q, d]`; of several the direction of their mean."""
+        owner, rows = all_references(queries)
+        found = self.images[self.place[rows]]
+        return found if len(owner) == len(queries) else directions_of(found, owner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +159,7 @@ def measure_rows(
     Raises:
       UserError: there are no labels or no weights, or the backbone cannot give one of the rows.
     """
-    if (split.queries.target < 0).all():
+    if not len(protocol.labelled(split.queries)):
         raise UserError(
             f"--zero_shot: {split.name} of {config.data.dataset} has no labels, so nothing can be "
             "measured; take --split=validation."
@@ -168,12 +176,10 @@ def measure_rows(
 
 def score_of(name: str, space: Space, split: Split, protocol: Protocol) -> scored.Score:
     """The score of a row, of queries with gallery rows."""
-    reference, texts = split.queries.reference, space.texts
+    texts = space.texts
 
     def image(mine: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        found: np.ndarray = (
-            space.images[space.place[reference[mine]]] @ space.images[space.place[rows]].T
-        )
+        found: np.ndarray = space.asked(split.queries)[mine] @ space.images[space.place[rows]].T
         return found
 
     def text(mine: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -208,7 +214,7 @@ def _basic_score(
         return basic.similarities(
             centred,
             place[rows],
-            space.images[space.place[split.queries.reference[mine]]].astype(np.float64),
+            space.asked(split.queries)[mine].astype(np.float64),
             own.contexts[mine],
             expansion=expansion,
         )
@@ -235,7 +241,7 @@ def embed(
     # Adapters are what a run learns.
     config = config.with_changes({"model.lora.rank": 0})
     queries, batch = split.queries, -(-config.eval.batch_size // len(devices)) * len(devices)
-    rows = np.concatenate([queries.reference, *scored.pools_of(split, protocol).values()])
+    rows = np.concatenate([all_references(queries)[1], *scored.pools_of(split, protocol).values()])
     rows = np.unique(rows)
     place = np.full(len(split.gallery), -1, np.int64)
     place[rows] = np.arange(len(rows))

@@ -8,6 +8,7 @@ each. `python -m dqe_jax.prepare --raw_dir=DIR` takes such a directory.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -143,6 +144,89 @@ def small_circo(raw: Path, images: int = 70) -> None:
     _list_coco(raw, ids)
     for image in ids:
         write_photo(raw / "unlabeled2017" / _coco_file(image), size=(18, 18))
+
+
+def small_genecis(raw: Path, count: int = 3) -> None:
+    """A made GeneCIS: `count` queries a task, of regions and of whole photos."""
+    for task, kind in itertools.product(("focus", "change"), ("attribute", "object")):
+        others = 9 if (task, kind) == ("focus", "attribute") else 14
+        records = []
+        for i in range(count):
+            first = 100 * (i + 1) + (1000 if task == "focus" else 2000)
+            images: list[dict[str, object]]
+            if kind == "object":
+                images = [{"val_image_id": first + 5000 + j} for j in range(others + 2)]
+            else:
+                box = [3 + i, 2, 9.5, 8]
+                images = [
+                    {"image_id": str(first + j), "instance_bbox": box} for j in range(others + 2)
+                ]
+            record = {"condition": f"colour {i}", "reference": images[0], "target": images[1]}
+            records.append({**record, "gallery": images[2:]})
+            for image in images:
+                name = image.get("image_id") or f"{image['val_image_id']:012d}"
+                write_photo(raw / "photos" / f"{name}.jpg", size=(24, 20))
+        write_json(raw / "genecis" / f"{task}_{kind}.json", records)
+
+
+def small_pinpoint(raw: Path, count: int = 6, images: int = 30) -> None:
+    """A made PinPoint of `count` queries, every second one with two images."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    names = [f"{i:032x}" for i in range(images)]
+    rows = [
+        {
+            "query_id": f"query_{i:05d}",
+            "query_image_signature": names[i % 4],
+            "query_image_signature2": names[5 if i > 1 else 4] if i % 2 else "None",
+            "instruction": f"the same with {i} more",
+            "positive_candidates": [names[6 + i], names[7 + i], names[6 + i]],
+            "negative_candidates": [names[10 + i], names[11 + i], None],
+            "query_category": ("Swap", "Negation")[i % 2],
+        }
+        for i in range(count)
+    ]
+    raw.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), raw / "pinpoint_licensed.parquet")
+    (raw / "index_signatures.txt").write_text("\n".join(names) + "\n")
+    for name in names:
+        write_photo(raw / "images" / f"{name}.jpg", size=(18, 24))
+
+
+def small_imagenet_r(raw: Path, classes: int = 3) -> None:
+    """A made ImageNet-R with the lists of both protocols: two photos of each class and domain."""
+    domains = {0: "cartoon", 1: "origami", 2: "toy", 3: "sculpture", 6: "photo"}
+    photos, listed = [], []
+    for kind, (code, domain), number in itertools.product(range(classes), domains.items(), (1, 2)):
+        if (kind, domain) == (0, "origami"):
+            continue  # queries for it have no relevant image
+        folder = "real" if domain == "photo" else "imagenet-r"
+        path = f"{folder}/n{kind}/{domain}_{kind}{number}.jpg"
+        listed.append(f"imgnet/{path} {1000 * code + kind} ")
+        if domain == "photo":
+            photos.append(f"imgnet/{path} {kind} ")
+        write_photo(raw / "imagenet_r" / path, key=path, size=(20, 20))
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / "imgnet_targets.txt").write_text("\n".join(listed))
+    (raw / "imgnet_real_query.txt").write_text("\n".join(photos))
+
+
+def small_icir(raw: Path) -> None:
+    """A made i-CIR of two instances."""
+    queries, database = [], []
+    for instance, size in (("lamp", 12), ("mug", 20)):
+        for i in range(size):
+            text = ("in a crowd", "at night", "", "")[i % 4] or f"alone {i}"
+            database.append(f"database/{instance}/{i:03d}.jpg,{text},{instance}")
+        queries += [
+            f"query/{instance}/q.jpg,{text},{instance}" for text in ("in a crowd", "at night")
+        ]
+    for line in (*queries, *database):
+        path = line.split(",")[0]
+        write_photo(raw / "icir" / path, key=path, size=(20, 20))
+    (raw / "icir" / "query_files.csv").write_text("\n".join(queries) + "\n")
+    (raw / "icir" / "database_files.csv").write_text("\n".join(database) + "\n")
 
 
 def small_triplets(raw: Path, images: int = 24, count: int = 30) -> None:

@@ -77,6 +77,7 @@ def train_and_evaluate(
     )
     devices = mesh.devices_of(config.num_devices)
     check_batch(config, len(devices), jax.process_count())
+    datasets.require_training(config.data.dataset)
     if datasets.DATASETS[config.data.dataset].must_be_prepared:
         datasets.find_dataset(config.data)  # before weights are downloaded for nothing
     path, lock = processes.leader_first(

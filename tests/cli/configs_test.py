@@ -75,6 +75,7 @@ EXCLUSIVE = {
     "fiq_siglip": ("vit_l_16", "so400m_14"),
     "shapes": ("hard", "coarse"),
     "triplets": ("tiny", "pretrained"),
+    "zero_shot": importlib.import_module("configs.zero_shot").BENCHMARKS,
 }
 COMBINATIONS = [
     (name, ",".join(chosen))

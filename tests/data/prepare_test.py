@@ -364,8 +364,9 @@ def test_processes_give_what_one_process_gives(tmp_path):
     (tmp_path / "40.png").write_bytes(b"")
     paths = [*(f"{i}.png" for i in range(70)), None, "nowhere.png"]
     how = (str(tmp_path), SIZE, "crop")
-    one = list(load_photos(paths, *how, num_workers=1))
-    assert list(load_photos(paths, *how, num_workers=2)) == one
+    parts = [(path, None) for path in paths]
+    one = list(load_photos(parts, *how, num_workers=1))
+    assert list(load_photos(parts, *how, num_workers=2)) == one
     assert [i for i, photo in enumerate(one) if photo.image is None] == [40, 70, 71]
     assert len({photo.number for photo in one}) == 72
 

@@ -10,8 +10,9 @@ import pytest
 from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets, preparation
 from dqe_jax.data.builders.benchmarks import make_builder
-from dqe_jax.evaluation import predictions
+from dqe_jax.evaluation import comparison, predictions, query_results
 from dqe_jax.evaluation.run import evaluate_checkpoint
+from dqe_jax.evaluation.scoring import score_embeddings
 from dqe_jax.testing import standins
 from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import (
@@ -28,6 +29,14 @@ MAKERS = {
     "cirr": standins.small_cirr,
     "circo": standins.small_circo,
     "triplets": standins.small_triplets,
+}
+# Made copies of benchmarks without a training split, by what they are evaluated with.
+OTHERS = {
+    "genecis": standins.small_genecis,
+    "pinpoint": standins.small_pinpoint,
+    "pic2word": standins.small_imagenet_r,
+    "imagenet_r": standins.small_imagenet_r,
+    "icir": standins.small_icir,
 }
 
 
@@ -59,6 +68,64 @@ def read(path):
 def fashioniq_run(base):
     config = small_benchmark_config("fiq:smoke", base / "data")
     return config, base / "fiq", loop.train_and_evaluate(config, base / "fiq")
+
+
+def same_from_a_file(base, config, workdir, dataset, split="val", own=None, page=False, **options):
+    """Evaluates a run, and its embeddings from a file against the annotation files alone."""
+    own, file = own or base / "own", base / f"{dataset}.safetensors"
+    result = evaluate_checkpoint(
+        config, workdir, split=split, output=own, save_embeddings=file, page=page, **options
+    )
+    again = score_embeddings(
+        config, file, base / "again", split=split, raw_dir=base / "raw" / dataset, **options
+    )
+    assert again.metrics == result.metrics
+    assert again.metrics
+    assert again.baselines == result.baselines
+    name = datasets.split_of(dataset, split)
+    results = [
+        query_results.read_results(path)
+        for path in (own / f"{name}-2.queries.json", base / f"again/{name}-{dataset}.queries.json")
+    ]
+    assert results[0].questions == results[1].questions
+    assert results[0].gallery == results[1].gallery
+    assert results[0].measured() == results[1].measured()
+    for key, interval in results[0].measured().items():
+        assert interval.value == pytest.approx(result.metrics[key], abs=1e-9)
+
+
+@pytest.mark.parametrize("protocol", ["original", "val"])
+def test_embeddings_of_fashioniq(base, fashioniq_run, protocol):
+    _, workdir, _ = fashioniq_run
+    config = small_benchmark_config("fiq:smoke", base / "data", **{"eval.protocol": protocol})
+    same_from_a_file(base, config, workdir, "fashioniq")
+
+
+@pytest.mark.slow  # FashionIQ takes the same way
+def test_embeddings_of_cirr(base, cirr_run):
+    config, workdir, _ = cirr_run
+    same_from_a_file(base, config, workdir, "cirr")
+    file = base / "test1.npz"
+    evaluate_checkpoint(config, workdir, split="test1", output=base / "own", save_embeddings=file)
+    score_embeddings(config, file, base / "again", split="test1", raw_dir=base / "raw" / "cirr")
+    for name in ("recall", "recall_subset"):
+        one = read(base / "own" / f"test-2.cirr_{name}.json")
+        assert one == read(base / "again" / f"test-test1.cirr_{name}.json")
+
+
+def test_embeddings_of_circo(base, cirr_run, caplog):
+    """With the list of its gallery, and without: what the file holds is then the gallery."""
+    _, workdir, _ = cirr_run
+    config = small_benchmark_config("circo:smoke", base / "data")
+    same_from_a_file(base, config, workdir, "circo")
+    (base / "labels").mkdir()
+    labels = base / "raw" / "circo" / "annotations" / "val.json"
+    (base / "labels" / "val.json").write_bytes(labels.read_bytes())
+    file = base / "circo.safetensors"
+    with caplog.at_level("WARNING"):
+        got = score_embeddings(config, file, base / "x", split="val", raw_dir=base / "labels")
+    assert got.metrics == score_embeddings(config, file, base / "y", split="val").metrics
+    assert "do not list the gallery" in caplog.text
 
 
 def test_fashioniq(base, fashioniq_run):
@@ -126,6 +193,8 @@ def test_hp_fashioniq(base, fashioniq_run):
     assert (found["judgements"], found["official"]) == (2, 3)  # one names an image not at hand
     assert found["ties"] == 1  # the same five images
     assert found["always_first"] == 1.0
+    same_from_a_file(base, config, workdir, "fashioniq", hp_fashioniq=base / "hpfiq.json")
+    assert read(base / "own" / "hp_fashioniq-2.json") == found
     with pytest.raises(UserError, match=r"FashionIQ's val split, not test"):
         evaluate_checkpoint(config, workdir, split="test", hp_fashioniq=base / "hpfiq.json")
 
@@ -192,7 +261,44 @@ def test_circo_by_the_model_of_cirr(base, cirr_run):
     made = read(base / "circo" / "test-2.circo.json")
     assert made.keys() == {"0", "1", "2", "3"}
     assert all(len(set(v)) == 50 and {type(i) for i in v} == {int} for v in made.values())
-    with pytest.raises(UserError, match=r"circo has no split 'train'; it has validation, test"):
+    with pytest.raises(UserError, match="circo is a benchmark without training data: train on"):
+        loop.train_and_evaluate(config, base / "no")
+
+
+@pytest.mark.parametrize("dataset", OTHERS)
+def test_benchmarks_without_training_data(base, cirr_run, dataset):
+    raw, out = base / "raw" / dataset, base / f"{dataset}-results"
+    OTHERS[dataset](raw)
+    builder = make_builder(
+        *(dataset, str(base / "data")),
+        image_size=BENCHMARK_SIZE,
+        preprocess="squash",
+        raw_dir=str(raw),
+        splits=("test",),
+        num_workers=1,
+    )
+    preparation.prepare(builder)
+    assert preparation.write_report(builder, preparation.report(builder), None) == []
+    variants = "smoke" if dataset == "genecis" else f"{dataset},smoke"
+    config = small_benchmark_config(f"zero_shot:{variants}", base / "data")
+    same_from_a_file(base, config, cirr_run[1], dataset, "test", out, page=True)
+    report = read(out / "test-2.json")
+    protocol = datasets.DATASETS[dataset].protocols["original"]
+    assert report["protocol"] == protocol
+    assert report["queries"]["used"] == report["queries"]["official"] > 0
+    assert (out / "report.html").exists()
+    # The ranked lists score the same as a file of anybody's predictions.
+    ranked = out / "test-2.ranked.json"
+    scored = predictions.score_predictions(dataset, "test", ranked, raw, output=out)
+    assert scored | report["metrics"] == pytest.approx(scored, abs=1e-9)
+    # So does each query, and the two can be compared.
+    files = ("test-2.queries.json", "predictions-test.queries.json")
+    compared = comparison.compare([query_results.read_results(out / file) for file in files])
+    assert set(compared.keys) <= set(report["intervals"])
+    assert compared.lines[1].differences
+    for apart in compared.lines[1].differences.values():
+        assert (apart.low, apart.value, apart.high) == pytest.approx((0, 0, 0), abs=1e-9)
+    with pytest.raises(UserError, match=f"{dataset} is a benchmark without training data"):
         loop.train_and_evaluate(config, base / "no")
 
 
@@ -222,6 +328,7 @@ def test_triplets(base):
     ranked = read(base / "triplets" / "eval" / "test-2.ranked.json")
     assert {len(ids) for ids in ranked.values()} == {24}
     assert all(image.startswith("images/") for ids in ranked.values() for image in ids)
+    same_from_a_file(base, config, base / "triplets", "triplets", "test")
 
 
 def test_rankings_do_not_depend_on_devices(base, cirr_run):

@@ -176,7 +176,8 @@ def test_results_are_json(tmp_path):
     ("arguments", "sentence"),
     [
         ((), r"name what to evaluate: --workdir=DIR or --checkpoint=DIR\."),
-        (("--predictions=x",), r"--predictions needs --raw_dir=DIR, .*"),
+        (("--predictions=x", "--embeddings=y"), r"--predictions, --embeddings, .* name one .*"),
+        (("--embeddings=x.npz",), r"--embeddings needs --output=DIR, .*"),
         (("--watch", "--checkpoint=x"), r"--watch follows --workdir=DIR, without --checkpoint .*"),
         (("--watch", "--workdir=x", "--step=2"), r"--watch follows --workdir=DIR, .*"),
     ],

@@ -34,6 +34,12 @@ def plain_average_precision(row, targets, k):
     return total / min(len(set(targets)), k)
 
 
+def plain_ndcg(row, targets, k):
+    gains = [1 / np.log2(i + 1) for i in range(1, k + 1)]
+    found = sum(gain for gain, r in zip(gains, row) if r != -1 and r in targets)
+    return found / sum(gains[: len(set(targets))])
+
+
 def rows_of(most):
     return st.lists(st.integers(0, 11), max_size=most, unique=True)
 
@@ -49,14 +55,17 @@ def test_metrics_equal_plain_statements(queries, k):
     recall = metrics.recall_at_k(rows, relevant, k)
     precision = metrics.precision_at_k(rows, relevant, k)
     average = metrics.average_precision_at_k(rows, relevant, k)
+    gain = metrics.ndcg_at_k(rows, relevant, k)
     assert recall.shape == precision.shape == average.shape == (len(queries),)
     for i, (row, wanted) in enumerate(zip(rows.tolist(), relevant)):
         assert recall[i] == plain_recall(row, wanted, k)
         assert precision[i] == pytest.approx(plain_precision(row, wanted, k))
         if wanted:
             assert average[i] == pytest.approx(plain_average_precision(row, wanted, k))
+            assert gain[i] == pytest.approx(plain_ndcg(row, wanted, k), abs=1e-12)
         else:
             assert np.isnan(average[i])
+            assert np.isnan(gain[i])
     single = metrics.recall_at_k(rows, np.array(target), k)
     assert single.tolist() == [plain_recall(r, [t], k) for r, t in zip(rows.tolist(), target)]
 
@@ -91,6 +100,28 @@ def test_padding_is_never_a_hit():
         assert metrics.recall_at_k(rows, targets, 3).tolist() == [0, 0]
         assert metrics.precision_at_k(rows, targets, 3).tolist() == [0, 0]
         assert np.isnan(metrics.average_precision_at_k(rows, targets, 3)).all()
+
+
+def test_trapezoid_average_precision():
+    """The published checks, a plain statement of the definition, and what is never ranked."""
+    one = np.array([[0], [1], [4], [-1]])
+    found = metrics.trapezoid_average_precision(one, np.ones(4))
+    np.testing.assert_allclose(found, np.array([1, 0.25, 0.1, 0]) / (1 + 1e-5), atol=1e-12)
+    assert metrics.trapezoid_average_precision(np.array([[0]]), [1])[0] == pytest.approx(0.99999)
+    rng = np.random.default_rng(0)
+    places, counts, expected = np.full((40, 12), -1), [], []
+    for i in range(40):
+        own = np.sort(rng.permutation(50)[: i % 13])
+        places[i, : len(own)] = own
+        counts.append(len(own) + i % 3)
+        total = 0.0
+        for j, rank in enumerate(own.tolist()):
+            before = 1.0 if rank == 0 else j / rank
+            total += (before + (j + 1) / (rank + 1)) / 2 / (counts[-1] + 1e-5)
+        expected.append(total)
+    found = metrics.trapezoid_average_precision(places, counts)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    assert found[0] == 0  # no relevant row at all
 
 
 def test_r_precision():
@@ -202,6 +233,7 @@ def test_summarize_equals_plain_statements():
                 f"P@{k}": [plain_precision(rows[i], relevant[i], k) for i in known],
                 f"P@{k}_ceiling": [min(len(relevant[i]), k) / k for i in known],
                 f"mAP@{k}": [plain_average_precision(rows[i], relevant[i], k) for i in known],
+                f"nDCG@{k}": [plain_ndcg(rows[i], relevant[i], k) for i in known],
             }.items():
                 expected[name + suffix] = np.mean(value)
     assert got == pytest.approx(expected)
@@ -247,7 +279,7 @@ def test_random_baseline_edge_cases():
     assert metrics.random_baseline(200, [0, 0], ks=(1,)) == {"R@1": 1 / 200}
     assert set(metrics.random_baseline(200)) == {"R@1", "R@5", "R@10", "R@50"}
     everything = metrics.random_baseline(12, [12], ks=(1, 5))
-    assert everything["mAP@10"] == pytest.approx(1)
+    assert everything["mAP@10"] == everything["nDCG@10"] == pytest.approx(1)
     assert everything["R_valid@1"] == everything["P@10"] == 1
     assert metrics.random_baseline(1, [1], ks=(1,))["mAP@10"] == 1
     # C(96, 10) / C(100, 10), from the definition.

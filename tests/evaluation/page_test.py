@@ -12,7 +12,15 @@ from etils import epath
 
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.splits import Coverage
-from dqe_jax.evaluation import intervals, metrics, page, protocols
+from dqe_jax.evaluation import (
+    comparison,
+    intervals,
+    metrics,
+    page,
+    protocols,
+    query_results,
+    report,
+)
 from dqe_jax.utils.errors import UserError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -66,12 +74,16 @@ def found(count=60, images=40, seed=0, protocol="plain", text=lambda i: f"make i
         digest="d",
     )
     chosen = protocols.PROTOCOLS[protocol]
-    evaluator = SimpleNamespace(split=split, protocol=chosen, labelled=np.arange(count))
+    split.pools = {name: np.arange(images) for name in sorted(set(queries.pools))}
+    evaluator = SimpleNamespace(
+        split=split, protocol=chosen, labelled=np.arange(count), pools=split.pools
+    )
     result = SimpleNamespace(
         metrics=chosen.measure(queries, metrics.pad_lists(rows, 50)),
         baselines={"random": {"R@1": 0.025}, "reference_only": {"R@1": 0.1}},
         rows=rows,
         subset_rows=None,
+        places=None,
         attribute_weights=rng.random((count, 2), np.float32),
         composition_gain=None,
     )
@@ -173,19 +185,29 @@ def test_a_split_without_labels_and_without_weights(tmp_path):
     assert {line[4] for line in data["queries"]} == {-1}
 
 
-def results_of(directory, evaluator, result, data="d"):
+def results_of(directory, evaluator, result):
+    """The files of an evaluation that are read again."""
     (directory / "eval").mkdir(parents=True)
     gallery, queries = evaluator.split.gallery, evaluator.split.queries
-    (directory / "eval" / "test-3.json").write_text(json.dumps({"data": data}))
     lists = {q: [gallery.ids[row] for row in rows] for q, rows in zip(queries.ids, result.rows)}
     (directory / "eval" / "test-3.ranked.json").write_text(json.dumps(lists))
+    found = report.results_of(evaluator, result, run=directory.name, dataset="made", step=3)
+    path = epath.Path(directory / "eval" / f"test-3{query_results.SUFFIX}")
+    query_results.write_results(found, path)
     return directory
+
+
+def beside(evaluator, result):
+    """Another run, without its files."""
+    values = report.results_of(evaluator, result, run="other", dataset="made", step=3)
+    return page.Compared(values.name, result.rows, values)
 
 
 def test_a_second_run_stands_beside_the_first(tmp_path):
     evaluator, result = found()
     _, other = found(seed=5)
-    against = page.read_compared(results_of(tmp_path / "other", evaluator, other), evaluator.split)
+    place = results_of(tmp_path / "other", evaluator, other)
+    against = page.read_compared(place, evaluator, "made")
     np.testing.assert_array_equal(against.rows[:, :40], other.rows)
     _, data, _ = write(tmp_path, evaluator, result, against=against)
     assert data["other"] == "other, step 3"
@@ -196,20 +218,35 @@ def test_a_second_run_stands_beside_the_first(tmp_path):
     assert line["difference"][0] == pytest.approx(difference, abs=1e-5)
     for i, query in enumerate(data["queries"]):
         assert query[10] == other.rows[i].tolist().index(evaluator.split.queries.target[i]) + 1
-    same = page.Compared("same", result.rows)
+    # The page says what `dqe-jax compare` says.
+    results_of(tmp_path / "mine", evaluator, result)
+    named = [("", tmp_path / "other"), ("", tmp_path / "mine")]
+    table = comparison.compare(comparison.read_models(named, "test"))
+    for key, one in table.lines[1].differences.items():
+        assert by_key[key]["difference"] == pytest.approx([one.value, one.low, one.high], abs=1e-5)
+    same = page.read_compared(tmp_path / "mine", evaluator, "made")
     _, data, _ = write(tmp_path, evaluator, result, against=same)
     assert all(line["difference"] == [0, 0, 0] for line in data["metrics"])
 
 
 def test_a_second_run_that_does_not_fit_is_refused(tmp_path):
     evaluator, result = found(4)
-    with pytest.raises(UserError, match=r"none has no results on test; evaluate"):
-        page.read_compared(tmp_path / "none", evaluator.split)
-    with pytest.raises(UserError, match="of other data than test"):
-        page.read_compared(results_of(tmp_path / "a", evaluator, result, "e"), evaluator.split)
-    more, _ = found(5)
-    with pytest.raises(UserError, match=r"test-3\.ranked\.json lacks query 'q4'"):
-        page.read_compared(results_of(tmp_path / "b", evaluator, result), more.split)
+
+    def fails(directory, evaluator, sentence):
+        with pytest.raises(UserError, match=rf"--report_against: .*{sentence}"):
+            page.read_compared(directory, evaluator, "made")
+
+    fails(tmp_path / "none", evaluator, "none is no directory and no file of results")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", evaluator, "empty has no results on test: evaluate")
+    place = results_of(tmp_path / "a", evaluator, result)
+    fails(place, found(5)[0], "their queries or labels differ")
+    fails(place, found(4, protocol="fashioniq-val")[0], "the protocol is 'plain' and 'fashioniq")
+    fewer = SimpleNamespace(**vars(evaluator) | {"pools": {"": np.arange(39)}})
+    fails(place, fewer, "they rank other images")
+    (place / "eval" / "test-3.ranked.json").write_text("{}")
+    with pytest.raises(UserError, match=r"test-3\.ranked\.json lacks query 'q0'"):
+        page.read_compared(place, evaluator, "made")
 
 
 # --- In a browser ---------------------------------------------------------------------------------
@@ -243,7 +280,7 @@ def opened(browser, path, **options):
 def test_filters_pages_and_keys_work_in_a_browser(browser, tmp_path):
     evaluator, result = found(300, 60, text=lambda i: f"make it {'red' if i % 2 else 'blue'} {i}")
     _, other = found(300, 60, seed=5)
-    against = page.Compared("other, step 3", other.rows)
+    against = beside(evaluator, other)
     path, data, _ = write(tmp_path, evaluator, result, against=against)
     tab, wrong = opened(browser, path)
     ranks = {line[1]: line[5] or 10**9 for line in data["queries"]}
@@ -301,7 +338,7 @@ def test_filters_pages_and_keys_work_in_a_browser(browser, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways(browser, tmp_path, scheme):
     evaluator, result = found(40, 60)
-    path, _, _ = write(tmp_path, evaluator, result, against=page.Compared("other", result.rows))
+    path, _, _ = write(tmp_path, evaluator, result, against=beside(evaluator, result))
     size = {"width": 360, "height": 740}
     tab, wrong = opened(browser, path, viewport=size, color_scheme=scheme)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360

@@ -67,11 +67,13 @@ def official_cirr(sorted_names, references, targets, groups):
 def official_circo(predicted, annotations):
     """Lists of integers by query id, as in a submission; records of the annotation file."""
     precisions, recalls = collections.defaultdict(list), collections.defaultdict(list)
-    aspects = collections.defaultdict(list)
+    aspects, gains = collections.defaultdict(list), []
     for query, images in predicted.items():
         record = annotations[int(query)]
         truths = record["gt_img_ids"]
         hit = np.isin(np.array(images, int), truths)
+        ideal = sum(1 / np.log2(i + 2) for i in range(min(len(truths), 10)))
+        gains.append(sum(h / np.log2(i + 2) for i, h in enumerate(hit[:10])) / ideal)
         precision = np.cumsum(hit) * hit / np.arange(1, len(images) + 1)
         for k in (5, 10, 25, 50):
             precisions[k].append(precision[:k].sum() / min(len(truths), k))
@@ -80,6 +82,7 @@ def official_circo(predicted, annotations):
             aspects[aspect].append(precision[:10].sum() / min(len(truths), 10))
     result = {f"mAP@{k}": np.mean(values) for k, values in precisions.items()}
     result |= {f"R@{k}": np.mean(values) for k, values in recalls.items()}
+    result["nDCG@10"] = np.mean(gains)
     result |= {f"mAP@10/{aspect}": np.mean(values) for aspect, values in aspects.items()}
     result |= {f"queries/{aspect}": len(values) for aspect, values in aspects.items()}
     return result | {"queries": len(predicted)}
@@ -370,7 +373,10 @@ def test_protocols():
         assert protocol.note
         assert "\n" not in protocol.note
     names = {protocol.name for protocol in protocols.PROTOCOLS.values()}
-    assert names == {"plain", "fashioniq-original", "fashioniq-val", "cirr", "circo"}
+    assert names == {
+        *("plain", "fashioniq-original", "fashioniq-val", "cirr", "circo", "genecis", "pinpoint"),
+        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir"),
+    }
     notes = {protocol.note for protocol in protocols.PROTOCOLS.values()}
     assert len(notes) == len(names)
     for dataset, variant, message in (
@@ -746,8 +752,8 @@ def test_files_that_cannot_be_scored(tmp_path):
     fails(tmp_path, content, "no split 'dev'", split="dev")
     fails(tmp_path, content, "no protocol 'val'", variant="val")
     fails(tmp_path, content, "there is no directory", raw=tmp_path / "none")
-    for dataset in ("hp_fashioniq", "shapes"):
-        fails(tmp_path, content, f"{dataset} is not scored", dataset=dataset)
+    fails(tmp_path, content, "hp_fashioniq holds preferences", dataset="hp_fashioniq")
+    fails(tmp_path, content, "shapes has no annotation files: leave", dataset="shapes")
     with pytest.raises(UserError, match="cannot be read"):
         predictions.score("cirr", "val", tmp_path / "none.json", tmp_path)
     (tmp_path / "p.json").write_text('{"a": [')

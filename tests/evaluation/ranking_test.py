@@ -203,7 +203,8 @@ def test_order_of_a_small_set():
     rows = np.array([[7, 3, -1, 5], [2, 9, 4, 1]])
     scores = np.array([[0.1, 0.9, -np.inf, 0.9], [0.0, 0.0, 1.0, 0.0]])
     expected = [[3, 5, 7, -1], [4, 1, 2, 9]]  # equal scores by row, padding last
-    np.testing.assert_array_equal(ranking.order_subset(rows, scores), expected)
+    order = ranking.order_of_subset(rows, scores)
+    np.testing.assert_array_equal(np.take_along_axis(rows, order, axis=1), expected)
 
 
 def test_errors():
@@ -222,3 +223,41 @@ def test_errors():
         rank(np.zeros((2, 3)), np.full((4, 1, 3), np.nan))
     with pytest.raises(ValueError, match="positive"):
         ranking.make_rank_fn(0)
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_places_are_those_of_the_whole_ranking(num_devices, monkeypatch):
+    monkeypatch.setattr(ranking, "SORTED", 3 * ranking.PLACED_ROWS)  # three queries at a time
+    queries, gallery = integers(1, 10, 6), integers(2, 700, 2, 6)
+    rng = np.random.default_rng(3)
+    rows = np.full((10, 9), -1)
+    for i in range(10):
+        rows[i, : i % 4 * 3] = rng.permutation(700)[: i % 4 * 3]
+        rng.shuffle(rows[i])
+    place = ranking.make_place_fn(devices=devices(num_devices))
+    whole, _ = reference_ranking(queries, gallery, 700)
+    found = place(queries, gallery, rows)
+    assert found.dtype == np.int32
+    for own, order, places in zip(rows, whole, found):
+        expected = np.flatnonzero(np.isin(order, own[own >= 0]))
+        assert places.tolist() == [*expected, *[-1] * (9 - len(expected))]
+    # Without a row of each query's own, those behind it move up.
+    excluded = np.array([-1, *whole[1:, 0]])
+    others = np.where(rows == excluded[:, None], -1, rows)
+    without, _ = reference_ranking(queries, gallery, 700, excluded[:, None])
+    found = place(queries, gallery, others, excluded=excluded)
+    for own, order, places in zip(others, without, found):
+        expected = np.flatnonzero(np.isin(order, own[own >= 0]))
+        assert places[places >= 0].tolist() == expected.tolist()
+    assert place(queries, gallery, rows[:, :0]).shape == (10, 0)
+    with pytest.raises(ValueError, match="expected rows"):
+        place(queries, gallery, rows[:3])
+
+
+def test_a_row_may_come_last_among_equals():
+    rows = np.array([[4, 2, 9, -1], [4, 2, 9, 7]])
+    scores = np.array([[1.0, 1.0, 1.0, 5.0], [3.0, 1.0, 1.0, 2.0]])
+    order = ranking.order_of_subset(rows, scores, last=np.array([2, 4]))
+    found = np.take_along_axis(rows, order, axis=1)
+    assert found.tolist() == [[4, 9, 2, -1], [4, 7, 2, 9]]
+    assert rows[0][ranking.order_of_subset(rows, scores)[0]].tolist() == [2, 4, 9, -1]

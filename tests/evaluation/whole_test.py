@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dqe_jax.config import RunConfig
 from dqe_jax.data import datasets
 from dqe_jax.data.made.grammar import NA
+from dqe_jax.evaluation.asked import read_prepared
+from dqe_jax.evaluation.predictions import score_asked
 from dqe_jax.evaluation.run import evaluate_checkpoint
+from dqe_jax.evaluation.scoring import score_embeddings
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
@@ -85,6 +89,17 @@ def test_all_rows_are_one_gallery(base):
     assert {"baseColour=Green", "baseColour=NA"} <= asked  # though training has neither
     rows = {row for query in queries for row in query["valid"]}
     assert max(rows) < 39
+    config = config_of(base, base / "other", **{"data.max_bad_fraction": 0.1})
+    file = base / "products.parquet"
+    own = evaluate_checkpoint(
+        config, base / "run", split="all", output=base / "x", save_embeddings=file
+    )
+    again = score_embeddings(config, file, base / "x", split="all")
+    assert again.metrics == own.metrics
+    lists = base / "x" / "whole-1.ranked.json"
+    asked = read_prepared(RunConfig.of(config).data, "all")
+    scored = score_asked("fashion_products", asked, lists, output=base / "x")
+    assert scored | own.metrics == pytest.approx(scored, abs=1e-9)
 
 
 @pytest.mark.slow  # two evaluations

@@ -23,6 +23,7 @@ OPTIONAL = {
     "efficientnet_lite_pytorch",
     "fastapi",
     "google",
+    "mteb",
     "prometheus_client",
     "pydantic",
     "pymilvus",

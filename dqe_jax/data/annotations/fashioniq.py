@@ -23,6 +23,7 @@ The rules:
 from __future__ import annotations
 
 import functools
+import re
 
 from dqe_jax.data.annotations.schema import (
     AnnotatedQuery,
@@ -34,7 +35,7 @@ from dqe_jax.data.annotations.schema import (
     strings,
 )
 from dqe_jax.data.raw_files import RawFiles
-from dqe_jax.utils.files import read_json
+from dqe_jax.utils.files import read_json, read_text
 
 CATEGORIES = ("dress", "shirt", "toptee")
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -62,6 +63,34 @@ def read(files: RawFiles, split: str) -> Annotations:
         query_of = functools.partial(_query, category=category, official=official)
         collector.add_records(path.name, enumerate(read_json(path, list)), query_of)
     return collector.finish()
+
+
+def read_addresses(files: RawFiles) -> tuple[dict[str, str], list[str]]:
+    """Addresses of the photos, by id, and the names of lines that are none.
+
+    They are in `asin2url.<category>.txt`, from github.com/hongwang600/fashion-iq-metadata (folder
+    `image_url`): an id and an address a line, with a tab and spaces between them. Of an id that
+    several categories list the first address counts.
+
+    Args:
+      files: with the lists of all categories.
+
+    Raises:
+      UserError: a file is missing.
+    """
+    names = [f"asin2url.{category}.txt" for category in CATEGORIES]
+    files.require(names)
+    addresses: dict[str, str] = {}
+    malformed = []
+    for name in names:
+        for number, line in enumerate(read_text(files.find(name)).splitlines()):
+            image, _, address = (part.strip() for part in line.partition("\t"))
+            # An id names a file, so nothing else may stand there.
+            if re.fullmatch("[A-Z0-9]{10}", image) and address:
+                addresses.setdefault(image, address)
+            else:
+                malformed.append(f"{name}:{number}")
+    return addresses, malformed
 
 
 def _query(index: int, record: object, *, category: str, official: str) -> AnnotatedQuery:

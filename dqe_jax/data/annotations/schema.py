@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from dqe_jax.data.raw_files import RawFiles
+from dqe_jax.data.regions import Region
 from dqe_jax.utils.errors import UserError
 
 # Why a record is left out. Each is counted, named, and limited by --max_missing.
@@ -41,6 +42,8 @@ class AnnotatedQuery:
       subset: images of a small set that are ranked among themselves too (CIRR), or ().
       kinds: by which results are broken down.
       attributes: `name=value` strings that the text changes.
+      references: further reference images, which with `reference` make one question.
+      negatives: images that are stated to be wrong; "" for one that no image is named for.
     """
 
     id: str
@@ -53,6 +56,8 @@ class AnnotatedQuery:
     subset: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +69,21 @@ class Annotations:
       pools: galleries by name, image ids in the published order, each once.
       dropped: records that are not sound: reason (of `REASONS`) to their names.
       repeated_ids: image ids that a gallery's list holds more than once; the first place counts.
+      unranked: images that queries name as references and that no query ranks. Where there are
+        any, each pool has a name.
     """
 
     queries: Sequence[AnnotatedQuery]
     pools: Mapping[str, Sequence[str]]
     dropped: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     repeated_ids: Sequence[str] = ()
+    unranked: Sequence[str] = ()
 
     @property
     def images(self) -> list[str]:
-        """All images of the pools, each once, in the order of first mention."""
-        return list(dict.fromkeys(image for pool in self.pools.values() for image in pool))
+        """All images, each once, in the order of first mention: the pools', then the others."""
+        ranked = (image for pool in self.pools.values() for image in pool)
+        return list(dict.fromkeys((*ranked, *self.unranked)))
 
     @property
     def official_queries(self) -> int:
@@ -95,6 +104,9 @@ class RawFormat:
       shared_gallery: whether all splits rank one gallery.
       stem: of an image id, what `RawFiles.image` is asked for.
       preprocess: how photos become square by default, a name of `preprocess.PREPROCESS`.
+      region: of an image id, the part of the photo that it names, or None for all of it; None
+        where images are whole photos.
+      extras: fields of `examples.EXTRAS` that the queries have.
     """
 
     files: Callable[[str], tuple[str, ...]]
@@ -103,16 +115,24 @@ class RawFormat:
     shared_gallery: bool
     stem: Callable[[str], str]
     preprocess: str
+    region: Callable[[str], Region | None] | None = None
+    extras: tuple[str, ...] = ()
 
 
-_Question = tuple[str, str, tuple[str, ...]]  # pool, reference and texts
+# Pool, references and texts.
+_Question = tuple[str, str, tuple[str, ...], tuple[str, ...]]
 
 
 class Collector:
     """Collects the sound records of a split, and why others are not."""
 
-    def __init__(self, pools: Mapping[str, Sequence[str]]):
-        """Starts with the galleries."""
+    def __init__(self, pools: Mapping[str, Sequence[str]], unranked: Sequence[str] = ()):
+        """Starts with the galleries, and images that may be references though they are in none."""
+        self._ranked = frozenset(image for images in pools.values() for image in images)
+        self.unranked = [i for i in dict.fromkeys(unranked) if i not in self._ranked]
+        if self.unranked and "" in pools:
+            raise ValueError("a gallery without a name is all images, the unranked ones too")
+        self._references = frozenset(unranked)
         self.pools = {name: list(dict.fromkeys(images)) for name, images in pools.items()}
         self._known = {name: frozenset(images) for name, images in self.pools.items()}
         self.repeated = [
@@ -136,15 +156,25 @@ class Collector:
           query: to be added.
           name: of its record, where it is left out; its id by default.
         """
-        target = filter(None, [query.target])
-        named = (query.reference, *target, *query.known_positives, *query.relevant, *query.subset)
+        named = (query.target, *query.known_positives, *query.relevant, *query.subset)
+        named = tuple(filter(None, (*named, *query.negatives)))
+        asked = (query.reference, *query.references)
+        known = self._known.get(query.pool, frozenset())
         if query.id in self._ids:
             self.drop(MALFORMED, name or query.id)
-        elif not self._known[query.pool].issuperset(named):
+        elif (
+            query.pool not in self._known
+            or not known.issuperset(named)
+            or not self._knows(asked, known)
+        ):
             self.drop(UNKNOWN_IMAGE, name or query.id)
         else:
             self.queries.append(query)
         self._ids.add(query.id)
+
+    def _knows(self, references: Iterable[str], ranked: frozenset[str]) -> bool:
+        """Whether images are of a query's gallery, or are there as references."""
+        return all(image in ranked or image in self._references for image in references)
 
     def add_records(
         self,
@@ -186,11 +216,11 @@ class Collector:
             )
             for query in self.queries
         ]
-        return Annotations(queries, self.pools, self.dropped, self.repeated)
+        return Annotations(queries, self.pools, self.dropped, self.repeated, self.unranked)
 
 
 def _question(query: AnnotatedQuery) -> _Question:
-    return query.pool, query.reference, query.texts
+    return query.pool, query.reference, query.references, query.texts
 
 
 def field(record: object, name: str, kind: type[T]) -> T:

@@ -17,10 +17,23 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dqe_jax.data import examples
-from dqe_jax.data.annotations import circo, cirr, fashioniq, triplets
+from dqe_jax.data.annotations import (
+    circo,
+    cirr,
+    domain_conversion,
+    fashion200k,
+    fashioniq,
+    genecis,
+    icir,
+    lasco,
+    pinpoint,
+    shoes,
+    triplets,
+)
 from dqe_jax.data.annotations.schema import AnnotatedQuery, Annotations, RawFormat
 from dqe_jax.data.photos import Photo, load_photo, load_photos
 from dqe_jax.data.raw_files import RawFiles
+from dqe_jax.data.regions import Region
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.progress import progress
@@ -64,7 +77,7 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=examples.features(config.image_size, config.image_format),
+            features=examples.features(config.image_size, config.image_format, self.raw.extras),
             disable_shuffling=True,  # queries name images by their position
             metadata=tfds.core.MetadataDict(),
         )
@@ -80,7 +93,9 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
             generators[name] = self._gallery(files, parts)
         for split, part in read.items():
             parts = read if self.raw.shared_gallery else {split: part}
-            generators[split] = self._generate_examples(_queries(part, _images(parts)))
+            generators[split] = self._generate_examples(
+                _queries(part, _images(parts), self.raw.extras)
+            )
         return generators
 
     def _gallery(self, files: RawFiles, parts: Mapping[str, Annotations]) -> object:
@@ -93,17 +108,20 @@ class Benchmark(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
                     for image in members:
                         pools.setdefault(image, []).append(pool)
         paths = [files.image(self.raw.stem(image)) for image in images]
+        region = self.raw.region
+        regions = [None if region is None else region(image) for image in images]
         how = (str(files.root), config.image_size, config.preprocess, config.image_format)
         if config.beam:
             import apache_beam as beam
 
             # Plain tuples, which Beam can send to its workers.
-            rows = zip(range(len(images)), images, paths, (pools.get(i, []) for i in images))
-            return beam.Create(list(rows)) | beam.Map(_beam_record, how)
-        photos = load_photos(paths, *how, num_workers=config.num_workers)
+            of_images = (pools.get(i, []) for i in images)
+            rows = zip(range(len(images)), images, paths, regions, of_images)
+            return beam.Create(list(rows)) | beam.Map(_beam_record, how, self.raw.extras)
+        photos = load_photos(zip(paths, regions), *how, num_workers=config.num_workers)
         seen = progress(photos, len(images), f"Photos of {self.name}")
         return self._generate_examples(
-            _item(image, photo, pools.get(image, ()), config.image_format)
+            _item(image, photo, pools.get(image, ()), config.image_format, self.raw.extras)
             for image, photo in zip(images, seen)
         )
 
@@ -160,10 +178,12 @@ def _facts(annotations: Annotations) -> JsonObject:
     }
 
 
-def _queries(part: Annotations, images: Iterable[str]) -> Iterator[examples.Record]:
+def _queries(
+    part: Annotations, images: Iterable[str], extras: Sequence[str]
+) -> Iterator[examples.Record]:
     row_of = {image: row for row, image in enumerate(images)}
     for query in part.queries:
-        yield _query(query, row_of).record()
+        yield _query(query, row_of).record(extras)
 
 
 def _query(query: AnnotatedQuery, row_of: Mapping[str, int]) -> examples.Query:
@@ -181,10 +201,14 @@ def _query(query: AnnotatedQuery, row_of: Mapping[str, int]) -> examples.Query:
         attributes=query.attributes,
         subset=rows(query.subset),
         pools=[query.pool] if query.pool else [],
+        references=rows(query.references),
+        negatives=[row_of.get(image, -1) for image in query.negatives],
     )
 
 
-def _item(image: str, photo: Photo, pools: Sequence[str], image_format: str) -> examples.Record:
+def _item(
+    image: str, photo: Photo, pools: Sequence[str], image_format: str, extras: Sequence[str]
+) -> examples.Record:
     return examples.GalleryItem(
         image,
         photo.image,
@@ -192,14 +216,17 @@ def _item(image: str, photo: Photo, pools: Sequence[str], image_format: str) -> 
         pools=pools,
         reason=photo.reason,
         image_format=image_format,
-    ).record()
+    ).record(extras)
 
 
 def _beam_record(
-    item: tuple[int, str, str | None, Sequence[str]], how: tuple[str, int, str, str]
+    item: tuple[int, str, str | None, Region | None, Sequence[str]],
+    how: tuple[str, int, str, str],
+    extras: Sequence[str],
 ) -> tuple[int, examples.Record]:
-    row, image, path, pools = item
-    return row, _item(image, load_photo(path, *how), pools, how[-1])
+    row, image, path, region, pools = item
+    photo = load_photo(path, *how, region=region)
+    return row, _item(image, photo, pools, how[-1], extras)
 
 
 class FashionIQ(Benchmark):
@@ -230,7 +257,90 @@ class Triplets(Benchmark):
     raw = triplets.RAW
 
 
-BUILDERS = {cls.name: cls for cls in (FashionIQ, CIRR, CIRCO, Triplets)}
+class GeneCIS(Benchmark):
+    """GeneCIS (Vaze et al., CVPR 2023)."""
+
+    name = "genecis"
+    raw = genecis.RAW
+
+
+class PinPoint(Benchmark):
+    """PinPoint (Pinterest, 2026)."""
+
+    name = "pinpoint"
+    raw = pinpoint.RAW
+
+
+class Shoes(Benchmark):
+    """Shoes (Guo et al., NeurIPS 2018)."""
+
+    name = "shoes"
+    raw = shoes.RAW
+
+
+class Pic2Word(Benchmark):
+    """ImageNet-R by Pic2Word's protocol (Saito et al., CVPR 2023)."""
+
+    name = "pic2word"
+    raw = domain_conversion.RAW_PIC2WORD
+
+
+class ImageNetR(Benchmark):
+    """ImageNet-R by FREEDOM's protocol (Efthymiadis et al., WACV 2025)."""
+
+    name = "imagenet_r"
+    raw = domain_conversion.RAW_IMAGENET_R
+
+
+class NICO(Benchmark):
+    """NICO++ by FREEDOM's protocol."""
+
+    name = "nico"
+    raw = domain_conversion.RAW_NICO
+
+
+class MiniDN(Benchmark):
+    """MiniDomainNet by FREEDOM's protocol."""
+
+    name = "minidn"
+    raw = domain_conversion.RAW_MINIDN
+
+
+class LTLL(Benchmark):
+    """LTLL by FREEDOM's protocol."""
+
+    name = "ltll"
+    raw = domain_conversion.RAW_LTLL
+
+
+class LaSCo(Benchmark):
+    """LaSCo (Levy et al., AAAI 2024)."""
+
+    name = "lasco"
+    raw = lasco.RAW
+
+
+class Fashion200k(Benchmark):
+    """Fashion200k (Han et al., ICCV 2017)."""
+
+    name = "fashion200k"
+    raw = fashion200k.RAW
+
+
+class ICIR(Benchmark):
+    """i-CIR (Psomas et al., NeurIPS 2025)."""
+
+    name = "icir"
+    raw = icir.RAW
+
+
+BUILDERS = {
+    cls.name: cls
+    for cls in (
+        *(FashionIQ, CIRR, CIRCO, Triplets, GeneCIS, PinPoint, Shoes, LaSCo, Fashion200k, ICIR),
+        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL),
+    )
+}
 
 
 def make_builder(
