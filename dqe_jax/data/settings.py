@@ -8,8 +8,8 @@ from dqe_jax.utils.fields import field, flag, integer, number, one_of, text
 
 DATASETS = (
     *("shapes", "fashion_products", "fashioniq", "cirr", "circo", "triplets"),
-    *("genecis", "pinpoint", "shoes", "pic2word", "imagenet_r", "nico", "minidn", "ltll"),
-    *("lasco", "fashion200k", "icir"),
+    *("shoes", "lasco", "genecis", "pinpoint", "pic2word", "imagenet_r", "nico", "minidn"),
+    *("ltll", "fashion200k", "icir"),
 )
 VARIANTS = ("plain", "hard", "coarse", "smoke", "hard_smoke", "coarse_smoke")
 PREPROCESS = ("pad", "squash", "crop", "target_pad")
