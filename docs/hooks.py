@@ -82,6 +82,7 @@ OBJECTS = {
         "dqe_jax.experiments.ablation.runs.run_ablation",
         "dqe_jax.experiments.bound_curve.run_curve",
         "dqe_jax.experiments.simulation.run.simulate",
+        "dqe_jax.experiments.sliders.measure_sliders",
         "dqe_jax.experiments.audit.run.audit_checkpoint",
         "dqe_jax.performance.planning.run.plan_config",
         "dqe_jax.performance.describe.describe_model",

@@ -92,7 +92,9 @@ def fetch(
       UserError: the folder cannot be written, or the connection fails; what has come stays.
     """
     known = folder / OVERVIEW
-    before = read_json(known, dict, "remove it").get("gone", {}) if known.exists() else {}
+    before = read_json(known, dict, "remove it").get("gone") if known.exists() else {}
+    if not isinstance(before, dict):
+        raise UserError(f"{known} does not say which photos are gone: remove it.")
     found = Overview(wanted=len(addresses))
     by_address: dict[str, list[str]] = collections.defaultdict(list)
     for name, address in addresses.items():

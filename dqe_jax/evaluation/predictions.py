@@ -173,7 +173,7 @@ class _Scored:
             places = several_targets.listed_places(ranked, queries.relevant)
         self._places = None if places is None else places[self._known]
         self.metrics = _measure(protocol, queries, rows, places, self._metric)
-        self.metrics |= _facts(dataset, queries, ranked, self._metric)
+        self.metrics |= _facts(dataset, protocol, queries, ranked, self._metric)
 
     @property
     def _listed(self) -> bool:
@@ -344,12 +344,26 @@ def _measure(
 
 
 def _facts(
-    dataset: str, queries: Queries, ranked: Sequence[Sequence[int]], metric: str
+    dataset: str,
+    protocol: protocols.Protocol,
+    queries: Queries,
+    ranked: Sequence[Sequence[int]],
+    metric: str,
 ) -> dict[str, int]:
     """What the metrics depend on, and warnings of it."""
     facts = {"shortest_list": min(map(len, ranked))}
     wanted = submissions.CIRR_LENGTHS[metric]
-    if facts["shortest_list"] < wanted:
+    if protocol.own_gallery:  # there is no more to list
+        wanted = min(wanted, *map(len, queries.subset))
+    if protocol.whole_ranking:
+        lacking = sum(not np.isin(own, rows).all() for own, rows in zip(queries.relevant, ranked))
+        if lacking:
+            logging.warning(
+                "%d lists lack relevant images, which count as never found: the metrics are lower "
+                "than those of whole rankings; compare them with none of a run.",
+                lacking,
+            )
+    elif facts["shortest_list"] < wanted:
         logging.warning(
             "The shortest list holds %d images: metrics at larger cut-offs, up to %d, count what "
             "there is.",

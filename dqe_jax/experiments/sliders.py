@@ -93,6 +93,11 @@ def measure_sliders(
                 f"among {', '.join(columns)}: its values must be words of the lexicon."
             )
         own = opened.queries
+        if not len(own) or (own.target < 0).any():
+            raise UserError(
+                f"{split} of {config.data.dataset} does not say the target of each query: take "
+                "--split=validation."
+            )
         chosen = np.random.default_rng(config.seed).permutation(len(own))[:queries]
         asks = [(ids[own.reference[i]], own.texts[i]) for i in chosen]
         ends = [(values[own.reference[i]], values[own.target[i]]) for i in chosen]

@@ -68,7 +68,13 @@ def _resume(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    place = _place(context.module, context.method_name, upper)
+    layer = context.module
+    place = _place(layer, context.method_name, upper)
     if place is None or place > 0:
         return call(*args, **kwargs)
-    return args[0] if place < 0 else call(tokens.astype(args[0].dtype), *args[1:], **kwargs)
+    # They stand for what the layer below makes: the stack also gives that to others. The first
+    # layer of all has none below.
+    enters = tokens.astype(args[0].dtype)
+    if place < 0:
+        return enters if place == -1 else args[0]
+    return call(enters, *args[1:], **kwargs)

@@ -279,11 +279,11 @@ def _read_minidn(files: RawFiles, split: str) -> Annotations:
 
 
 def _read_ltll(files: RawFiles, split: str) -> Annotations:
-    return _word_set(files, split, folder="ltll", names=_TOGETHER, words=LTLL)
+    return _word_set(files, split, folder="ltll", names=_TOGETHER * 2, words=LTLL)
 
 
 _APART = ("query_files.csv", "database_files.csv")
-_TOGETHER = ("full_files.csv", "full_files.csv")
+_TOGETHER = ("full_files.csv",)
 RAW_PIC2WORD = RawFormat(
     files=lambda split: (PHOTOS, TARGETS),
     read=read_pic2word,
@@ -317,7 +317,7 @@ RAW_MINIDN = RawFormat(
     preprocess="squash",
 )
 RAW_LTLL = RawFormat(
-    files=lambda split: _TOGETHER[:1],
+    files=lambda split: _TOGETHER,
     read=_read_ltll,
     read_labels=_read_ltll,
     shared_gallery=False,
