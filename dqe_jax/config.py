@@ -49,6 +49,7 @@ YOUNGER = (
     "batch.accumulate",
     "batch.chunks",
     "data.image_format",
+    "data.leave_out",
     "data.queries",
     "data.train_share",
     "eval.curve",

@@ -51,6 +51,9 @@ _LENGTHS = flags.DEFINE_list(
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "A field of the config and values to train variants with: FIELD=VALUE,VALUE."
 )
+_KIND = flags.DEFINE_string(
+    "kind", "", "Of curves and sweeps: the kind of change whose queries alone count, on the split."
+)
 REQUIRED = ("config",)
 
 
@@ -68,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
     given = [name for name, value in modes.items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} do not go together: give one of them.")
+    if _KIND.value and (not given or _LOWERS.value):
+        raise UserError("--kind goes with --rates, --lengths or --sweep: give one of them.")
     if _LOWERS.value:
         _run_curve(config)
         return
@@ -99,6 +104,7 @@ def _run_tuned(config: ConfigDict) -> None:
         lengths=_LENGTHS.value,
         variants=_VARIANTS.value,
         seeds=_SEEDS.value,
+        kind=_KIND.value,
     )
 
 
@@ -111,6 +117,7 @@ def _run_sweep(config: ConfigDict, text: str) -> None:
         sweep=text,
         variants=_VARIANTS.value,
         seeds=_SEEDS.value,
+        kind=_KIND.value,
     )
 
 

@@ -1,4 +1,4 @@
-"""Queries other than all of a split's own: a share of them, or captions of its photos."""
+"""Queries other than all of a split's own: some kinds or a share of them, or captions of photos."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from dqe_jax.data.examples import Queries
 from dqe_jax.data.made.grammar import NA
+from dqe_jax.utils.errors import UserError
 
 
 def share_of(queries: Queries, share: float) -> Queries:
@@ -23,6 +24,31 @@ def share_of(queries: Queries, share: float) -> Queries:
     places = np.array([_place(each) for each in queries.ids])
     kept = np.flatnonzero(places < share)
     return queries.take(kept if len(kept) else np.argmin(places, keepdims=True))
+
+
+def without_kinds(queries: Queries, kinds: Sequence[str]) -> Queries:
+    """The queries that are of none of these kinds of change.
+
+    Args:
+      queries: of a split.
+      kinds: to leave out.
+
+    Raises:
+      UserError: no query is of one of them, or none is left.
+    """
+    if not kinds:
+        return queries
+    known = {kind for own in queries.kinds for kind in own}
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(
+                f"config.data.leave_out: no training query is of the kind {kind!r}; there are "
+                f"{', '.join(sorted(known)) or 'no kinds'}."
+            )
+    kept = [row for row, own in enumerate(queries.kinds) if not set(kinds) & set(own)]
+    if not kept:
+        raise UserError("config.data.leave_out leaves no training query: name fewer kinds.")
+    return queries.take(np.array(kept))
 
 
 def _place(query_id: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dqe_jax.utils.fields import field, flag, integer, number, one_of, text
+from dqe_jax.utils.fields import field, flag, integer, number, one_of, text, tuple_of_names
 
 DATASETS = (
     *("shapes", "fashion_products", "fashioniq", "cirr", "circo", "triplets"),
@@ -119,6 +119,12 @@ class DataConfig:
         "Share of the training queries that are kept, chosen by their ids; a smaller share is part "
         "of a larger one.",
         number(0.0001, 1),
+    )
+    leave_out: tuple[str, ...] = field(
+        (),
+        'Kinds of change whose queries are left out of training, such as "two changes": evaluation '
+        "has them all the same. It shows what a model makes of changes that it never saw together.",
+        tuple_of_names(empty=True),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dqe_jax.data.chosen import captions_of, share_of
+from dqe_jax.data.chosen import captions_of, share_of, without_kinds
 from dqe_jax.data.digest import contents_of, digest_of, digests_of_rows
 from dqe_jax.data.examples import (
     SPLITS,
@@ -37,14 +37,16 @@ def open_split(data: DataConfig, builder: Builder, name: str) -> Split:
     Captions are in order where training draws it.
 
     Raises:
-      UserError: as `load_split`, or the gallery states no attributes to make captions of.
+      UserError: as `load_split`, the gallery states no attributes to make captions of, or
+        `config.data.leave_out` names a kind that no query is of.
     """
     order = "forward" if data.captions == "random" else data.captions
     split = load_split(builder, name, data.image_size, data.cache_images, order)
     if data.queries == "captions":
         split = _with_captions(split, builder)
     if name == "train":
-        split = dataclasses.replace(split, queries=share_of(split.queries, data.train_share))
+        queries = without_kinds(split.queries, data.leave_out)
+        split = dataclasses.replace(split, queries=share_of(queries, data.train_share))
     return split
 
 

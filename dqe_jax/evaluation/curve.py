@@ -22,6 +22,7 @@ from dqe_jax.evaluation.intervals import query_values, strata_of
 from dqe_jax.utils.errors import UserError, reason_of
 
 FOLDER = "curve"
+JOINED = "; "  # between the kinds of a query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Point:
       values: float64 `[n]` by metric, NaN for a query that does not count in it.
       reference: int `[n]`, the reference image of each query.
       strata: int `[n]`, as `intervals.strata_of` gives it.
+      kinds: of change, `n` names; several of a query are joined by "; ". None in points of older
+        versions.
     """
 
     step: int
@@ -41,6 +44,34 @@ class Point:
     values: Mapping[str, np.ndarray]
     reference: np.ndarray
     strata: np.ndarray
+    kinds: np.ndarray | None = None
+
+    def of_kind(self, kind: str) -> Point:
+        """The queries of a kind of change alone.
+
+        Raises:
+          UserError: none is of this kind, or the point does not say the kinds.
+        """
+        if self.kinds is None:
+            raise UserError(
+                f"--kind={kind}: a run of an older version does not say the kinds of its queries; "
+                "train it again in another --workdir."
+            )
+        rows = [row for row, own in enumerate(self.kinds) if kind in own.split(JOINED)]
+        if not rows:
+            known = sorted({name for own in self.kinds for name in own.split(JOINED) if name})
+            raise UserError(
+                f"--kind={kind}: no query is of this kind; there are "
+                f"{', '.join(known) or 'no kinds'}."
+            )
+        values = {name: x[rows] for name, x in self.values.items()}
+        return dataclasses.replace(
+            self,
+            values=values,
+            reference=self.reference[rows],
+            strata=self.strata[rows],
+            kinds=self.kinds[rows],
+        )
 
 
 def path_of(directory: epath.Path, split: str, step: int) -> epath.Path:
@@ -73,6 +104,7 @@ def write_point(
         reference=queries.reference.astype(np.int32),
         strata=strata_of(evaluator.protocol, queries).astype(np.int32),
         epochs=np.float64(epochs),
+        kinds=np.array([JOINED.join(own) for own in queries.kinds], np.str_),
     )
     path = path_of(directory, split.name, step)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +135,10 @@ def read_point(directory: epath.Path, split: str, step: int) -> Point:
                 for name in held.files
                 if name.startswith("value/")
             }
-            point = Point(step, float(held["epochs"]), values, held["reference"], held["strata"])
+            kinds = held["kinds"] if "kinds" in held.files else None
+            point = Point(
+                step, float(held["epochs"]), values, held["reference"], held["strata"], kinds
+            )
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read ({reason_of(error)}): remove {directory} to train it again."

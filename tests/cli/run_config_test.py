@@ -130,6 +130,7 @@ YOUNGER = {
     "batch.accumulate": 1,
     "batch.chunks": 1,
     "data.image_format": "png",
+    "data.leave_out": (),
     "data.queries": "triplets",
     "data.train_share": 1.0,
     "eval.curve": False,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dqe_jax.data import datasets, splits
-from dqe_jax.data.chosen import caption, captions_of, share_of
+from dqe_jax.data.chosen import caption, captions_of, share_of, without_kinds
 from dqe_jax.testing.small_runs import run_config
 from dqe_jax.utils.errors import UserError
 
@@ -75,3 +75,19 @@ def test_data_without_attributes_have_no_captions(opened, monkeypatch):
     monkeypatch.setattr(splits, "captions_of", lambda attributes, ids: captions_of([], []))
     with pytest.raises(UserError, match=r"config\.data\.queries is 'captions': .* 'triplets'"):
         splits.open_split(dataclasses.replace(data, queries="captions"), builder, "test")
+
+
+def test_kinds_that_are_left_out(opened):
+    data, builder = opened
+    whole = splits.open_split(data, builder, "train").queries
+    left = dataclasses.replace(data, leave_out=("color",))
+    kept = splits.open_split(left, builder, "train").queries
+    assert kept.ids == [id_ for id_, kinds in zip(whole.ids, whole.kinds) if "color" not in kinds]
+    assert 0 < len(kept) < len(whole)
+    test = splits.open_split(left, builder, "test").queries
+    assert any("color" in own for own in test.kinds)  # evaluation has them
+    with pytest.raises(UserError, match="leave_out: no training query is of the kind 'colour'"):
+        without_kinds(whole, ("colour",))
+    kinds = sorted({kind for own in whole.kinds for kind in own})
+    with pytest.raises(UserError, match="leaves no training query"):
+        without_kinds(whole, kinds)

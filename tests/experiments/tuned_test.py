@@ -1,5 +1,6 @@
 """Tuned variants as curves, and sweeps of one field: their arithmetic, and small runs."""
 
+import dataclasses
 import json
 import re
 
@@ -250,6 +251,31 @@ def test_a_tuned_ablation(base, monkeypatch):
     assert again == []  # it is only read
     assert same == runs
 
+    def of_kind(kind):
+        config = config_of(base)
+        return tuned.run_tuned(
+            config,
+            base / "tuned",
+            rates=["0.001"],
+            lengths=["2"],
+            variants=["text-only"],
+            kind=kind,
+        )
+
+    _, runs = trained(monkeypatch, lambda: of_kind("color"))
+    facts = json.loads((base / "tuned" / "curves-color.json").read_text())
+    assert facts["kind"] == "color"
+    (end,) = (d for d in facts["differences"] if (d["at"], d["metric"]) == ("end", "R@10"))
+    reports = [base / "tuned" / run.directory / "eval" / "test-2.json" for run in runs]
+    held = [json.loads(path.read_text())["metrics"]["R@10/color"] for path in reports]
+    assert [run.metrics["R@10"] for run in runs] == held
+    means = [np.mean(held[::2]), np.mean(held[1::2])]
+    assert end["mean"] == pytest.approx(means[1] - means[0], abs=1e-6)
+    assert facts["table"][0]["scores"]["R@10"]["mean"] == pytest.approx(means[0], abs=1e-6)
+    assert "of the kind 'color' alone" in (base / "tuned" / "curves-color.md").read_text()
+    with pytest.raises(UserError, match="--kind=place: no query is of this kind; there are add"):
+        of_kind("place")
+
 
 @pytest.mark.slow
 def test_a_sweep(base, monkeypatch):
@@ -275,6 +301,17 @@ def test_without_evaluations_there_are_no_curves(base):
     for run in (tuned.run_tuned, lambda *x: sweep.run_sweep(*x, sweep="negatives.upper=0.3")):
         with pytest.raises(UserError, match=r"config\.eval_every is 0: .* curves"):
             run(config, base / "nothing")
+
+
+def test_a_point_of_an_older_version_has_no_kinds():
+    values = {"R@1": np.array([0.0, 1.0, 1.0])}
+    point = Point(1, 0.5, values, np.arange(3), np.zeros(3, int))
+    with pytest.raises(UserError, match="--kind=color: a run of an older version"):
+        point.of_kind("color")
+    kinds = np.array(["color", "size; color", ""])
+    one = dataclasses.replace(point, kinds=kinds).of_kind("color")
+    assert one.values["R@1"].tolist() == [0, 1]
+    assert one.reference.tolist() == [0, 1]
 
 
 def test_a_damaged_point_is_named(tmp_path):

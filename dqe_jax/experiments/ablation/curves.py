@@ -70,11 +70,17 @@ class Difference:
     by_seed: Sequence[float]
 
 
-def read_curve(run: Run, workdir: epath.Path, split: str) -> Curve:
+def read_curve(run: Run, workdir: epath.Path, split: str, kind: str = "") -> Curve:
     """The curve of a complete run on a split.
 
+    Args:
+      run: the run.
+      workdir: of the ablation.
+      split: of the points.
+      kind: of the queries that count, in the metrics of the run too; "" for all.
+
     Raises:
-      UserError: a file of it cannot be read.
+      UserError: a file of it cannot be read, or no query is of the kind.
     """
     directory = workdir / run.directory
     steps, seconds = zip(*training_times(read_log(directory)))
@@ -83,6 +89,10 @@ def read_curve(run: Run, workdir: epath.Path, split: str) -> Curve:
         for step in curve.steps_of(directory, split)
         if step <= run.steps
     }
+    if kind:
+        points = {step: point.of_kind(kind) for step, point in points.items()}
+        own = {name: run.metrics[f"{name}/{kind}"] for name in METRICS if name in run.metrics}
+        run = dataclasses.replace(run, metrics=own)
     return Curve(run, points, {s: float(np.interp(s, steps, seconds)) for s in points})
 
 

@@ -26,7 +26,7 @@ from dqe_jax.experiments.ablation.record import (
     validation_metrics,
 )
 from dqe_jax.experiments.ablation.runs import told_unwritable, train_or_read
-from dqe_jax.experiments.ablation.tuned import check, difference_cell
+from dqe_jax.experiments.ablation.tuned import check, difference_cell, stem_of, told_kind
 from dqe_jax.experiments.ablation.variants import BASE, VARIANTS, choose_variants, variant_config
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import write_json
@@ -94,6 +94,7 @@ def run_sweep(
     sweep: str,
     variants: Sequence[str] = ("full",),
     seeds: int = 2,
+    kind: str = "",
 ) -> list[Run]:
     """Trains what is not there yet, and writes `sweep-<field>.json`, `.md` and `.png`.
 
@@ -108,6 +109,7 @@ def run_sweep(
       sweep: as for `read_sweep`.
       variants: names of `VARIANTS`, beside `infonce`.
       seeds: how many runs of each.
+      kind: of change: the metrics are of its queries alone; "" for all.
 
     Returns:
       The runs of the table.
@@ -131,7 +133,7 @@ def run_sweep(
 
     found: dict[tuple[Value, str, int], Curve] = {}
     for item, run in sharing.in_turn(plan, train):
-        found[item] = curves.read_curve(run, place, config.eval.split)
+        found[item] = curves.read_curve(run, place, config.eval.split, kind)
         text = "%s=%s, run %d of %d: %s"
         logging.info(text, name, item[0], len(found), len(plan), describe(run))
         whole = [
@@ -141,7 +143,7 @@ def run_sweep(
             if all((value, variant, seed) in found for seed in seen)
         ]
         if any((each.value, each.variant) == item[:2] for each in whole):
-            write_results(config, place, name, whole)
+            write_results(config, place, name, whole, kind)
     return [found[item].run for item in plan]
 
 
@@ -191,7 +193,7 @@ def _label(config: RunConfig) -> str:
 
 
 def write_results(
-    config: RunConfig, workdir: epath.Path, name: str, places: Sequence[Place]
+    config: RunConfig, workdir: epath.Path, name: str, places: Sequence[Place], kind: str = ""
 ) -> None:
     """Writes the files of `run_sweep` for the runs so far, and logs the table.
 
@@ -216,13 +218,16 @@ def write_results(
         ],
         "differences": [{**dataclasses.asdict(each), "value": value} for value, each in compared],
     }
-    stem = f"sweep-{re.sub(r'[^a-z0-9]+', '-', name)}"
+    if kind:
+        facts["kind"] = kind
+    stem = stem_of(f"sweep-{re.sub(r'[^a-z0-9]+', '-', name)}", kind)
     write_json(workdir / f"{stem}.json", facts)
     cells = table_cells(name, places, compared)
     logging.info("%s, %s:\n%s", name, split, text_table(cells))
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     note = NOTE.format(seeds=seeds, rate=config.optimizer.learning_rate, **facts)
     text = [f"# {name} on {dataset}", note, scores.markdown_table(cells)]
+    text[1] += told_kind(kind)
     text.append(f"![Metrics against {name}]({stem}.png)")
     with told_unwritable(workdir):
         (workdir / f"{stem}.md").write_text("\n\n".join(text) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 
 from absl import logging
@@ -42,6 +43,7 @@ def run_tuned(
     lengths: Sequence[str] = (),
     variants: Sequence[str] = (),
     seeds: int = 3,
+    kind: str = "",
 ) -> list[Run]:
     """Tunes and trains what is not there yet, and writes `curves.json`, `.md` and `.png`.
 
@@ -56,6 +58,7 @@ def run_tuned(
       lengths: steps to choose from; none for those of the config.
       variants: names of `VARIANTS`, beside `infonce`; none as for `choose_variants`.
       seeds: how many runs of each variant with what was chosen.
+      kind: of change: the test metrics are of its queries alone; "" for all.
 
     Returns:
       The runs of the table.
@@ -80,11 +83,11 @@ def run_tuned(
 
     found: dict[tuple[int, str], Curve] = {}
     for item, (run, is_new) in sharing.in_turn(plan, train):
-        found[item] = curves.read_curve(run, place, config.eval.split)
+        found[item] = curves.read_curve(run, place, config.eval.split, kind)
         logging.info("Run %d of %d: %s", len(found), len(plan), describe(run))
         if is_new or len(found) == len(plan):
             done = [found[each] for each in plan if each in found]
-            write_results(config, place, [choices[name] for name in names], done)
+            write_results(config, place, [choices[name] for name in names], done, kind)
     return [found[each].run for each in plan]
 
 
@@ -100,7 +103,11 @@ def check(config: RunConfig, seeds: int) -> None:
 
 
 def write_results(
-    config: RunConfig, workdir: epath.Path, choices: Sequence[Choice], found: Sequence[Curve]
+    config: RunConfig,
+    workdir: epath.Path,
+    choices: Sequence[Choice],
+    found: Sequence[Curve],
+    kind: str = "",
 ) -> None:
     """Writes the files of `run_tuned` for the runs so far, and logs the tables.
 
@@ -120,9 +127,12 @@ def write_results(
         "differences": [dataclasses.asdict(each) for each in compared],
         "runs": [dataclasses.asdict(run) for run in runs],
     }
+    if kind:
+        facts["kind"] = kind
     if gained := scores.composition_gains(lines):
         facts["composition_gain"] = gained
-    write_json(workdir / "curves.json", facts)
+    stem = stem_of("curves", kind)
+    write_json(workdir / f"{stem}.json", facts)
     rates = dict.fromkeys(rate for choice in choices for rate, _, _ in choice.tried)
     lengths = dict.fromkeys(steps for choice in choices for _, steps, _ in choice.tried)
     note = NOTE.format(
@@ -133,7 +143,7 @@ def write_results(
         lengths=", ".join(f"{steps:,}" for steps in lengths),
         **facts,
     )
-    text = [f"# Curves of variants on {dataset}", note]
+    text = [f"# Curves of variants on {dataset}", note + told_kind(kind)]
     main = main_cells(lines, choices, compared)
     logging.info("At the end of each run, %s:\n%s", split, text_table(main))
     text += ["## At the end", scores.markdown_table(main)]
@@ -146,10 +156,20 @@ def write_results(
     ):
         if len(cells) > 1:
             text += [f"## {title}", scores.markdown_table(cells)]
-    text += ["## Curves", "![Validation and test metrics](curves.png)"]
+    text += ["## Curves", f"![Validation and test metrics]({stem}.png)"]
     with told_unwritable(workdir):
-        (workdir / "curves.md").write_text("\n\n".join(text) + "\n")
-        figure.draw_curves(found, workdir / "curves.png", split)
+        (workdir / f"{stem}.md").write_text("\n\n".join(text) + "\n")
+        figure.draw_curves(found, workdir / f"{stem}.png", split)
+
+
+def stem_of(name: str, kind: str) -> str:
+    """Name of the files of a table, without their ending: `curves-two-changes`."""
+    return f"{name}-{re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')}" if kind else name
+
+
+def told_kind(kind: str) -> str:
+    """What the note says of it."""
+    return f" Test metrics are of the queries of the kind {kind!r} alone." if kind else ""
 
 
 def differences_of(found: Sequence[Curve]) -> list[Difference]:
