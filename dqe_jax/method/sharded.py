@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from dqe_jax.method.arrays import Array, Scalar
 
 SORTED = 2048  # candidates up to which sorting is the quicker way to quantiles
+EXACT = 2**24  # whole numbers up to this are exact in float32
 SLOTS = 4  # of `routed_gather`: slots for each pair of devices, in means
 
 
@@ -83,10 +84,14 @@ def _counted_quantiles(
     keys = jnp.where(mask, _key_of(values), jnp.uint32(0xFFFFFFFF))
     places = [_neighbours(count, q) for q in quantiles]
     ranks = jnp.stack([below for below, _, _ in places], axis=1)  # [B, number of quantiles]
+    size = values.shape[1] * (1 if candidate_axis is None else lax.axis_size(candidate_axis))
+    # Exact as long as it can count to `size`, and 1.5 times as fast on a CPU as whole numbers.
+    number = jnp.float32 if size < EXACT else jnp.int32
 
     def number_below(guess: Array) -> Array:
         # One sum for all quantiles is quicker on a CPU than one for each.
-        return total((keys[:, None, :] < guess[:, :, None]).sum(2), candidate_axis)
+        below = (keys[:, None, :] < guess[:, :, None]).sum(2, dtype=number)
+        return total(below, candidate_axis)
 
     def step(bit: Array, found: Array) -> Array:
         guess = found | (jnp.uint32(1 << 31) >> bit.astype(jnp.uint32))
