@@ -32,7 +32,7 @@ from dqe_jax.utils.errors import UserError
 
 STATIC = Path(__file__).parent / "static"
 SIDE = 1_024  # pixels of the longer side of a photo that is shown
-KEPT = 1_024  # images of the index that are kept as the model sees them
+KEPT = 256  # references of the index in memory: their pixels, or what the model made of them
 VALUES = 200  # values of a column that the page offers
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Problem}
