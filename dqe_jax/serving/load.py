@@ -90,7 +90,7 @@ def draw_index(
 ) -> Index:
     """An index of drawn images, of which the first `files` have files.
 
-    With `keep_features` these have the features that the model makes of them, and others have zeros,
+    With `keep_features` these have the features that the model makes of them. Others have zeros,
     which nobody looks at.
     """
     rng = np.random.default_rng(0)
