@@ -361,9 +361,9 @@ class Index:
         self, references: Sequence[Reference], rows: Sequence[int]
     ) -> Callable[[], tuple[list[bytes], list[bytes]]]:
         def thumbnail(image: Reference) -> bytes:
-            if isinstance(image, Known) and isinstance(image.image, Encoded):
-                return self._vectors.thumbnail(image.content)
             if isinstance(image, Known):
+                if isinstance(image.image, Encoded):
+                    return self._vectors.thumbnail(image.content)
                 return photos.thumbnail(photos.to_rgb(image.image))
             if isinstance(image, str) and image in self._row:
                 return self._vectors.thumbnail(self._contents[self._row[image]])

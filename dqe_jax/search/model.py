@@ -284,8 +284,10 @@ class Model:
         for name, spec in self.reference_specs.items():
             found[name] = np.empty((len(images), *spec.shape), spec.dtype)
             for row, image in enumerate(images):
-                kept = isinstance(image, Encoded)
-                found[name][row] = image.features[name] if kept else fresh[name][place[row]]
+                if isinstance(image, Encoded):
+                    found[name][row] = image.features[name]
+                else:
+                    found[name][row] = fresh[name][place[row]]
         return found
 
     def index(

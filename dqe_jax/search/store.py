@@ -147,7 +147,7 @@ def read_facts(directory: Path) -> Facts | None:
         held.setdefault("features", {})  # that of an older version
         own = {field.name: held[field.name] for field in dataclasses.fields(Facts)}
         own["features"] = {
-            name: RowSpec.of(map(int, spec["shape"]), str(spec["dtype"]))
+            name: RowSpec.of(tuple(map(int, spec["shape"])), str(spec["dtype"]))
             for name, spec in own["features"].items()
         }
         own["attributes"] = tuple(map(str, own["attributes"]))
