@@ -24,6 +24,9 @@ _IMAGES = flags.DEFINE_integer("images", 50_000, "Images of the gallery.", 100)
 _TOKENS = flags.DEFINE_list("tokens", ["1", "32"], "Tokens of an image's embedding.")
 _CLIENTS = flags.DEFINE_list("clients", ["1", "8"], "Clients at a time.")
 _SECONDS = flags.DEFINE_float("seconds", 60.0, "Seconds of load.", 0.1)
+_KEEP = flags.DEFINE_boolean(
+    "keep_features", True, "Keep what the model made of references in the index."
+)
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 REQUIRED = ("model",)
 
@@ -43,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
         tokens=tokens,
         numbers=clients,
         seconds=_SECONDS.value,
+        keep_features=_KEEP.value,
     )
     logging.info("%s", told(lines))
     if _JSON.value is not None:

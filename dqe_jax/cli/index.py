@@ -30,6 +30,12 @@ _STORE = flags.DEFINE_string(
     None,
     "For millions of images: a file such as index.db (Milvus Lite), or a Milvus server's address.",
 )
+_KEEP = flags.DEFINE_boolean(
+    "keep_features",
+    None,
+    "Keep what searches read of a reference image; default: as the index does, and a new one if it "
+    "is at most 32 KiB an image.",
+)
 _BATCH = flags.DEFINE_integer(
     "batch_size", None, "Images embedded at a time; default: that of the run, at most 64.", 1
 )
@@ -55,6 +61,10 @@ def main(argv: Sequence[str]) -> None:
         encoders=pairs_of("encoder", _ENCODERS.value),
     )
     index = model.index(
-        given(_IMAGES), output=given(_OUTPUT), table=_TABLE.value, store=_STORE.value
+        given(_IMAGES),
+        output=given(_OUTPUT),
+        table=_TABLE.value,
+        store=_STORE.value,
+        keep_features=_KEEP.value,
     )
     sys.stdout.write(f"{index.directory}: {index.report}.\n")

@@ -43,18 +43,3 @@ def query_fields(
         return tuple(getattr(out, name) for name in names)
 
     return fields
-
-
-@functools.lru_cache(REMEMBERED)
-def weighted_query(model: DQE) -> Callable[[Params, Tree, Tree, Array], tuple[Array, Array]]:
-    """`encode_query` with factors `[B, K]` of the attribute weights.
-
-    It gives the embedding `[B, d]` and the weights `[B, K]` that it was composed with.
-    """
-
-    def encode(params: Params, image: Tree, text: Tree, factors: Array) -> tuple[Array, Array]:
-        given = (image, text, factors) if factors.shape[1] else (image, text)
-        out = cast(QueryOutput, model.apply({"params": params}, *given, method="encode_query"))
-        return out.embedding, out.attribute_weights
-
-    return encode

@@ -30,8 +30,9 @@ from dqe_jax.models.features import (
 from dqe_jax.models.layers import normalize, of_queries
 from dqe_jax.models.lora import with_adapters
 
-# Images, or what their tower makes of them; token ids, or these with what their tower makes.
-Images: TypeAlias = UInt8[Array, "... H W 3"] | States
+# Images, what their tower makes of them, or their features; token ids, or these with what their
+# tower makes.
+Images: TypeAlias = UInt8[Array, "... H W 3"] | States | ImageFeatures
 Texts: TypeAlias = Int[Array, "... L"] | StoredText
 
 
@@ -149,6 +150,8 @@ class DQE(nn.Module):
         return QueryOutput(normalize(q), none, jnp.zeros((count, 0, self.width), q.dtype))
 
     def _image(self, image: Images, train: bool = False) -> ImageFeatures:
+        if isinstance(image, ImageFeatures):
+            return image
         if not isinstance(image, Mapping):
             states = self.backbone.image_states(image, train)
         elif resuming.ENTERING in image:
@@ -185,6 +188,11 @@ class DQE(nn.Module):
     def text_states(self, ids: Int[Array, "B L"]) -> States:
         """What the tower of the backbone makes of texts."""
         return self.backbone.text_states(ids)
+
+    @with_adapters
+    def image_features(self, image: Images) -> ImageFeatures:
+        """What queries and gallery embeddings are made of: it can stand in place of the images."""
+        return self._image(image)
 
     @with_adapters
     def encode_query(

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from dqe_jax.search.images import AnyImage
+from dqe_jax.search.images import AnyImage, Encoded
 from dqe_jax.search.tables import Filter
 
 
@@ -18,13 +18,13 @@ class Known:
 
     Attributes:
       name: what it is called.
-      pixels: uint8 `[size, size, 3]`, as the model sees it.
+      image: uint8 `[size, size, 3]`, as the model sees it, or what the model made of it.
       content: digest of its file, as `store.content_of`: images of the index that equal it are not
         found.
     """
 
     name: str
-    pixels: np.ndarray
+    image: np.ndarray | Encoded
     content: bytes
 
 

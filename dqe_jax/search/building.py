@@ -108,7 +108,7 @@ def update(
     for file in found:
         old = before.get(file.id)
         same = old is not None and (old.size, old.changed) == (file.size, file.changed)
-        if old is not None and same and old.content in vectors:
+        if old is not None and same and vectors.is_complete(old.content):
             entries[file.id] = old
         else:
             unread.append(file)
@@ -116,7 +116,8 @@ def update(
     if unread:
         logging.info("Reading %s of %s images.", f"{len(unread):,}", f"{len(found):,}")
         writer = Writer(directory, facts)
-        for one, is_new in _embed(model, root, unread, vectors, writer):
+        keeps = bool(facts.features)
+        for one, is_new in _embed(model, root, unread, vectors, writer, keeps):
             embedded += is_new
             if one.reason:
                 problems[one.file.id] = one.reason
@@ -140,9 +141,17 @@ def update(
 
 
 def _embed(
-    model: Model, root: Path, files: Sequence[File], vectors: Vectors, writer: Writer
+    model: Model,
+    root: Path,
+    files: Sequence[File],
+    vectors: Vectors,
+    writer: Writer,
+    keeps: bool,
 ) -> Iterator[tuple[_Read, bool]]:
-    """Reads files, and embeds those whose content is not known; gives also whether it was new."""
+    """Reads files, and embeds those whose content is not known; gives also whether it was new.
+
+    `keeps` says whether features are kept too.
+    """
     known: set[bytes] = set()
     how, size = model.preprocessing, model.batch_size
     chunks = [files[i : i + size] for i in range(0, len(files), size)]
@@ -159,15 +168,17 @@ def _embed(
                     new.setdefault(one.content, one)
             if new:
                 pixels = np.stack([one.pixels for one in new.values() if one.pixels is not None])
-                embeddings = model.embed_pixels(pixels)
-                row = first_not_finite(embeddings)
-                if row is not None:
+                features = model.encode_references(pixels) if keeps else {}
+                embeddings = model.embed_features(features) if keeps else model.embed_pixels(pixels)
+                bad = first_not_finite(embeddings)
+                if bad is not None:
                     raise UserError(
-                        f"the embedding of {[*new.values()][row].file.id} is not finite: take a "
+                        f"the embedding of {[*new.values()][bad].file.id} is not finite: take a "
                         "checkpoint from before training diverged."
                     )
-                for one, embedding in zip(new.values(), embeddings):
-                    writer.add(one.content, embedding, one.thumbnail)
+                for row, (one, embedding) in enumerate(zip(new.values(), embeddings)):
+                    own = {name: array[row] for name, array in features.items()}
+                    writer.add(one.content, embedding, one.thumbnail, own)
                 known |= new.keys()
             for one in parts:
                 yield one, new.get(one.content) is one
@@ -178,7 +189,7 @@ def _read(file: File, root: Path, how: Preprocessing, vectors: Vectors) -> _Read
     try:
         data = photos.read_file(root / file.id)
         content = store.content_of(data)
-        if content in vectors:
+        if vectors.is_complete(content):
             return _Read(file, content)
         photo = photos.decode(data, how.decode_side)
         return _Read(file, content, how.square(photo), photos.thumbnail(photo))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -26,6 +26,17 @@ AnyImage: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
 THUMBNAIL = 160  # pixels of the longer side
 SHOWN = 5  # images named in an error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """What a model made of an image: it stands in the image's place in queries of that model.
+
+    Attributes:
+      features: arrays of the image by name, as `Model.encode_references` gives them.
+    """
+
+    features: Mapping[str, np.ndarray]
 
 
 class UnreadableError(ValueError):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
 from dqe_jax.evaluation.placed import PlacedGallery
+from dqe_jax.feature_store.shards import RowSpec
 from dqe_jax.search import images as photos
 from dqe_jax.search import store as files
 from dqe_jax.search.asks import Ask, Known, Reference, Turn
 from dqe_jax.search.building import Report, update
 from dqe_jax.search.folder import folder_of
-from dqe_jax.search.images import AnyImage, UnreadableError
+from dqe_jax.search.images import AnyImage, Encoded, UnreadableError
 from dqe_jax.search.loading import load
 from dqe_jax.search.milvus import Engine, expression, number_of, store_of
 from dqe_jax.search.model import Model, Query, queries_of
@@ -30,6 +32,9 @@ from dqe_jax.utils.paths import is_remote
 
 # Tokens of images that pass a filter, up to which an index in a store ranks them itself.
 FEW = 2**18
+# Bytes of an image's features, up to which a new index keeps them: as many as those of an embedding
+# of 32 tokens of 256 numbers.
+FEATURE_BYTES = 2**15
 
 
 class Index:
@@ -60,6 +65,9 @@ class Index:
         self.problems = listing.problems
         self._root = Path(facts.images)
         self._contents = [entry.content for entry in listing.entries.values()]
+        if facts.features and facts.features != model.reference_specs:
+            # Another version of dqe_jax wrote them: references are encoded anew.
+            facts = dataclasses.replace(facts, features={})
         self._vectors = Vectors(directory, facts)
         self._row = {id_: row for row, id_ in enumerate(self.ids)}
         if any(content not in self._vectors for content in self._contents):
@@ -195,10 +203,14 @@ class Index:
     def known(self, id: str) -> Known:
         """An image of the index, read once for several searches.
 
+        Where the index keeps features, its file is not looked at.
+
         Raises:
           UserError: there is no such image, or its file cannot be read any more.
         """
         row = self._rows_of([id], "image")[0]
+        if (features := self._vectors.features(self._contents[row])) is not None:
+            return Known(id, Encoded(features), self._contents[row])
         try:
             data = photos.read_file(self._inside(id))
             photo = photos.decode(data, self.model.preprocessing.decode_side)
@@ -229,8 +241,7 @@ class Index:
         # The earlier turns of all asks follow the asks themselves: one batch of queries.
         turns = [turn for ask in asks for turn in ask.earlier]
         everything: list[Ask | Turn] = [*asks, *turns]
-        paths = [tuple(self._file_of(one) for one in own.images) for own in everything]
-        located = [Query(images, own.text) for images, own in zip(paths, everything)]
+        located = [Query(tuple(map(self._read, own.images)), own.text) for own in everything]
         weights = [*(ask.weights for ask in asks), *({} for _ in turns)]
         embedded = self.model.embed_queries(located, weights)
         queries = embedded.embedding[: len(asks)].copy()
@@ -264,7 +275,7 @@ class Index:
                     ),
                     attribute_weights=embedded.weights(i),
                     warnings=warnings,
-                    thumbnails=self._thumbnails(paths[i], places),
+                    thumbnails=self._thumbnails(ask.images, places),
                 )
             )
         return found
@@ -347,25 +358,33 @@ class Index:
         return Result(self.ids[row], self._root / self.ids[row], score, probability, metadata)
 
     def _thumbnails(
-        self, references: Sequence[AnyImage], rows: Sequence[int]
+        self, references: Sequence[Reference], rows: Sequence[int]
     ) -> Callable[[], tuple[list[bytes], list[bytes]]]:
+        def thumbnail(image: Reference) -> bytes:
+            if isinstance(image, Known):
+                if isinstance(image.image, Encoded):
+                    return self._vectors.thumbnail(image.content)
+                return photos.thumbnail(photos.to_rgb(image.image))
+            if isinstance(image, str) and image in self._row:
+                return self._vectors.thumbnail(self._contents[self._row[image]])
+            try:
+                return photos.thumbnail(photos.to_rgb(image))
+            except UnreadableError:  # removed since
+                return b""
+
         def make() -> tuple[list[bytes], list[bytes]]:
-            given = []
-            for one in references:
-                try:
-                    given.append(photos.thumbnail(photos.to_rgb(one)))
-                except UnreadableError:  # removed since
-                    given.append(b"")
+            given = [thumbnail(one) for one in references]
             return given, [self._vectors.thumbnail(self._contents[row]) for row in rows]
 
         return make
 
-    def _file_of(self, image: Reference) -> AnyImage:
-        """An image, or the file of an id of the index."""
+    def _read(self, image: Reference) -> AnyImage | Encoded:
+        """An image, or what is known of an id of the index: its features, or where its file is."""
         if isinstance(image, Known):
-            return image.pixels
+            return image.image
         if isinstance(image, str) and image in self._row:
-            return self._root / image
+            features = self._vectors.features(self._contents[self._row[image]])
+            return self._root / image if features is None else Encoded(features)
         return image
 
     def _inside(self, id: str) -> Path:
@@ -413,6 +432,7 @@ def build_index(
     output: str | os.PathLike[str] | None = None,
     table: str | os.PathLike[str] | None = None,
     store: str | None = None,
+    keep_features: bool | None = None,
 ) -> Index:
     """Makes an index, or brings it up to date; see `Model.index`."""
     root = folder_of(images)
@@ -438,6 +458,7 @@ def build_index(
             width=width,
             images=str(root),
             store=named,
+            features=_features_of(model, held, keep_features),
         )
         files.write_facts(directory, facts)
         report = update(model, root, directory, table=table, listed=files.read_listing(directory))
@@ -448,6 +469,17 @@ def build_index(
             engine.sync(listing, Vectors(directory, facts))
             engine.close()
     return Index(directory, model, facts, listing, report, keep)
+
+
+def _features_of(model: Model, held: Facts | None, keep: bool | None) -> Mapping[str, RowSpec]:
+    """The features that an index keeps: as is asked, as it did before, or if they are small."""
+    if keep is None and held is not None:
+        keep = bool(held.features)
+    if keep is False:
+        return {}
+    specs = model.reference_specs
+    small = sum(spec.nbytes for spec in specs.values()) <= FEATURE_BYTES
+    return specs if keep or small else {}
 
 
 def open_index(directory: str | os.PathLike[str], *, model: Model | None = None) -> Index:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,14 @@ import numpy as np
 
 from dqe_jax.checkpoints.opened import Opened
 from dqe_jax.distributed import mesh
-from dqe_jax.embedding.encoders import encoders, weighted_query
+from dqe_jax.embedding.encoders import encoders
+from dqe_jax.embedding.references import ReferenceEncoders, reference_encoders
 from dqe_jax.embedding.rows import RowEmbedder
 from dqe_jax.evaluation.probability import Probability
+from dqe_jax.feature_store.shards import RowSpec
 from dqe_jax.method.arrays import Tree
 from dqe_jax.search import images as photos
-from dqe_jax.search.images import AnyImage, Preprocessing
+from dqe_jax.search.images import AnyImage, Encoded, Preprocessing
 from dqe_jax.search.inputs import Inputs
 from dqe_jax.search.texts import encode_texts
 from dqe_jax.utils.ahead import read_ahead
@@ -42,7 +45,7 @@ class Query:
       text: what should change.
     """
 
-    images: tuple[AnyImage, ...]
+    images: tuple[AnyImage | Encoded, ...]
     text: str
 
 
@@ -123,7 +126,7 @@ class Model:
         self._inputs = Inputs(opened.model, encoder_names or {})
         self._params = mesh.replicate(opened.params, opened.devices)
         self._encode_gallery = encoders(opened.model)[1]
-        self._encode_query = weighted_query(opened.model)
+        self._model = opened.model
         asked = batch_size or min(config.eval.batch_size, GALLERY_BATCH)
         self.batch_size = -(-asked // len(self.devices)) * len(self.devices)
 
@@ -166,6 +169,34 @@ class Model:
         """As `encode_gallery`, of images uint8 `[n, size, size, 3]` that are preprocessed."""
         return self._mapped(self._encode_gallery, self._inputs.images(pixels))
 
+    @property
+    def reference_specs(self) -> dict[str, RowSpec]:
+        """Shapes and dtypes of what queries read of one reference image, by name."""
+        specs = self._references.specs
+        return {name: RowSpec(spec.shape, np.dtype(spec.dtype)) for name, spec in specs.items()}
+
+    def encode_references(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """What queries read of reference images: arrays `[n, ...]` as `reference_specs` says.
+
+        Args:
+          pixels: uint8 `[n, size, size, 3]`, preprocessed.
+        """
+        made = self._mapped(self._references.features, self._inputs.images(pixels))
+        return dict(made)
+
+    def embed_features(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
+        """As `embed_pixels`, of what `encode_references` gave."""
+        return self._mapped(self._references.gallery, dict(features))
+
+    @functools.cached_property
+    def _references(self) -> ReferenceEncoders:
+        size = self.preprocessing.size
+        images = self._inputs.images(np.full((1, size, size, 3), 255, np.uint8))
+        ids, _ = encode_texts(self.tokenizer, [""])
+        texts = self._inputs.texts([""], ids)
+        num_factors = len(self.attribute_names)
+        return reference_encoders(self._model, self._params, images, texts, num_factors)
+
     def encode_query(
         self,
         image: AnyImage | Sequence[AnyImage | Sequence[AnyImage]],
@@ -196,40 +227,68 @@ class Model:
         queries: Sequence[Query],
         weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
     ) -> QueryEmbeddings:
-        """As `encode_query`, of a list of queries; `weights` may be a list with those of each."""
+        """As `encode_query`, of a list of queries; `weights` may be a list with those of each.
+
+        What was made of a reference before (`Encoded`) is taken as it is.
+        """
         each = [weights] * len(queries) if isinstance(weights, Mapping) else weights
         factors = np.stack([self.factors(own) for own in each or [{}] * len(queries)])
         ids, warnings = encode_texts(self.tokenizer, [query.text for query in queries])
+        starts = range(0, len(queries), self.batch_size)
+        some = [slice(start, start + self.batch_size) for start in starts]
+        parts = [self._embed_some(queries[at], ids[at], factors[at]) for at in some]
+        embedding, used = (np.concatenate(own) for own in zip(*parts))
+        return QueryEmbeddings(embedding, used, self.attribute_names, tuple(warnings))
+
+    def _embed_some(
+        self, queries: Sequence[Query], ids: np.ndarray, factors: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings `[n, d]` of n queries and the attribute weights `[n, K]` that they used."""
         counts = [len(query.images) for query in queries]
         owner = np.repeat(np.arange(len(queries)), counts)
-        # An image that several queries share is read once.
-        distinct: dict[str | int, int] = {}
-        every: list[AnyImage] = []
-        place = np.zeros(len(owner), np.int64)
-        for row, image in enumerate(image for query in queries for image in query.images):
-            key = os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
-            if key not in distinct:
-                distinct[key] = len(every)
-                every.append(image)
-            place[row] = distinct[key]
-        pixels = photos.read_images(every, self.preprocessing)
-        states = jax.tree.map(lambda x: x[place], self._inputs.images(pixels))
+        features = self._features_of([image for query in queries for image in query.images])
         texts = self._inputs.texts([query.text for query in queries], ids)
         texts = jax.tree.map(lambda x: x[owner], texts)
-        composed, used = self._mapped(self._encode_query, states, texts, factors[owner])
+        composed, used = self._mapped(self._references.query, features, texts, factors[owner])
         # No model was trained on empty texts. On photos the reference's own embedding finds more
         # images of its kind than what is composed with nothing.
         empty = np.array([not query.text.strip() for query in queries], bool)[owner]
         if empty.any():
-            alone = jax.tree.map(operator.itemgetter(empty), states)
-            composed[empty] = self._mapped(self._encode_gallery, alone)[:, 0]
+            alone = jax.tree.map(operator.itemgetter(empty), features)
+            composed[empty] = self.embed_features(alone)[:, 0]
             used[empty] = 0
         first = np.cumsum([0, *counts[:-1]])
         embedding = composed[first]
         for i in np.flatnonzero(np.array(counts) > 1):
             mean = composed[owner == i].mean(0)
             embedding[i] = mean / max(float(np.linalg.norm(mean)), 1e-12)
-        return QueryEmbeddings(embedding, used[first], self.attribute_names, tuple(warnings))
+        return embedding, used[first]
+
+    def _features_of(self, images: Sequence[AnyImage | Encoded]) -> dict[str, np.ndarray]:
+        """As `encode_references`, of images of any kind; one that comes twice is read once."""
+        distinct: dict[str | int, int] = {}
+        every: list[AnyImage] = []
+        place = np.full(len(images), -1, np.int64)
+        for row, image in enumerate(images):
+            if isinstance(image, Encoded):
+                continue
+            key = os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
+            if key not in distinct:
+                distinct[key] = len(every)
+                every.append(image)
+            place[row] = distinct[key]
+        fresh: Mapping[str, np.ndarray] = {}
+        if every:
+            fresh = self.encode_references(photos.read_images(every, self.preprocessing))
+        found = {}
+        for name, spec in self.reference_specs.items():
+            found[name] = np.empty((len(images), *spec.shape), spec.dtype)
+            for row, image in enumerate(images):
+                if isinstance(image, Encoded):
+                    found[name][row] = image.features[name]
+                else:
+                    found[name][row] = fresh[name][place[row]]
+        return found
 
     def index(
         self,
@@ -238,6 +297,7 @@ class Model:
         output: str | os.PathLike[str] | None = None,
         table: str | os.PathLike[str] | None = None,
         store: str | None = None,
+        keep_features: bool | None = None,
     ) -> Index:
         """Indexes all images of a folder and of the folders in it, for search.
 
@@ -250,6 +310,10 @@ class Model:
           store: for millions of images: a file such as `index.db` (Milvus Lite) or the address of a
             Milvus server, which then searches in place of the devices. Needs `output`; None keeps
             the one that the index has.
+          keep_features: whether the index keeps what queries read of each image, so that a search
+            whose reference is in the index does not encode it again. None leaves an index as it is;
+            a new one keeps features of at most 32 KiB an image. `reference_specs` says how large
+            they are.
 
         Raises:
           UserError: the folder or the table cannot be used, or `output` is an index of another
@@ -257,7 +321,9 @@ class Model:
         """
         from dqe_jax.search.index import build_index  # it knows this module
 
-        return build_index(self, photos, output=output, table=table, store=store)
+        return build_index(
+            self, photos, output=output, table=table, store=store, keep_features=keep_features
+        )
 
     def factors(self, weights: Mapping[str, float]) -> np.ndarray:
         """Factors float32 `[K]` of the attribute weights.

@@ -3,13 +3,17 @@
 | file | what it holds |
 | --- | --- |
 | `index.json` | the model's path and fingerprint, the folder, the shape of an embedding |
-| `shard-000000/` ... | embeddings and thumbnails, each under the digest of its image's file |
+| `shard-000000/` ... | embeddings, features and thumbnails, each under its file's digest |
 | `images.parquet` | the images of the index: path, digest, size, time of change, and columns |
 
 A shard is written once and appears when it is whole; so does `images.parquet`, which is written
 last and alone says which images are in the index. A killed process loses what it had not yet
 written, and the next one takes up the shards that are there. Two images with equal files share one
 embedding.
+
+Features are what queries read of a reference image (`Model.encode_references`): a search whose
+reference is in the index looks them up, and encodes only its text. An index may have none, and a
+shard of an older index has none: such images are encoded when they are a reference.
 """
 
 from __future__ import annotations
@@ -40,9 +44,10 @@ FACTS, IMAGES, LOCK = "index.json", "images.parquet", "lock"
 FORMAT = 1
 EMBEDDINGS, THUMBNAILS, ENDS = "embeddings", "thumbnails", "thumbnail_ends"
 _COLUMN = "column:"  # before the names of columns of metadata
+_FEATURE = "feature_"  # before the names of features among the arrays of a shard
 AGAIN = "delete the directory and make the index again"
-# A shard is written after so many images, or so many seconds.
-SHARD_ROWS, SHARD_SECONDS = 4096, 30.0
+# A shard is written after so many images, bytes or seconds.
+SHARD_ROWS, SHARD_BYTES, SHARD_SECONDS = 4096, 256 * 2**20, 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Facts:
       width: `d`.
       images: the folder.
       store: of `milvus.py`; "" for exact search on the devices.
+      features: that are kept of each image, by name; none where references are encoded anew.
     """
 
     fingerprint: str
@@ -68,11 +74,22 @@ class Facts:
     width: int
     images: str
     store: str = ""
+    features: Mapping[str, RowSpec] = dataclasses.field(default_factory=dict)
 
     @property
     def specs(self) -> dict[str, RowSpec]:
-        """Of the arrays of a shard that have a row for each image."""
+        """Of the arrays that each shard has, with a row for each image."""
         return {EMBEDDINGS: RowSpec((self.tokens, self.width), np.dtype(np.float32))}
+
+    @property
+    def feature_specs(self) -> dict[str, RowSpec]:
+        """Of the arrays that a shard has besides if features are kept."""
+        return {_FEATURE + name: spec for name, spec in self.features.items()}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image in a shard, without its thumbnail."""
+        return sum(spec.nbytes for spec in (*self.specs.values(), *self.features.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +144,27 @@ def read_facts(directory: Path) -> Facts | None:
             f"format {FORMAT}: {AGAIN}."
         )
     try:
+        held.setdefault("features", {})  # that of an older version
         own = {field.name: held[field.name] for field in dataclasses.fields(Facts)}
+        own["features"] = {
+            name: RowSpec.of(tuple(map(int, spec["shape"])), str(spec["dtype"]))
+            for name, spec in own["features"].items()
+        }
         own["attributes"] = tuple(map(str, own["attributes"]))
         for name in ("step", "tokens", "width"):
             own[name] = int(own[name])
         return Facts(**own)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({reason_of(error)}): {AGAIN}.") from error
 
 
 def write_facts(directory: Path, facts: Facts) -> None:
     """Writes what an index is of."""
-    content = {"format": FORMAT, **dataclasses.asdict(facts)}
+    content = {"format": FORMAT, **vars(facts)}
+    content["features"] = {
+        name: {"shape": list(spec.shape), "dtype": spec.dtype.name}
+        for name, spec in facts.features.items()
+    }
     _replace(directory / FACTS, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -227,17 +253,22 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 class Vectors:
-    """Embeddings and thumbnails of an index, by the content of files."""
+    """Embeddings, features and thumbnails of an index, by the content of files."""
 
     def __init__(self, directory: Path, facts: Facts):
         """Opens the shards that are whole."""
         self._directory, self._facts = directory, facts
         self.shards, self.damaged = files.open_shards(directory, facts.specs)
+        # Of what was written twice, the last counts.
         self._place = {
             key.tobytes(): (number, row)
             for number, shard in enumerate(self.shards)
             for row, key in enumerate(shard.keys)
         }
+        both = facts.specs | facts.feature_specs
+        whole = files.open_shards(directory, both)[0] if facts.features else []
+        rich = {shard.directory for shard in whole}
+        self._rich = {n for n, shard in enumerate(self.shards) if shard.directory in rich}
 
     def __contains__(self, content: bytes) -> bool:
         return content in self._place
@@ -250,6 +281,11 @@ class Vectors:
     def __len__(self) -> int:
         return len(self._place)
 
+    def is_complete(self, content: bytes) -> bool:
+        """Whether a content is there with all that the index keeps of it."""
+        place = self._place.get(content)
+        return place is not None and (not self._facts.features or place[0] in self._rich)
+
     def embeddings(self, contents: Sequence[bytes]) -> np.ndarray:
         """float32 `[n, M, d]` of contents that are there."""
         spec = self._facts.specs[EMBEDDINGS]
@@ -259,6 +295,19 @@ class Vectors:
             here = np.flatnonzero(places[:, 0] == number)
             out[here] = self.shards[number].array(EMBEDDINGS, spec)[places[here, 1]]
         return out
+
+    def features(self, content: bytes) -> dict[str, np.ndarray] | None:
+        """The features of an image by name; None if they are not kept, or not any more."""
+        number, row = self._place.get(content, (-1, -1))
+        if number not in self._rich:
+            return None
+        try:
+            return {
+                name.removeprefix(_FEATURE): np.array(self.shards[number].array(name, spec)[row])
+                for name, spec in self._facts.feature_specs.items()
+            }
+        except (OSError, ValueError):  # a newer index has removed the shard
+            return None
 
     def thumbnail(self, content: bytes) -> bytes:
         """A JPEG; b"" if it is not there any more."""
@@ -275,14 +324,21 @@ class Vectors:
     def compact(self, used: set[bytes]) -> None:
         """Removes rows that no image has any more, where they are more than the others.
 
-        The rows that stay are written anew before any is removed.
+        Features that are not kept any more are removed as well. The rows that stay are written anew
+        before any is removed.
         """
         total = sum(len(shard.keys) for shard in self.shards)
-        empty = [s for s in self.shards if not any(key.tobytes() in used for key in s.keys)]
-        if total > 2 * len(used):
+        live = {number for content, (number, _) in self._place.items() if content in used}
+        empty = [shard for number, shard in enumerate(self.shards) if number not in live]
+        surplus = not self._facts.features and any(
+            next(self.shards[number].directory.glob(f"{_FEATURE}*"), None) for number in live
+        )
+        if total > 2 * len(used) or surplus:
             writer = Writer(self._directory, self._facts)
             for content in sorted(used):
-                writer.add(content, self.embeddings([content])[0], self.thumbnail(content))
+                (embedding,) = self.embeddings([content])
+                kept = self.features(content) or {}
+                writer.add(content, embedding, self.thumbnail(content), kept)
             writer.flush()
             empty = self.shards
         for shard in empty:
@@ -296,26 +352,42 @@ class Writer:
         """Writes nothing yet."""
         self._directory, self._facts = directory, facts
         self._next = files.next_number([Shard(p, np.zeros(0)) for p in _numbered(directory)])
-        self._rows: list[tuple[bytes, np.ndarray, bytes]] = []
+        self._rows: list[tuple[bytes, np.ndarray, bytes, Mapping[str, np.ndarray]]] = []
+        self._most = max(1, min(SHARD_ROWS, SHARD_BYTES // facts.row_bytes))
         self._written_at = time.monotonic()
 
-    def add(self, content: bytes, embedding: np.ndarray, thumbnail: bytes) -> None:
-        """Adds a row; a shard is written when it is large, or after some time."""
-        self._rows.append((content, embedding, thumbnail))
+    def add(
+        self,
+        content: bytes,
+        embedding: np.ndarray,
+        thumbnail: bytes,
+        features: Mapping[str, np.ndarray],
+    ) -> None:
+        """Adds a row; a shard is written when it is large, or after some time.
+
+        Args:
+          content: key of the image.
+          embedding: float32 `[M, d]`.
+          thumbnail: a JPEG.
+          features: as the facts say.
+        """
+        self._rows.append((content, embedding, thumbnail, features))
         late = time.monotonic() - self._written_at >= SHARD_SECONDS
-        if late or len(self._rows) >= SHARD_ROWS:
+        if late or len(self._rows) >= self._most:
             self.flush()
 
     def flush(self) -> None:
         """Writes what was added; raises a `UserError` if the disk cannot be written."""
         if self._rows:
-            contents, embeddings, thumbnails = zip(*self._rows)
+            contents, embeddings, thumbnails, features = zip(*self._rows)
             keys = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, KEY_BYTES)
-            arrays: Mapping[str, np.ndarray] = {
+            arrays: dict[str, np.ndarray] = {
                 EMBEDDINGS: np.stack(embeddings).astype(np.float32),
                 THUMBNAILS: np.frombuffer(b"".join(thumbnails), np.uint8),
                 ENDS: np.cumsum([len(one) for one in thumbnails]),
             }
+            for name in self._facts.features:
+                arrays[_FEATURE + name] = np.stack([one[name] for one in features])
             try:
                 files.write_shard(self._directory, self._next, keys, arrays)
             except OSError as error:

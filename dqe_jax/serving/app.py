@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import anyio.to_thread
+import numpy as np
 from absl import logging
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,7 +33,7 @@ from dqe_jax.utils.errors import UserError
 
 STATIC = Path(__file__).parent / "static"
 SIDE = 1_024  # pixels of the longer side of a photo that is shown
-KEPT = 1_024  # images of the index that are kept as the model sees them
+KEPT = 256  # references of the index in memory: their pixels, or what the model made of them
 VALUES = 200  # values of a column that the page offers
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Problem}
@@ -80,8 +81,11 @@ class Service:
 
     def warm_up(self) -> None:
         """Compiles what searches need, so that the first ones do not wait."""
-        first = self.known(self.index.ids[0])
+        first, model = self.known(self.index.ids[0]), self.index.model
+        side = model.preprocessing.size
         for size in {1, self.limits.batch}:
+            # What users give is encoded, whatever the index keeps.
+            model.encode_references(np.zeros((size, side, side, 3), np.uint8))
             for text in ("", "in red"):
                 for k in (10, schemas.MOST):
                     self.index.answer([Ask((first,), text, k)] * size)

@@ -1,8 +1,9 @@
 """Measures how fast searches are answered: a server with a gallery of any size, under load.
 
 The gallery is drawn: image files of `SIDE` pixels, and embeddings that are random unit vectors, of
-any number of tokens. All else is what users get: the reference is read from its file, image and
-text are encoded by the model, the whole gallery is ranked, and the answer goes through the server.
+any number of tokens. All else is what users get: what the model made of the reference is looked up
+in the index, or its file is read and encoded, the text is encoded, the whole gallery is ranked, and
+the answer goes through the server.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import psutil
 from PIL import Image
 
 from dqe_jax.search import store
+from dqe_jax.search.images import read_images
 from dqe_jax.search.index import Index
 from dqe_jax.search.model import Model
 from dqe_jax.search.store import Entry, Facts, Listing, Writer
@@ -34,6 +36,7 @@ from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.text_table import text_table
 
 SIDE = 224
+BATCH = 64  # images that are drawn together
 CHECKED = 16  # searches that are compared with exact ranking
 WARM_UP = 2.0  # seconds of load that are not counted
 
@@ -46,6 +49,7 @@ def measure(
     numbers: Sequence[int],
     seconds: float,
     files: int = 1_000,
+    keep_features: bool = True,
 ) -> list[JsonObject]:
     """Measures servers.
 
@@ -56,6 +60,7 @@ def measure(
       numbers: of clients at a time, likewise.
       seconds: of load.
       files: image files that are drawn, of which clients take their references.
+      keep_features: whether the index keeps what the model made of references.
 
     Returns:
       A line for each number of tokens and of clients.
@@ -66,21 +71,28 @@ def measure(
     lines: list[JsonObject] = []
     for count in tokens:
         with tempfile.TemporaryDirectory(prefix="dqe-load-") as place:
-            index = draw_index(model, Path(place), images, count, min(files, images))
+            index = draw_index(model, Path(place), images, count, min(files, images), keep_features)
             check_exact(index, model)
             service = Service(index, limits=Limits(), log=None)
             service.warm_up()
             try:
                 for clients_at_once in numbers:
                     line = _under_load(service, min(files, images), clients_at_once, seconds)
-                    lines.append({"images": images, "tokens": count, **line})
+                    facts = {"images": images, "tokens": count, "keep_features": keep_features}
+                    lines.append({**facts, **line})
             finally:
                 service.batcher.close()
     return lines
 
 
-def draw_index(model: Model, directory: Path, images: int, tokens: int, files: int) -> Index:
-    """An index of drawn images, of which the first `files` have files."""
+def draw_index(
+    model: Model, directory: Path, images: int, tokens: int, files: int, keep_features: bool
+) -> Index:
+    """An index of drawn images, of which the first `files` have files.
+
+    With `keep_features` these have the features that the model makes of them. Others have zeros,
+    which nobody looks at.
+    """
     rng = np.random.default_rng(0)
     folder = directory / "photos"
     folder.mkdir()
@@ -93,23 +105,33 @@ def draw_index(model: Model, directory: Path, images: int, tokens: int, files: i
         tokens=tokens,
         width=width,
         images=str(folder),
+        features=model.reference_specs if keep_features else {},
     )
     place = directory / "index"
     entries: dict[str, Entry] = {}
+    names = [f"{row:07d}.jpg" for row in range(images)]
+    for name in names[:files]:
+        small = rng.integers(0, 256, (7, 7, 3), np.uint8)
+        photo = Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        photo.save(folder / name, "JPEG")
     with store.locked(place):
         store.write_facts(place, facts)
         writer = Writer(place, facts)
-        for row in range(images):
-            id_ = f"{row:07d}.jpg"
-            content = store.content_of(id_.encode())
-            if row < files:
-                small = rng.integers(0, 256, (7, 7, 3), np.uint8)
-                photo = Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-                photo.save(folder / id_, "JPEG")
-            vectors = rng.standard_normal((tokens, width), np.float32)
-            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-            writer.add(content, vectors, b"-")  # no thumbnail
-            entries[id_] = Entry(content, 0, 0)
+        for start in range(0, images, BATCH):
+            some = names[start : start + BATCH]
+            features = {n: np.zeros((BATCH, *x.shape), x.dtype) for n, x in facts.features.items()}
+            if keep_features and start < files:
+                drawn = [folder / name for name in names[start : min(start + BATCH, files)]]
+                made = model.encode_references(read_images(drawn, model.preprocessing))
+                for name, array in made.items():
+                    features[name][: len(array)] = array
+            for row, id_ in enumerate(some):
+                content = store.content_of(id_.encode())
+                vectors = rng.standard_normal((tokens, width), np.float32)
+                vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+                own = {name: array[row] for name, array in features.items()}
+                writer.add(content, vectors, b"-", own)  # no thumbnail
+                entries[id_] = Entry(content, 0, 0)
         writer.flush()
         store.write_listing(place, Listing(entries, {}, {}))
     listing = store.read_listing(place)
@@ -118,7 +140,10 @@ def draw_index(model: Model, directory: Path, images: int, tokens: int, files: i
 
 
 def check_exact(index: Index, model: Model, k: int = 24) -> None:
-    """Raises a `UserError` if some answers are not those of ranking all images one by one."""
+    """Raises a `UserError` if some answers are not those of ranking all images one by one.
+
+    Here all references are encoded from their files.
+    """
     facts = store.read_facts(index.directory)
     listing = store.read_listing(index.directory)
     assert facts is not None, "it was written just now"

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dqe_jax.search import milvus
+from dqe_jax.search.images import Encoded
 from dqe_jax.search.index import open_index
 from dqe_jax.utils.errors import UserError
 
@@ -37,6 +38,7 @@ def test_it_finds_what_exact_search_finds(model, photos, places, tmp_path, monke
     (tmp_path / "t.csv").write_text("\n".join(["image;brand;price", *lines]).replace(",", ";"))
     index = model.index(photos, output=place, store=store, table=tmp_path / "t.csv")
     exact = model.index(photos, table=tmp_path / "t.csv")
+    assert isinstance(index.known("000.png").image, Encoded)
     assert found_by(index) == found_by(exact)
     for options in (
         {"filter": {"brand": "A'\"ä"}, "include_reference": True},

@@ -32,11 +32,11 @@ def test_the_query_moves_as_the_formula_says():
 
 def test_a_batch_answers_each_as_alone(model, photos, tmp_path):
     (tmp_path / "t.csv").write_text("image,price\n" + "\n".join(f"{i:03d},{i}" for i in range(40)))
-    index = model.index(photos, table=tmp_path / "t.csv")
+    index = model.index(photos, table=tmp_path / "t.csv", keep_features=False)
     data = (photos / "004.png").read_bytes()
     known = index.known("004.png")
-    np.testing.assert_array_equal(known.pixels, model.preprocessing.square(opened(data)))
-    other = Known("given", known.pixels, content_of(data))
+    np.testing.assert_array_equal(known.image, model.preprocessing.square(opened(data)))
+    other = Known("given", known.image, content_of(data))
     asks = [
         Ask(("000.png",), "in red", 3),
         Ask(("000.png",), "in red", 7, weights={"color": 3.0}),
