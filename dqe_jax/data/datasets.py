@@ -20,6 +20,7 @@ from dqe_jax.data.annotations import (
     circo,
     cirr,
     domain_conversion,
+    edir,
     fashion200k,
     fashioniq,
     genecis,
@@ -276,6 +277,7 @@ DATASETS = {
                 ("ltll", "freedom", domain_conversion.RAW_LTLL),
                 ("fashion200k", "fashion200k", fashion200k.RAW),
                 ("icir", "icir", icir.RAW),
+                ("edir", "edir", edir.RAW),
             )
         ),
     )

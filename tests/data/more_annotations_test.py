@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dqe_jax.data import preparation, regions, splits
-from dqe_jax.data.annotations import fashion200k, genecis, icir, lasco, shoes
+from dqe_jax.data.annotations import edir, fashion200k, genecis, icir, lasco, shoes
 from dqe_jax.data.annotations.schema import MALFORMED, UNKNOWN_IMAGE
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.datasets import DATASETS
@@ -384,7 +384,7 @@ def test_domain_conversion_made(tmp_path):
     assert sum(map(len, read.dropped.values())) == 8  # two lines, for each of four domains
 
 
-# --- The documented format only: LaSCo's queries, Fashion200k, i-CIR ------------------------------
+# --- The documented format only: LaSCo's queries, Fashion200k, i-CIR, EDIR ------------------------
 
 
 @needs_real
@@ -456,6 +456,61 @@ def test_icir_made(tmp_path):
     write(tmp_path / "icir/database_files.csv", "d/1.jpg,crowd,7\nd/2.jpg,,7\n")
     with pytest.raises(UserError, match="line 2 must be a path, a text and an instance"):
         icir.read(RawFiles(tmp_path), "test")
+
+
+def test_edir_made(tmp_path):
+    standins.small_edir(tmp_path)
+    read = edir.read(RawFiles(tmp_path), "test")
+    assert not read.dropped
+    assert (len(read.queries), len(read.pools["corpus"]), len(read.unranked)) == (10, 24, 5)
+    first = read.queries[0]
+    assert (first.id, first.texts, first.kinds) == ("q0", ("make it red",), ("color",))
+    assert first.reference in read.unranked
+    assert (first.target, first.known_positives) == (
+        "510_000000003_2.png",
+        ("510_000000003_2.png",),
+    )
+    assert edir.stem(first.target) == "510_000000003_2"
+
+
+EDIR = {"id": "q", "image": "a.png", "text": "redder", "metadata": {"subcategory": "color"}}
+INSTANCE = {"qid": "q", "pos": ["a.png"], "neg": ["b.png"]}
+
+
+@pytest.mark.parametrize(
+    ("record", "instances", "reason"),
+    [
+        *((without(EDIR, name), [INSTANCE], MALFORMED) for name in EDIR),
+        ([], [INSTANCE], MALFORMED),
+        (EDIR | {"text": ""}, [INSTANCE], MALFORMED),
+        (EDIR | {"metadata": {}}, [INSTANCE], MALFORMED),
+        *(
+            (EDIR, instances, MALFORMED)
+            for instances in (
+                *([], [INSTANCE] * 2, [[]], [INSTANCE | {"qid": "z"}]),
+                *([without(INSTANCE, name)] for name in ("pos", "neg")),
+                *([INSTANCE | {"pos": pos}] for pos in ([], ["a.png", "b.png"], [""], [3])),
+            )
+        ),
+        (EDIR, [INSTANCE | {"pos": ["z.png"]}], UNKNOWN_IMAGE),
+    ],
+)
+def test_records_of_edir_that_are_not_sound(tmp_path, record, instances, reason):
+    corpus = [{"id": name, "image": name} for name in ("a.png", "b.png")]
+    rows = {"corpus": corpus, "queries": [record], "instances": instances}
+    for name, lines in rows.items():
+        write(tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, lines)))
+    read = edir.read(RawFiles(tmp_path), "test")
+    assert read.dropped == {reason: ["queries.jsonl:1"]}
+    assert not read.queries
+
+
+def test_a_corpus_of_edir_that_is_not_sound(tmp_path):
+    standins.small_edir(tmp_path)
+    for line in ('{"id": "a.png"}', '{"id": "a.png", "image": "b.png"}', "{", "[]"):
+        write(tmp_path / "corpus.jsonl", f'{{"id": "c", "image": "c"}}\n{line}\n')
+        with pytest.raises(UserError, match=r"corpus\.jsonl: line 2: .*get the file again"):
+            edir.read(RawFiles(tmp_path), "test")
 
 
 def test_questions_of_two_images_and_explicit_negatives_are_stored(tmp_path):

@@ -375,7 +375,7 @@ def test_protocols():
     names = {protocol.name for protocol in protocols.PROTOCOLS.values()}
     assert names == {
         *("plain", "fashioniq-original", "fashioniq-val", "cirr", "circo", "genecis", "pinpoint"),
-        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir"),
+        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir", "edir"),
     }
     notes = {protocol.note for protocol in protocols.PROTOCOLS.values()}
     assert len(notes) == len(names)

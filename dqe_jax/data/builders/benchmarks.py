@@ -21,6 +21,7 @@ from dqe_jax.data.annotations import (
     circo,
     cirr,
     domain_conversion,
+    edir,
     fashion200k,
     fashioniq,
     genecis,
@@ -334,11 +335,18 @@ class ICIR(Benchmark):
     raw = icir.RAW
 
 
+class EDIR(Benchmark):
+    """EDIR (Song et al., ACL 2026)."""
+
+    name = "edir"
+    raw = edir.RAW
+
+
 BUILDERS = {
     cls.name: cls
     for cls in (
         *(FashionIQ, CIRR, CIRCO, Triplets, GeneCIS, PinPoint, Shoes, LaSCo, Fashion200k, ICIR),
-        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL),
+        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL, EDIR),
     )
 }
 
