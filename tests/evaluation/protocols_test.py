@@ -20,9 +20,11 @@ from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
 from dqe_jax.evaluation import metrics, predictions, protocols, submissions
 from dqe_jax.evaluation.judgements import preference_metrics, score_preferences
+from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
-REAL = pathlib.Path(__file__).resolve().parents[3] / "shared" / "annotations"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared" / "annotations"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the annotations are not at {REAL}")
 CATEGORIES = ("dress", "shirt", "toptee")
 ASPECTS = ("addition", "cardinality", "negation", "viewpoint")
@@ -496,6 +498,20 @@ def test_files_of_preferences_that_cannot_be_scored(tmp_path, change, sentence):
         score_preferences(path, tmp_path / "hpfiq.json", output=tmp_path / "out")
     assert str(error.value).startswith(str(path))
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow  # two commands
+def test_preferences_by_the_command(tmp_path):
+    path = write_json(tmp_path / "mine.json", made_judgements(tmp_path))
+    words = (f"--predictions={path}", f"--hp_fashioniq={tmp_path / 'hpfiq.json'}")
+    words += (f"--output={tmp_path / 'out'}",)
+    done = run_module("dqe_jax.evaluate", "--config=configs/fiq.py", *words, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "hp_fashioniq-mine.json").read_text())
+    assert found == score_preferences(path, tmp_path / "hpfiq.json")
+    done = run_module("dqe_jax.evaluate", "--config=configs/cirr.py", *words, cwd=ROOT)
+    assert done.returncode == 2
+    assert "judges images of FashionIQ, not of cirr" in done.stderr
 
 
 # --- Files for servers ----------------------------------------------------------------------------
