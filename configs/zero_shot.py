@@ -5,14 +5,14 @@
 The model is that of `configs/cirr.py`. The benchmarks are in `docs/how-to/more-benchmarks.md`.
 
 Variants: `:pinpoint`, `:pic2word`, `:imagenet_r`, `:nico`, `:minidn`, `:ltll`, `:fashion200k`,
-`:icir` or `:edir` in place of GeneCIS; `:smoke`, the smoke model of `configs/cirr.py`.
+`:icir`, `:edir` or `:circled` in place of GeneCIS; `:smoke`, the smoke model of `configs/cirr.py`.
 """
 
 from configs import cirr, common
 
 BENCHMARKS = (
     *("pinpoint", "pic2word", "imagenet_r", "nico", "minidn", "ltll"),
-    *("fashion200k", "icir", "edir"),
+    *("fashion200k", "icir", "edir", "circled"),
 )
 
 
@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     """The config of a benchmark.
 
     `arg`: `smoke`, and one of `pinpoint`, `pic2word`, `imagenet_r`, `nico`, `minidn`, `ltll`,
-    `fashion200k`, `icir` or `edir`; or nothing.
+    `fashion200k`, `icir`, `edir` or `circled`; or nothing.
     """
     variants = common.parse_variants(arg, (*BENCHMARKS, "smoke"))
     config = cirr.whole()

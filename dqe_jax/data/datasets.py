@@ -17,6 +17,7 @@ from etils import epath
 
 from dqe_jax.data import preparation
 from dqe_jax.data.annotations import (
+    circled,
     circo,
     cirr,
     domain_conversion,
@@ -258,6 +259,13 @@ DATASETS = {
             protocols={"original": "lasco"},
             sizes={"train": SplitSize(81_653, 359_268), "validation": SplitSize(39_826, 30_037)},
             raw=lasco.RAW,
+        ),
+        DatasetInfo(
+            name="circled",
+            open=_benchmark,
+            splits=circled.SPLITS,
+            protocols={"original": "circled"},
+            raw=circled.RAW,
         ),
         *(
             DatasetInfo(

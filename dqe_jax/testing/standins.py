@@ -323,6 +323,42 @@ def small_edir(raw: Path, images: int = 24, count: int = 10) -> None:
         write_photo(raw / "imgs_mc" / image, size=(20, 20))
 
 
+def small_circled(raw: Path, images: int = 14) -> None:
+    """A made CIRCLED of three subsets, two sessions of two and three turns each."""
+    names = {
+        "fashioniq_dress_val": [f"B{i:09d}" for i in range(images)],
+        "cirr_val": [f"dev-{i}-0-img0" for i in range(images)],
+        "circo_val": [str(i) for i in range(200, 200 + images)],
+    }
+    write_json(raw / "split.dress.val.json", names["fashioniq_dress_val"])
+    write_json(
+        raw / "split.rc2.val.json", {name: f"./dev/{name}.png" for name in names["cirr_val"]}
+    )
+    _list_coco(raw, [int(name) for name in names["circo_val"]])
+    for subset, listed in names.items():
+        sessions = [
+            {
+                "session_id": f"{subset}_{number:04d}",
+                "subset": subset,
+                "ground_truth_ids": listed[number + 8 : number + 9 + (subset == "circo_val")],
+                "num_turns": number + 2,
+                "turns": [
+                    {
+                        "turn": turn + 1,
+                        "reference_image_id": listed[2 * turn + number],
+                        "relative_caption": f"is {('red', 'blue', 'darker')[turn]} now",
+                    }
+                    for turn in range(number + 2)
+                ],
+            }
+            for number in range(2)
+        ]
+        write_json(raw / "data" / f"{subset}.json", sessions)
+        for name in listed:
+            file = _coco_file(int(name)) if subset == "circo_val" else f"{name}.png"
+            write_photo(raw / "photos" / subset / file, size=(20, 20))
+
+
 def small_triplets(raw: Path, images: int = 24, count: int = 30) -> None:
     """A catalogue in two folders with a triplets.csv: several targets, attributes, splits."""
     names = [f"{'ab'[i % 2]}/{i:03d}.jpg" for i in range(images)]

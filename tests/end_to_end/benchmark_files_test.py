@@ -33,18 +33,21 @@ pytestmark = pytest.mark.slow
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published annotations are not here")
 
 
+SPLIT_FILES = ("dress", "rc2")
+
+
 class Truth(NamedTuple):
     """What an evaluation must give.
 
     Attributes:
       questions: of each query its id, its reference, the images that are right, and its kind.
-      ranked: the gallery.
+      ranked: the gallery, or several of which a query ranks the one that holds its reference.
       left_out: whether the reference is left out of the ranking.
       key: the headline metric.
     """
 
     questions: list[tuple[str, str, frozenset[str], str]]
-    ranked: list[str]
+    ranked: list[str] | list[list[str]]
     left_out: bool
     key: str
 
@@ -183,6 +186,23 @@ def edir(raw, published):
     return Truth(questions, [row["id"] for row in rows["corpus"]], False, "R@1")
 
 
+def circled(raw, published):
+    assert not published
+    standins.small_circled(raw)
+    questions = []
+    for file in sorted(raw.rglob("*_val.json")):
+        for session in json.loads(file.read_text()):
+            for turn in session["turns"]:
+                name = f"{session['session_id']}/{turn['turn']}"
+                right = frozenset(session["ground_truth_ids"])
+                questions.append((name, turn["reference_image_id"], right, ""))
+    listed = (json.loads(next(raw.rglob(f"split.{n}.val.json")).read_text()) for n in SPLIT_FILES)
+    galleries = [list(names) for names in listed]
+    info = json.loads(next(raw.rglob("image_info*.json")).read_text())
+    galleries.append([str(image["id"]) for image in info["images"]])
+    return Truth(questions, galleries, False, "R@5")
+
+
 # --- By hand --------------------------------------------------------------------------------------
 
 
@@ -191,11 +211,13 @@ def stated(truth, held):
     query = dict(zip(held.query.ids, held.query.array))
     image = dict(zip(held.gallery.ids, held.gallery.array))
     assert query.keys() == {name for name, *_ in truth.questions}
-    tokens = np.stack([image[name] for name in truth.ranked])
     by_kind = collections.defaultdict(list)
     for name, reference, right, kind in truth.questions:
-        scores = (tokens @ query[name]).max(axis=1)
-        order = [truth.ranked[i] for i in np.argsort(-scores, kind="stable")]
+        ranked = truth.ranked
+        if isinstance(ranked[0], list):
+            (ranked,) = (names for names in ranked if reference in names)
+        scores = np.array([(image[one] @ query[name]).max() for one in ranked])
+        order = [ranked[i] for i in np.argsort(-scores, kind="stable")]
         if truth.left_out:
             order = [one for one in order if one != reference]
         found = [i for i, one in enumerate(order) if one in right]
@@ -221,7 +243,7 @@ def model(tmp_path_factory):
     return base / "run"
 
 
-MADE = (shoes, lasco, fashion200k, nico, minidn, ltll, edir)
+MADE = (shoes, lasco, fashion200k, nico, minidn, ltll, edir, circled)
 PUBLISHED = (shoes, lasco, nico, minidn, ltll)
 
 
@@ -253,7 +275,7 @@ def test_from_files_to_metrics(model, tmp_path, make, published):
     out, file = tmp_path / "out", tmp_path / "saved.npz"
     result = evaluate_checkpoint(config, model, output=out, save_embeddings=file)
     assert len(truth.questions) > 3
-    assert result.embedded == len(truth.ranked)
+    assert result.embedded == len(np.concatenate([truth.ranked], axis=None))
     # Two equal products may be rounded otherwise here.
     assert result.metrics[truth.key] == pytest.approx(
         stated(truth, read_embeddings(file)), abs=2e-3

@@ -377,7 +377,7 @@ def test_protocols():
     names = {protocol.name for protocol in protocols.PROTOCOLS.values()}
     assert names == {
         *("plain", "fashioniq-original", "fashioniq-val", "cirr", "circo", "genecis", "pinpoint"),
-        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir", "edir"),
+        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir", "edir", "circled"),
     }
     notes = {protocol.note for protocol in protocols.PROTOCOLS.values()}
     assert len(notes) == len(names)

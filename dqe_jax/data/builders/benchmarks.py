@@ -18,6 +18,7 @@ from etils import epath
 
 from dqe_jax.data import examples
 from dqe_jax.data.annotations import (
+    circled,
     circo,
     cirr,
     domain_conversion,
@@ -342,11 +343,18 @@ class EDIR(Benchmark):
     raw = edir.RAW
 
 
+class CIRCLED(Benchmark):
+    """CIRCLED (Takeda et al., 2026)."""
+
+    name = "circled"
+    raw = circled.RAW
+
+
 BUILDERS = {
     cls.name: cls
     for cls in (
         *(FashionIQ, CIRR, CIRCO, Triplets, GeneCIS, PinPoint, Shoes, LaSCo, Fashion200k, ICIR),
-        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL, EDIR),
+        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL, EDIR, CIRCLED),
     )
 }
 
