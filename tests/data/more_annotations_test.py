@@ -384,7 +384,7 @@ def test_domain_conversion_made(tmp_path):
     assert sum(map(len, read.dropped.values())) == 8  # two lines, for each of four domains
 
 
-# --- The documented format only: LaSCo's queries, Fashion200k, i-CIR, and others -------------------
+# --- The documented format only: LaSCo's queries, Fashion200k, i-CIR and others ------------------
 
 
 @needs_real
