@@ -245,7 +245,7 @@ def small_shoes(raw: Path, images: int = 30, count: int = 12) -> None:
             write_photo(raw / "womens_boots" / str(i % 2) / name)
 
 
-def small_lasco(raw: Path, ids: Sequence[int] = tuple(range(42, 82)), count: int = 12) -> None:
+def small_lasco(raw: Path, ids: Sequence[int] = tuple(range(42, 82)), count: int = 24) -> None:
     """A made LaSCo of val: `count` queries over images with COCO's `ids`."""
     paths = [f"val2014/COCO_val2014_{image:012d}.jpg" for image in ids]
     corpus = [{"id": image, "path": f"val/{path}"} for image, path in zip(ids, paths)]
@@ -254,7 +254,7 @@ def small_lasco(raw: Path, ids: Sequence[int] = tuple(range(42, 82)), count: int
             "qid": 1000 * ids[i] + i,
             "query-text": f"the person is red {i}",
             "query-image": [ids[i], paths[i]],
-            "target-image": [ids[3 * i + 1], paths[3 * i + 1]],
+            "target-image": [ids[(3 * i + 1) % len(ids)], paths[(3 * i + 1) % len(ids)]],
         }
         for i in range(count)
     ]
