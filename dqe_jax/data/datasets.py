@@ -260,13 +260,6 @@ DATASETS = {
             sizes={"train": SplitSize(81_653, 359_268), "validation": SplitSize(39_826, 30_037)},
             raw=lasco.RAW,
         ),
-        DatasetInfo(
-            name="circled",
-            open=_benchmark,
-            splits=circled.SPLITS,
-            protocols={"original": "circled"},
-            raw=circled.RAW,
-        ),
         *(
             DatasetInfo(
                 name=name,
@@ -287,6 +280,13 @@ DATASETS = {
                 ("icir", "icir", icir.RAW),
                 ("edir", "edir", edir.RAW),
             )
+        ),
+        DatasetInfo(
+            name="circled",
+            open=_benchmark,
+            splits=circled.SPLITS,
+            protocols={"original": "circled"},
+            raw=circled.RAW,
         ),
     )
 }
