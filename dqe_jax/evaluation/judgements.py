@@ -12,7 +12,6 @@ be there, and no other.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 
@@ -80,9 +79,9 @@ def _read_scores(path: epath.Path, ids: Sequence[str]) -> tuple[np.ndarray, np.n
 
 def _are_scores(sets: object) -> bool:
     def is_number(value: object) -> bool:
-        kind = isinstance(value, int | float) and not isinstance(value, bool)
-        # Beyond this a whole number is no float.
-        return kind and abs(value) < 1e300 and math.isfinite(value)  # type: ignore[arg-type]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return abs(value) < 1e300  # false for NaN; beyond it a whole number may be no float
 
     return (
         isinstance(sets, list)

@@ -44,7 +44,7 @@ from dqe_jax.data.annotations.schema import (
 )
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import JsonObject, read_json
+from dqe_jax.utils.files import read_json
 
 SPLITS = {"test": "val"}
 # Galleries by subset.
@@ -98,8 +98,9 @@ def _ranked(files: RawFiles, subset: str) -> list[str]:
     if GALLERIES[subset] == IMAGE_INFO:
         return read_gallery(files)
     path = files.find(GALLERIES[subset])
-    kind: type[list[object]] | type[JsonObject] = dict if subset == "cirr_val" else list
-    return gallery(path, read_json(path, kind))
+    if subset == "cirr_val":  # an object of names and paths
+        return gallery(path, read_json(path, dict))
+    return gallery(path, read_json(path, list))
 
 
 def _turns(sessions: list[object]) -> Iterator[tuple[int, _Turn]]:
