@@ -44,17 +44,17 @@ def score_preferences(
     Raises:
       UserError: a file cannot be read or is not as it should be, or the directory is not writable.
     """
-    path, place = epath.Path(path).expanduser(), None
+    file, place = epath.Path(path).expanduser(), None
     if output is not None:
         place = whole_path(output)
         make_directory(place)
     judgements = hp_fashioniq.read(epath.Path(hpfiq).expanduser())
-    first, second = _read_scores(path, judgement_ids(judgements))
+    first, second = _read_scores(file, judgement_ids(judgements))
     preferred = [judgement.preferred for judgement in judgements]
     found = preference_metrics(first, second, preferred) | {"official": len(judgements)}
     logging.info("HP-FashionIQ, %d judgements:\n%s", len(judgements), json.dumps(found, indent=2))
     if place is not None:
-        write_json(place / f"hp_fashioniq-{path.name.partition('.')[0]}.json", found)
+        write_json(place / f"hp_fashioniq-{file.name.partition('.')[0]}.json", found)
     return found
 
 
