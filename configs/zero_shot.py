@@ -4,15 +4,15 @@
 
 The model is that of `configs/cirr.py`. The benchmarks are in `docs/how-to/more-benchmarks.md`.
 
-Variants: `:pinpoint`, `:pic2word`, `:imagenet_r`, `:nico`, `:minidn`, `:ltll`, `:fashion200k` or
-`:icir` in place of GeneCIS; `:smoke`, the smoke model of `configs/cirr.py`.
+Variants: `:pinpoint`, `:pic2word`, `:imagenet_r`, `:nico`, `:minidn`, `:ltll`, `:fashion200k`,
+`:icir`, `:edir` or `:circled` in place of GeneCIS; `:smoke`, the smoke model of `configs/cirr.py`.
 """
 
 from configs import cirr, common
 
 BENCHMARKS = (
     *("pinpoint", "pic2word", "imagenet_r", "nico", "minidn", "ltll"),
-    *("fashion200k", "icir"),
+    *("fashion200k", "icir", "edir", "circled"),
 )
 
 
@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     """The config of a benchmark.
 
     `arg`: `smoke`, and one of `pinpoint`, `pic2word`, `imagenet_r`, `nico`, `minidn`, `ltll`,
-    `fashion200k` or `icir`; or nothing.
+    `fashion200k`, `icir`, `edir` or `circled`; or nothing.
     """
     variants = common.parse_variants(arg, (*BENCHMARKS, "smoke"))
     config = cirr.whole()

@@ -77,7 +77,10 @@ _RAW_DIR = flags.DEFINE_string(
     "prepared data.",
 )
 _HP_FASHIONIQ = flags.DEFINE_string(
-    "hp_fashioniq", None, "Also measure the preference ratio on this hpfiq.json (FashionIQ, val)."
+    "hp_fashioniq",
+    None,
+    "Also measure the preference ratio on this hpfiq.json (FashionIQ, val). With --predictions: "
+    "the file holds scores of its judgements, and nothing else is measured.",
 )
 _REPORT = flags.DEFINE_bool(
     "report", False, "Write report.html too: every query with what it found, in one file."
@@ -223,6 +226,20 @@ def _watch() -> None:
 
 
 def _score(predictions: str) -> None:
+    if _HP_FASHIONIQ.value is not None:
+        if _CONFIG.value.data.dataset != "fashioniq":
+            raise UserError(
+                f"--hp_fashioniq judges images of FashionIQ, not of {_CONFIG.value.data.dataset}: "
+                "take --config=configs/fiq.py."
+            )
+        if _RAW_DIR.value is not None:
+            raise UserError(
+                "--hp_fashioniq with --predictions needs hpfiq.json alone: leave out --raw_dir."
+            )
+        from dqe_jax.evaluation.judgements import score_preferences
+
+        score_preferences(predictions, _HP_FASHIONIQ.value, output=_OUTPUT.value)
+        return
     from dqe_jax.config import RunConfig
     from dqe_jax.evaluation.asked import read_labels, read_prepared
     from dqe_jax.evaluation.predictions import score_asked

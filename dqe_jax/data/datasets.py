@@ -17,9 +17,11 @@ from etils import epath
 
 from dqe_jax.data import preparation
 from dqe_jax.data.annotations import (
+    circled,
     circo,
     cirr,
     domain_conversion,
+    edir,
     fashion200k,
     fashioniq,
     genecis,
@@ -276,7 +278,15 @@ DATASETS = {
                 ("ltll", "freedom", domain_conversion.RAW_LTLL),
                 ("fashion200k", "fashion200k", fashion200k.RAW),
                 ("icir", "icir", icir.RAW),
+                ("edir", "edir", edir.RAW),
             )
+        ),
+        DatasetInfo(
+            name="circled",
+            open=_benchmark,
+            splits=circled.SPLITS,
+            protocols={"original": "circled"},
+            raw=circled.RAW,
         ),
     )
 }

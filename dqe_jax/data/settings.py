@@ -9,7 +9,7 @@ from dqe_jax.utils.fields import field, flag, integer, number, one_of, text, tup
 DATASETS = (
     *("shapes", "fashion_products", "fashioniq", "cirr", "circo", "triplets"),
     *("shoes", "lasco", "genecis", "pinpoint", "pic2word", "imagenet_r", "nico", "minidn"),
-    *("ltll", "fashion200k", "icir"),
+    *("ltll", "fashion200k", "icir", "edir", "circled"),
 )
 VARIANTS = ("plain", "hard", "coarse", "smoke", "hard_smoke", "coarse_smoke")
 PREPROCESS = ("pad", "squash", "crop", "target_pad")

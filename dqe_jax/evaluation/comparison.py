@@ -1,9 +1,9 @@
 """Compares what several models got for the same queries.
 
 Models are compared only where they were measured alike: on the same data set and split, by the same
-protocol, with the reference in the ranking or left out of it, with the same labels, and in the same
-gallery. Intervals are those of `intervals.py`; the difference of two models is drawn query by
-query, the same draws for all.
+protocol, with the reference in the ranking or left out of it, with the same labels, in the same
+gallery, and from rankings that go as deep. Intervals are those of `intervals.py`; the difference of
+two models is drawn query by query, the same draws for all.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Comparison:
       protocol: name of the protocol.
       queries: how many were compared.
       images: how many were ranked; None where that is not known.
+      cut_at: as in `QueryResults`, of all models.
       keys: metrics that all models have, in their order.
       lines: of the models; the first is what the others are compared with.
     """
@@ -66,6 +67,7 @@ class Comparison:
     protocol: str
     queries: int
     images: int | None
+    cut_at: int | None
     keys: tuple[str, ...]
     lines: Sequence[Line]
 
@@ -100,7 +102,7 @@ def compare(results: Sequence[QueryResults]) -> Comparison:
     kept = tuple(key for key in keys if all(key in line.values for line in lines))
     images = next((one.images for one in aligned if one.images is not None), None)
     head = (first.dataset, first.split, first.protocol, len(first.ids))
-    return Comparison(*head, images, kept, lines)
+    return Comparison(*head, images, first.cut_at, kept, lines)
 
 
 def differences(own: QueryResults, other: QueryResults) -> dict[str, Interval]:
@@ -153,6 +155,17 @@ def check_alike(results: QueryResults, first: QueryResults) -> None:
             f"{results.name!r} and {first.name!r} cannot be compared: their queries or labels "
             f"differ ({len(results.ids):,} and {len(first.ids):,} queries); evaluate both on the "
             "same data."
+        )
+    if results.cut_at != first.cut_at:
+        cut, depths = results, []
+        for one in (results, first):
+            whole = one.cut_at is None
+            depths.append("whole rankings" if whole else f"lists cut at {one.cut_at:,} images")
+            cut = cut if whole else one
+        raise UserError(
+            f"{results.name!r} and {first.name!r} cannot be compared: they were scored from "
+            f"{depths[0]} and from {depths[1]}; evaluate {cut.name!r} by --embeddings, or by "
+            "--predictions of whole rankings."
         )
     if None in (results.gallery, first.gallery):
         logging.warning(

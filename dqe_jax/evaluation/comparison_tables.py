@@ -39,7 +39,17 @@ def note(comparison: Comparison) -> str:
         f"over the reference images, each with all its queries ({DRAWS:,} draws). Differences are "
         f"from {first}, query by query; {CLEAR} marks those whose interval leaves out 0. They "
         "tell how much a figure depends on the choice of queries, and not how much runs with other "
-        "seeds differ."
+        f"seeds differ.{_cut(comparison)}"
+    )
+
+
+def _cut(comparison: Comparison) -> str:
+    """A sentence, where lists were scored that end before all that counts."""
+    if comparison.cut_at is None:
+        return ""
+    return (
+        " All models were scored from lists that are cut (the shortest holds "
+        f"{comparison.cut_at:,} images): figures of whole rankings may be higher."
     )
 
 

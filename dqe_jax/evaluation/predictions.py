@@ -19,6 +19,10 @@ and `fashion_products`, it is scored against prepared data.
 -   **Other benchmarks whose protocol leaves the reference out**: it is struck from the lists.
 -   **GeneCIS**: a list is of the query's own candidates. **FREEDOM, i-CIR**: metrics are of the
     whole ranking, and all of a list counts; a relevant image that it lacks is never found.
+-   **Cut lists**: one that is shorter than its gallery and than the largest cut-off of the metrics,
+    and lacks an image that counts, may score lower than the whole ranking would. `cut_at` in the
+    results is the length of the shortest of these: models that were scored otherwise are not
+    compared with such ones.
 -   A split **without labels** cannot be scored: the file is checked against the server's rules.
 """
 
@@ -128,6 +132,7 @@ def score_asked(
         "dataset": dataset,
         "split": asked.name,
         "protocol": protocol.name,
+        "cut_at": scored.cut_at,
         "metrics": scored.metrics,
         "intervals": results.intervals(),
     }
@@ -173,12 +178,43 @@ class _Scored:
             places = several_targets.listed_places(ranked, queries.relevant)
         self._places = None if places is None else places[self._known]
         self.metrics = _measure(protocol, queries, rows, places, self._metric)
-        self.metrics |= _facts(dataset, protocol, queries, ranked, self._metric)
+        wanted = _wanted(protocol, queries, self._metric)
+        self.cut_at = self._cut_at(ranked, wanted)
+        self.metrics |= _facts(dataset, queries, ranked, wanted)
+        if self.cut_at is not None:
+            logging.warning(
+                "Lists end before all that counts (the shortest holds %d images): what they lack "
+                "counts as never found, so that the metrics may be lower than those of whole "
+                "rankings, and dqe-jax compare sets them beside no run.",
+                self.cut_at,
+            )
 
     @property
     def _listed(self) -> bool:
         """Whether all images of the gallery are known."""
         return not isinstance(self._asked, Labels) or self._asked.listed
+
+    def _cut_at(self, ranked: Sequence[Sequence[int]], wanted: int | None) -> int | None:
+        """Length of the shortest list that is cut, see the module; None if none is."""
+        queries, size = self._asked.queries, len(self._asked.gallery)
+        leaves_out = self._protocol.exclude_reference
+        found = []
+        for i in self._known.tolist():
+            held = len(ranked[i])
+            most = [] if wanted is None else [wanted]
+            if self._metric == "recall_subset" or self._protocol.own_gallery:
+                most.append(len(queries.subset[i]) - leaves_out)
+            elif self._listed:
+                most.append(len(self._pools[queries.pools[i]]) - leaves_out)
+            counting = [queries.relevant[i], queries.target[i : i + 1]]
+            if len(queries.negatives):
+                counting.append(queries.negatives[i])
+            rows = np.concatenate(counting)
+            # Photos that are not at hand are in no ranking.
+            rows = rows[(rows >= 0) & (rows < size)]
+            if held < min(most, default=held + 1) and not np.isin(rows, ranked[i]).all():
+                found.append(held)
+        return min(found, default=None)
 
     def _allowed(self) -> dict[str, Container[str]]:
         """Which images may be listed, by query."""
@@ -214,6 +250,7 @@ class _Scored:
             name=self._path.name.partition(".")[0],
             dataset=self._dataset,
             pools=self._pools if self._listed else None,
+            cut_at=self.cut_at,
         )
 
 
@@ -343,27 +380,22 @@ def _measure(
     return protocol.measure(queries, rows)
 
 
-def _facts(
-    dataset: str,
-    protocol: protocols.Protocol,
-    queries: Queries,
-    ranked: Sequence[Sequence[int]],
-    metric: str,
-) -> dict[str, int]:
-    """What the metrics depend on, and warnings of it."""
-    facts = {"shortest_list": min(map(len, ranked))}
+def _wanted(protocol: protocols.Protocol, queries: Queries, metric: str) -> int | None:
+    """How many images of a list count; None for all."""
+    if protocol.whole_ranking:
+        return None
     wanted = submissions.CIRR_LENGTHS[metric]
     if protocol.own_gallery:  # there is no more to list
         wanted = min(wanted, *map(len, queries.subset))
-    if protocol.whole_ranking:
-        lacking = sum(not np.isin(own, rows).all() for own, rows in zip(queries.relevant, ranked))
-        if lacking:
-            logging.warning(
-                "%d lists lack relevant images, which count as never found: the metrics are lower "
-                "than those of whole rankings; compare them with none of a run.",
-                lacking,
-            )
-    elif facts["shortest_list"] < wanted:
+    return wanted
+
+
+def _facts(
+    dataset: str, queries: Queries, ranked: Sequence[Sequence[int]], wanted: int | None
+) -> dict[str, int]:
+    """What the metrics depend on, and warnings of it."""
+    facts = {"shortest_list": min(map(len, ranked))}
+    if wanted is not None and facts["shortest_list"] < wanted:
         logging.warning(
             "The shortest list holds %d images: metrics at larger cut-offs, up to %d, count what "
             "there is.",

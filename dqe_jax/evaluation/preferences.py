@@ -1,4 +1,7 @@
-"""HP-FashionIQ: does a model prefer the set of images that people preferred?"""
+"""HP-FashionIQ by embeddings: does a model prefer the set of images that people preferred?
+
+`judgements.py` has the metrics.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from dqe_jax.data.text import Wordings
 from dqe_jax.embedding.sources import Rows
 from dqe_jax.evaluation.asked import Asked
 from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, RetrievalEvaluator
+from dqe_jax.evaluation.judgements import preference_metrics
 from dqe_jax.method.arrays import Params
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import write_json
@@ -48,11 +52,6 @@ def texts_of(tokenizer: Tokenizer, judgements: Sequence[Judgement]) -> Wordings:
     """The texts of judgements."""
     texts = [judgement.text for judgement in judgements]
     return Wordings(text_tokens.encode(tokenizer, texts)[0][:, None], [texts])
-
-
-def judgement_ids(judgements: Sequence[Judgement]) -> list[str]:
-    """Ids of judgements, as files of embeddings name them: `user_1/question_set_1/0`."""
-    return [f"{j.user}/{j.question_set}/{j.index}" for j in judgements]
 
 
 def embed_judgements(
@@ -106,57 +105,3 @@ def measure_preferences(
         "HP-FashionIQ, %d of %d judgements:\n%s", len(judgements), official, json.dumps(found)
     )
     return found
-
-
-def preference_metrics(
-    first: np.ndarray, second: np.ndarray, preferred: Sequence[int] | np.ndarray
-) -> dict[str, float]:
-    """How well a model agrees with the judgements of HP-FashionIQ.
-
-    The score of a set of five images is the mean of the model's scores for them.
-
-    | key | |
-    | --- | --- |
-    | `preference_ratio` | of the judgements with set 1 scoring higher, the share preferring set 1 |
-    | `first_higher` | the number of those judgements |
-    | `agreement` | share whose higher-scoring set is the preferred one; a tie counts half |
-    | `ties` | the number of judgements whose two sets score the same |
-    | `always_first` | share that prefers set 1: the baseline |
-    | `judgements` | their number |
-
-    `preference_ratio` is that of the authors' script (github.com/jackwaky/QuRe,
-    HP_FashionIQ/evaluate.py), which looks at one order of the two sets only, and is 0.0 if set 1
-    never scores higher. `agreement`, which is ours, looks at both orders. Sets with
-    the same images in another order, of which there are ten, tie; in the script rounding decides.
-
-    Args:
-      first: float `[J, 5]`, the model's scores of set 1.
-      second: float `[J, 5]`, of set 2.
-      preferred: int `[J]`, 1 or 2.
-
-    Raises:
-      ValueError: shapes do not fit, there is no judgement, or a value cannot be.
-    """
-    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    preferred = np.asarray(preferred)
-    if first.ndim != 2 or first.shape != second.shape or preferred.shape != first.shape[:1]:
-        raise ValueError(
-            f"expected scores [J, 5], [J, 5] and judgements [J], got {list(first.shape)}, "
-            f"{list(second.shape)} and {list(preferred.shape)}"
-        )
-    if not len(first) or not np.isin(preferred, (1, 2)).all():
-        raise ValueError("there are no judgements, or one is neither 1 nor 2")
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("the scores hold values that are not finite")
-    # Sorted, so that the order of the images cannot change how the mean is rounded.
-    difference = np.sort(first).mean(axis=1) - np.sort(second).mean(axis=1)
-    higher, ties, prefers_first = difference > 0, difference == 0, preferred == 1
-    agrees = np.where(ties, 0.5, higher == prefers_first)
-    return {
-        "preference_ratio": float(prefers_first[higher].mean()) if higher.any() else 0.0,
-        "agreement": float(agrees.mean()),
-        "always_first": float(prefers_first.mean()),
-        "first_higher": int(higher.sum()),
-        "ties": int(ties.sum()),
-        "judgements": len(preferred),
-    }

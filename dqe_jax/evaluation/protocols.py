@@ -18,6 +18,8 @@ fractions (published tables show percentages), means over queries unless it says
 | lasco | lasco | all | stays | R@k |
 | fashion200k | fashion200k | all | left out | R@k of any image with the target's description |
 | icir | icir | its instance's database | stays | mAP |
+| edir | edir | all of the corpus | stays | R@k, by subcategory |
+| circled | circled | its subset's | stays | R@k of any ground truth, by subset and turn |
 
 `several_targets.py` measures those with several valid targets. The mAP of freedom and icir is of
 the whole ranking and the trapezoid rule, so that a measure takes `places` too.
@@ -404,6 +406,19 @@ def lasco_metrics(
     }
 
 
+def edir_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """`R@k` for k of 1, 5, 10, 50, over all queries and by subcategory."""
+    del subset_rows
+    values = _recalls(queries, rows, RECALL_KS)
+    found = {k: float(v.mean()) for k, v in values.items()} | {"queries": len(queries)}
+    for kind, members in metrics.group_members(queries.kinds).items():
+        found |= {f"{k}/{kind}": float(v[members].mean()) for k, v in values.items()}
+        found[f"queries/{kind}"] = int(members.sum())
+    return found
+
+
 def _recalls(queries: Queries, rows: np.ndarray, ks: Iterable[int]) -> dict[str, np.ndarray]:
     """`R@k` of every query, `[Q]`, by key."""
     target = np.asarray(queries.target)
@@ -562,11 +577,31 @@ _ICIR = Protocol(
     by_relevance=True,
     query_values=several_targets.icir_values,
 )
+_EDIR = Protocol(
+    name="edir",
+    measure=edir_metrics,
+    headline=("R@1", "R@5", "R@10", "R@50"),
+    note=(
+        "EDIR protocol: the public corpus is ranked, the reference too where it is in it; the "
+        "paper's figures are of a larger gallery"
+    ),
+)
+_CIRCLED = Protocol(
+    name="circled",
+    measure=several_targets.circled_metrics,
+    headline=("R@1", "R@5", "R@10", "R@50"),
+    note=(
+        "CIRCLED, each turn by itself: it ranks its subset's gallery, the reference included, and "
+        "any ground truth is a hit; this measure is ours and knows no earlier turns"
+    ),
+    query_values=several_targets.circled_values,
+)
 # By name; `data/datasets.py` says which data set uses which.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         *(_PLAIN, _FASHIONIQ, _FASHIONIQ_VAL, _CIRR, _CIRCO),
-        *(_GENECIS, _PINPOINT, _SHOES, _PIC2WORD, _FREEDOM, _LASCO, _FASHION200K, _ICIR),
+        *(_GENECIS, _PINPOINT, _SHOES, _PIC2WORD, _FREEDOM, _LASCO, _FASHION200K, _ICIR, _EDIR),
+        _CIRCLED,
     )
 }

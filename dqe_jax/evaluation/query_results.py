@@ -10,11 +10,13 @@ Every evaluation of a split with labels writes `<name>.queries.json`, an object:
 | `questions` | digest of queries and labels, by ids |
 | `gallery` | digest of the images that were ranked, by ids; null where they are not known |
 | `images` | how many they are; null where they are not known |
+| `cut_at` | length of the shortest of the cut lists that were scored; null for whole rankings |
 | `queries` | `id`, `reference` (id of the image) and `stratum` of each query: lists |
 | `values` | for each headline metric a list, null for a query that does not count in it |
 
 A stratum is what means are taken over before they are averaged: categories of
-FashionIQ, tasks of GeneCIS, domains of domain conversion, else one.
+FashionIQ, tasks of GeneCIS, domains of domain conversion, else one. A list is cut if it ends before
+an image that counts, and before the largest cut-off of the metrics: see `predictions.py`.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from dqe_jax.utils.files import JsonObject, read_json, write_json
 SUFFIX = ".queries.json"
 _AGAIN = "evaluate that model again"
 _STRINGS = ("name", "dataset", "split", "protocol", "reference", "questions")
+_OPTIONAL = {"gallery": str, "images": int, "cut_at": int}
 _COLUMNS = ("id", "reference", "stratum")
 
 
@@ -57,6 +60,7 @@ class QueryResults:
     questions: str
     gallery: str | None
     images: int | None
+    cut_at: int | None
     ids: list[str]
     references: list[str]
     strata: list[str]
@@ -101,6 +105,7 @@ def make_results(
     name: str,
     dataset: str,
     pools: Mapping[str, np.ndarray] | None,
+    cut_at: int | None = None,
 ) -> QueryResults:
     """What the queries of a split got.
 
@@ -112,6 +117,7 @@ def make_results(
       name: what is compared.
       dataset: name of the data set.
       pools: the rows that queries of each pool rank; None where not all of the images are known.
+      cut_at: as the field; None for whole rankings.
     """
     queries, ids = asked.queries.take(known), asked.gallery.ids
     return QueryResults(
@@ -123,6 +129,7 @@ def make_results(
         questions=asking.questions_of(asked),
         gallery=None if pools is None else asking.gallery_of(asked, pools),
         images=None if pools is None else len(np.unique(np.concatenate([*pools.values()]))),
+        cut_at=cut_at,
         ids=list(queries.ids),
         references=[ids[row] if 0 <= row < len(ids) else "" for row in queries.reference.tolist()],
         strata=strata_names(protocol, queries),
@@ -136,7 +143,7 @@ def write_results(results: QueryResults, path: epath.Path) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    held = {name: getattr(results, name) for name in (*_STRINGS, "gallery", "images")}
+    held = {name: getattr(results, name) for name in (*_STRINGS, *_OPTIONAL)}
     held["queries"] = {
         "id": results.ids,
         "reference": results.references,
@@ -156,7 +163,7 @@ def read_results(path: epath.Path) -> QueryResults:
     for name in _STRINGS:
         if not isinstance(held.get(name), str):
             raise UserError(f"{path}: {name!r} must be a string; {_AGAIN}.")
-    for name, kind in (("gallery", str), ("images", int)):
+    for name, kind in _OPTIONAL.items():
         if not isinstance(held.get(name), kind | None):
             raise UserError(f"{path}: {name!r} is {held[name]!r}; {_AGAIN}.")
     ids, references, strata = _columns(path, held)
@@ -171,6 +178,7 @@ def read_results(path: epath.Path) -> QueryResults:
         questions=held["questions"],
         gallery=held.get("gallery"),
         images=held.get("images"),
+        cut_at=held.get("cut_at"),
         ids=ids,
         references=references,
         strata=strata,

@@ -357,8 +357,8 @@ def _score_shard(_: object, queries: Array, tokens: Array) -> Array:
     return listed_similarity(queries, tokens)
 
 
-# Numbers in the scores that a device sorts at once.
-SORTED = 2**24
+# Numbers in the scores that a device holds at once.
+HELD = 2**24
 # Queries that a device places at once, few or many.
 PLACED_QUERIES = (16, CHUNK_QUERIES)
 # Rows of a gallery that are placed come in multiples of this many: programs are few.
@@ -399,8 +399,8 @@ def make_place_fn(*, devices: Sequence[jax.Device] | None = None) -> PlaceFn:
     """Makes a function that places rows, for metrics that look at the whole ranking.
 
     The gallery lies on every device while its queries are ranked. Some queries at a time have their
-    scores with all of it, which are sorted there: only the places come back. It compiles once for
-    each `(d, M)`, `R`, number of `PLACED_ROWS` and of `PLACED_QUERIES`.
+    scores with all of it, among which the rows are placed there: only the places come back. It
+    compiles once for each `(d, M)`, `R`, number of `PLACED_ROWS` and of `PLACED_QUERIES`.
 
     Args:
         devices: the devices to use, of all processes; by default all.
@@ -435,7 +435,7 @@ def make_place_fn(*, devices: Sequence[jax.Device] | None = None) -> PlaceFn:
         )
         few, many = PLACED_QUERIES
         each = few if len(queries) <= few * len(devices) else many
-        chunk = max(1, min(each, SORTED // len(padded))) * len(devices)
+        chunk = max(1, min(each, HELD // len(padded))) * len(devices)
         parts = []
         for start in range(0, len(queries), chunk):
             columns = [x[start : start + chunk] for x in (queries, rows, left_out)]
@@ -456,17 +456,45 @@ def _placing(on_cpu: bool) -> Callable[..., jax.Array]:
         chunks, num_rows = gallery
         by_chunk = lax.map(lambda tokens: _scores(queries, tokens, on_cpu=on_cpu), chunks)
         scores = jnp.moveaxis(by_chunk, 0, 1).reshape(len(queries), -1)  # [C, N]
-        numbers = jnp.arange(scores.shape[1])
-        out = (numbers >= num_rows) | (numbers == excluded[:, None])
-        order = jnp.argsort(jnp.where(out, jnp.inf, -scores), axis=1, stable=True)
-        at = jnp.arange(len(queries))[:, None]
-        places = jnp.zeros(order.shape, jnp.int32).at[at, order].set(numbers.astype(jnp.int32))
-        last = jnp.iinfo(jnp.int32).max
-        found = jnp.where(rows >= 0, jnp.take_along_axis(places, jnp.maximum(rows, 0), 1), last)
-        found = jnp.sort(found, axis=1)
-        return jnp.where(found == last, -1, found)
+
+        def of_query(given: tuple[Array, Array, Array]) -> jax.Array:
+            return _places(*given, num_rows)
+
+        # On a CPU one after the other: what a query needs stays in the cache.
+        size = 1 if on_cpu else len(queries)
+        return lax.map(of_query, (scores, rows, excluded), batch_size=size)
 
     return placed
+
+
+def _places(scores: Array, rows: Array, excluded: Array, num_rows: Array) -> jax.Array:
+    """Places of a query's `rows` int `[R]` by `scores` `[N]`, ascending: int32 `[R]`.
+
+    A sort of all scores would take many times as long. The rows alone are sorted. For each image of
+    the gallery a binary search says how many of them come before it. A row's place is the number
+    of images that at most so many of the rows precede as precede it, less itself.
+    """
+    size = len(rows)
+    numbers = jnp.arange(len(scores), dtype=jnp.int32)
+    held = rows >= 0
+    own = jnp.where(held, -scores[jnp.maximum(rows, 0)], jnp.inf)
+    own, ids = lax.sort((own, jnp.where(held, rows, len(scores))), num_keys=2)
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) // 2
+        at = jnp.minimum(middle, size - 1)
+        found, number = own[at], ids[at]
+        before = (found < -scores) | ((found == -scores) & (number < numbers))
+        going = low < high
+        return jnp.where(going & before, middle + 1, low), jnp.where(going & ~before, middle, high)
+
+    ends = jnp.zeros_like(numbers), jnp.full_like(numbers, size)
+    preceding, _ = lax.fori_loop(0, size.bit_length(), halve, ends)
+    out = (numbers >= num_rows) | (numbers == excluded)
+    counts = jnp.zeros(size + 1, jnp.int32).at[jnp.where(out, size, preceding)].add(1)
+    places = jnp.cumsum(counts[:size]) - 1
+    return jnp.where(jnp.arange(size) < held.sum(), places, -1)
 
 
 def order_of_subset(

@@ -28,10 +28,10 @@ from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.embedding_files import Rows, check_target, write_embeddings
 from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, Result, RetrievalEvaluator
 from dqe_jax.evaluation.gain import composition_gain
+from dqe_jax.evaluation.judgements import judgement_ids
 from dqe_jax.evaluation.page import read_compared, write_page
 from dqe_jax.evaluation.preferences import (
     embed_judgements,
-    judgement_ids,
     measure_preferences,
     open_preferences,
     texts_of,

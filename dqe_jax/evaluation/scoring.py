@@ -15,8 +15,9 @@ from dqe_jax.evaluation import protocols, report
 from dqe_jax.evaluation.asked import Asked, Labels, read_labels, read_prepared
 from dqe_jax.evaluation.embedding_files import EmbeddingFile, check_ids, read_embeddings
 from dqe_jax.evaluation.evaluator import Embedded, EmbeddingEvaluator, Result
+from dqe_jax.evaluation.judgements import judgement_ids
 from dqe_jax.evaluation.page import read_compared, write_page
-from dqe_jax.evaluation.preferences import judgement_ids, measure_preferences, open_preferences
+from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import make_directory
 from dqe_jax.utils.paths import whole_path

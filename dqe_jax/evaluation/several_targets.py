@@ -21,6 +21,7 @@ PINPOINT_KS = (1, 5, 10, 50)
 PIC2WORD_KS = (1, 5, 10, 50)
 FREEDOM_KS = (5, 10, 50, 100)
 FASHION200K_KS = (1, 10, 50)
+CIRCLED_KS = (1, 5, 10, 50)
 SMALL = 1e-5  # in the denominators of Pic2Word's, FREEDOM's and i-CIR's evaluation code
 TO = " to "  # between source and target domain in the name of a pair
 
@@ -254,6 +255,24 @@ def fashion200k_metrics(
     """Means over queries, and by category."""
     del subset_rows
     values = fashion200k_values(queries, rows)
+    return mean_of(values) | _by_kind(queries, values) | {"queries": len(queries)}
+
+
+# --- CIRCLED --------------------------------------------------------------------------------------
+
+
+def circled_values(queries: Queries, rows: np.ndarray, places: np.ndarray | None = None) -> Values:
+    """`R@k`: whether a ground truth of the session is among the first k, of 1, 5, 10, 50."""
+    del places
+    return {f"R@{k}": metrics.recall_at_k(rows, queries.relevant, k) for k in CIRCLED_KS}
+
+
+def circled_metrics(
+    queries: Queries, rows: np.ndarray, subset_rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """Means over turns, by subset, and by number of the turn."""
+    del subset_rows
+    values = circled_values(queries, rows)
     return mean_of(values) | _by_kind(queries, values) | {"queries": len(queries)}
 
 

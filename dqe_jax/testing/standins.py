@@ -229,6 +229,136 @@ def small_icir(raw: Path) -> None:
     (raw / "icir" / "database_files.csv").write_text("\n".join(database) + "\n")
 
 
+def small_shoes(raw: Path, images: int = 30, count: int = 12) -> None:
+    """A made Shoes: `count` captions of eval over `images` photos, and one caption of train."""
+    names = [f"img_womens_boots_{i}.jpg" for i in range(images)]
+    train = [f"img_womens_clogs_{i}.jpg" for i in range(4)]
+    pairs = [(names[i], names[(2 * i + 1) % images]) for i in range(count)]
+    records = [
+        {"ImageName": target, "ReferenceImageName": reference, "RelativeCaption": f"is darker {i}"}
+        for i, (reference, target) in enumerate([(train[0], train[1]), *pairs])
+    ]
+    write_json(raw / "relative_captions_shoes.json", records)
+    for split, listed in (("eval", names), ("train", train)):
+        (raw / f"{split}_im_names.txt").write_text("\n".join(listed) + "\n")
+        for i, name in enumerate(listed):
+            write_photo(raw / "womens_boots" / str(i % 2) / name)
+
+
+def small_lasco(raw: Path, ids: Sequence[int] = tuple(range(42, 82)), count: int = 24) -> None:
+    """A made LaSCo of val: `count` queries over images with COCO's `ids`."""
+    paths = [f"val2014/COCO_val2014_{image:012d}.jpg" for image in ids]
+    corpus = [{"id": image, "path": f"val/{path}"} for image, path in zip(ids, paths)]
+    records = [
+        {
+            "qid": 1000 * ids[i] + i,
+            "query-text": f"the person is red {i}",
+            "query-image": [ids[i], paths[i]],
+            "target-image": [ids[(3 * i + 1) % len(ids)], paths[(3 * i + 1) % len(ids)]],
+        }
+        for i in range(count)
+    ]
+    write_json(raw / "lasco_val_corpus.json", corpus)
+    write_json(raw / "lasco_val.json", records)
+    for path in paths:
+        write_photo(raw / path)
+
+
+def small_fashion200k(raw: Path, images: int = 8, count: int = 15) -> None:
+    """A made Fashion200k: `images` of each category, two with each description."""
+    listed = []
+    for category in ("dress", "jacket", "pants", "skirt", "top"):
+        lines = []
+        for i in range(images):
+            path = f"women/{category}/casual/{i // 2}/{i // 2}_{i % 2}.jpeg"
+            lines.append(
+                f"{path}\t{i - 3.5}\t{('red', 'blue', 'a-line')[i // 2 % 3]} {i // 2} {category}"
+            )
+            listed.append(path)
+            write_photo(raw / path, key=path)
+        file = raw / "labels" / f"{category}_test_detect_all.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n")
+    pairs = [(listed[i], listed[(i * 7 + 2) % len(listed)]) for i in range(count)]
+    (raw / "test_queries.txt").write_text("\n".join(map(" ".join, pairs)) + "\n")
+
+
+def small_domains(
+    raw: Path, name: str, domains: Sequence[str], files: Sequence[str], classes: int = 3
+) -> None:
+    """A made set of FREEDOM's protocol: two images of each class and domain for each list."""
+    for file in files:
+        lines = []
+        for kind, domain, number in itertools.product(range(classes), domains, (1, 2)):
+            path = f"{name}/{domain}/class_{kind}/{file[:4]}_{number}.jpg"
+            lines.append(f"{path} {domain} class_{kind}")
+            write_photo(raw / path, key=path, size=(20, 20))
+        (raw / name / file).write_text("\n".join(lines))
+
+
+def small_edir(raw: Path, images: int = 24, count: int = 10) -> None:
+    """A made EDIR: `count` queries, every second one with a reference outside the corpus."""
+    corpus = [f"510_{i:09d}_2.png" for i in range(images)]
+    asked = [corpus[i] if i % 2 else f"511_{i:09d}_1.png" for i in range(count)]
+    rows: dict[str, list[dict[str, object]]] = {
+        "corpus": [{"id": image, "image": image} for image in corpus],
+        "queries": [
+            {
+                "id": f"q{i}",
+                "image": image,
+                "text": f"make it {('red', 'blue')[i % 2]}",
+                "metadata": {"subcategory": ("color", "count")[i % 2]},
+            }
+            for i, image in enumerate(asked)
+        ],
+        "instances": [
+            {"qid": f"q{i}", "pos": [corpus[i + 3]], "neg": corpus[i + 4 : i + 7]}
+            for i in range(count)
+        ],
+    }
+    raw.mkdir(parents=True, exist_ok=True)
+    for name, lines in rows.items():
+        (raw / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    for image in dict.fromkeys([*corpus, *asked]):
+        write_photo(raw / "imgs_mc" / image, size=(20, 20))
+
+
+def small_circled(raw: Path, images: int = 14) -> None:
+    """A made CIRCLED of three subsets, two sessions of two and three turns each."""
+    names = {
+        "fashioniq_dress_val": [f"B{i:09d}" for i in range(images)],
+        "cirr_val": [f"dev-{i}-0-img0" for i in range(images)],
+        "circo_val": [str(i) for i in range(200, 200 + images)],
+    }
+    write_json(raw / "split.dress.val.json", names["fashioniq_dress_val"])
+    write_json(
+        raw / "split.rc2.val.json", {name: f"./dev/{name}.png" for name in names["cirr_val"]}
+    )
+    _list_coco(raw, [int(name) for name in names["circo_val"]])
+    for subset, listed in names.items():
+        sessions = [
+            {
+                "session_id": f"{subset}_{number:04d}",
+                "subset": subset,
+                "ground_truth_ids": listed[number + 8 : number + 9 + (subset == "circo_val")],
+                "num_turns": number + 2,
+                "turns": [
+                    {
+                        "turn": turn + 1,
+                        "reference_image_id": listed[2 * turn + number],
+                        "relative_caption": f"is {('red', 'blue', 'darker')[turn]} now",
+                    }
+                    for turn in range(number + 2)
+                ],
+            }
+            for number in range(2)
+        ]
+        write_json(raw / "data" / f"{subset}.json", sessions)
+        for name in listed:
+            file = _coco_file(int(name)) if subset == "circo_val" else f"{name}.png"
+            write_photo(raw / "photos" / subset / file, size=(20, 20))
+
+
 def small_triplets(raw: Path, images: int = 24, count: int = 30) -> None:
     """A catalogue in two folders with a triplets.csv: several targets, attributes, splits."""
     names = [f"{'ab'[i % 2]}/{i:03d}.jpg" for i in range(images)]

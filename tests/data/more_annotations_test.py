@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dqe_jax.data import preparation, regions, splits
-from dqe_jax.data.annotations import fashion200k, genecis, icir, lasco, shoes
+from dqe_jax.data.annotations import circled, edir, fashion200k, genecis, icir, lasco, shoes
 from dqe_jax.data.annotations.schema import MALFORMED, UNKNOWN_IMAGE
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.datasets import DATASETS
@@ -384,7 +384,7 @@ def test_domain_conversion_made(tmp_path):
     assert sum(map(len, read.dropped.values())) == 8  # two lines, for each of four domains
 
 
-# --- The documented format only: LaSCo's queries, Fashion200k, i-CIR ------------------------------
+# --- The documented format only: LaSCo's queries, Fashion200k, i-CIR and others ------------------
 
 
 @needs_real
@@ -456,6 +456,115 @@ def test_icir_made(tmp_path):
     write(tmp_path / "icir/database_files.csv", "d/1.jpg,crowd,7\nd/2.jpg,,7\n")
     with pytest.raises(UserError, match="line 2 must be a path, a text and an instance"):
         icir.read(RawFiles(tmp_path), "test")
+
+
+def test_edir_made(tmp_path):
+    standins.small_edir(tmp_path)
+    read = edir.read(RawFiles(tmp_path), "test")
+    assert not read.dropped
+    assert (len(read.queries), len(read.pools["corpus"]), len(read.unranked)) == (10, 24, 5)
+    first = read.queries[0]
+    assert (first.id, first.texts, first.kinds) == ("q0", ("make it red",), ("color",))
+    assert first.reference in read.unranked
+    assert (first.target, first.known_positives) == (
+        "510_000000003_2.png",
+        ("510_000000003_2.png",),
+    )
+    assert edir.stem(first.target) == "510_000000003_2"
+
+
+EDIR = {"id": "q", "image": "a.png", "text": "redder", "metadata": {"subcategory": "color"}}
+INSTANCE = {"qid": "q", "pos": ["a.png"], "neg": ["b.png"]}
+
+
+@pytest.mark.parametrize(
+    ("record", "instances", "reason"),
+    [
+        *((without(EDIR, name), [INSTANCE], MALFORMED) for name in EDIR),
+        ([], [INSTANCE], MALFORMED),
+        (EDIR | {"text": ""}, [INSTANCE], MALFORMED),
+        (EDIR | {"metadata": {}}, [INSTANCE], MALFORMED),
+        *(
+            (EDIR, instances, MALFORMED)
+            for instances in (
+                *([], [INSTANCE] * 2, [[]], [INSTANCE | {"qid": "z"}]),
+                *([without(INSTANCE, name)] for name in ("pos", "neg")),
+                *([INSTANCE | {"pos": pos}] for pos in ([], ["a.png", "b.png"], [""], [3])),
+            )
+        ),
+        (EDIR, [INSTANCE | {"pos": ["z.png"]}], UNKNOWN_IMAGE),
+    ],
+)
+def test_records_of_edir_that_are_not_sound(tmp_path, record, instances, reason):
+    corpus = [{"id": name, "image": name} for name in ("a.png", "b.png")]
+    rows = {"corpus": corpus, "queries": [record], "instances": instances}
+    for name, lines in rows.items():
+        write(tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, lines)))
+    read = edir.read(RawFiles(tmp_path), "test")
+    assert read.dropped == {reason: ["queries.jsonl:1"]}
+    assert not read.queries
+
+
+def test_a_corpus_of_edir_that_is_not_sound(tmp_path):
+    standins.small_edir(tmp_path)
+    for line in ('{"id": "a.png"}', '{"id": "a.png", "image": "b.png"}', "{", "[]"):
+        write(tmp_path / "corpus.jsonl", f'{{"id": "c", "image": "c"}}\n{line}\n')
+        with pytest.raises(UserError, match=r"corpus\.jsonl: line 2: .*get the file again"):
+            edir.read(RawFiles(tmp_path), "test")
+
+
+SESSION = {
+    "session_id": "s", "subset": "cirr_val", "ground_truth_ids": ["b"], "num_turns": 1,
+    "turns": [{"turn": 1, "reference_image_id": "a", "relative_caption": "redder"}],
+}  # fmt: skip
+
+
+def test_circled_made(tmp_path):
+    standins.small_circled(tmp_path)
+    read = circled.read(RawFiles(tmp_path), "test")
+    assert not read.dropped
+    assert {name: len(images) for name, images in read.pools.items()} == {
+        "fashioniq_dress_val": 14, "cirr_val": 14, "circo_val": 14,
+    }  # fmt: skip
+    assert len(read.queries) == 15
+    last = read.queries[-1]
+    assert (last.id, last.kinds) == ("circo_val_0001/3", ("circo_val", "turn 3"))
+    assert (last.reference, last.target, last.relevant) == ("205", "209", ("209", "210"))
+    assert circled.stem(last.reference) == "000000000205"
+    assert circled.stem("0123456789") == "0123456789"  # an id of FashionIQ
+    # What is there is read.
+    for path in tmp_path.rglob("circo_val.json"):
+        path.unlink()
+    assert set(circled.read(RawFiles(tmp_path), "test").pools) == {
+        "fashioniq_dress_val",
+        "cirr_val",
+    }
+    for path in tmp_path.rglob("*_val.json"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"lacks the sessions of CIRCLED; put some of fashioniq"):
+        circled.read(RawFiles(tmp_path), "test")
+
+
+@pytest.mark.parametrize(
+    ("session", "reason"),
+    [
+        *((without(SESSION, n), MALFORMED) for n in ("session_id", "ground_truth_ids", "turns")),
+        *((SESSION | {"turns": turns}, MALFORMED) for turns in ([], [7], {})),
+        *(
+            (SESSION | {"turns": [without(SESSION["turns"][0], name)]}, MALFORMED)
+            for name in SESSION["turns"][0]
+        ),
+        *((SESSION | {"ground_truth_ids": ids}, MALFORMED) for ids in ([], "b", [""], [True])),
+        ([], MALFORMED),
+        (SESSION | {"ground_truth_ids": ["z"]}, UNKNOWN_IMAGE),
+    ],
+)
+def test_sessions_of_circled_that_are_not_sound(tmp_path, session, reason):
+    write(tmp_path / "split.rc2.val.json", {"a": "./dev/a.png", "b": "./dev/b.png"})
+    write(tmp_path / "cirr_val.json", [SESSION | {"session_id": "t"}, session])
+    read = circled.read(RawFiles(tmp_path), "test")
+    assert [query.id for query in read.queries] == ["t/1"]
+    assert read.dropped == {reason: ["cirr_val.json:1"]}
 
 
 def test_questions_of_two_images_and_explicit_negatives_are_stored(tmp_path):

@@ -11,7 +11,10 @@ import pytest
 from etils import epath
 
 from dqe_jax.config import RunConfig
-from dqe_jax.evaluation import comparison, comparison_tables, query_results, scoring
+from dqe_jax.data.examples import Queries
+from dqe_jax.data.splits import Coverage
+from dqe_jax.evaluation import comparison, comparison_tables, predictions, query_results, scoring
+from dqe_jax.evaluation.asked import Ids, Labels
 from dqe_jax.evaluation.query_results import SUFFIX, QueryResults
 from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import small_config
@@ -26,7 +29,7 @@ def made(name="one", seed=0, count=60, strata=1, better=0.0, **changes):
     values["mAP@10"] = np.where(np.arange(count) % 4 == 0, np.nan, level)
     fields = {
         "name": name, "dataset": "made", "split": "test", "protocol": "plain",
-        "reference": "stays", "questions": "q", "gallery": "g", "images": 40,
+        "reference": "stays", "questions": "q", "gallery": "g", "images": 40, "cut_at": None,
         "ids": [f"q{i}" for i in range(count)],
         "references": [f"r{i // 3}" for i in range(count)],
         "strata": [f"s{i // 3 % strata}" for i in range(count)],
@@ -91,6 +94,37 @@ def test_intervals_by_a_second_statement(strata):
             assert interval.value == pytest.approx(np.mean([np.nanmean(x) for x in own]))
 
 
+def test_intervals_to_the_digit_from_the_files_alone(tmp_path):
+    """By the draws that docs/how-to/compare.md states, in NumPy and without this package."""
+    paths = [tmp_path / f"{name}{SUFFIX}" for name in ("one", "two")]
+    for path, seed in zip(paths, (0, 5)):
+        query_results.write_results(made(path.name, seed, 90, 2), epath.Path(path))
+    table = comparison.compare([query_results.read_results(epath.Path(path)) for path in paths])
+
+    one, two = (json.loads(path.read_text()) for path in paths)
+    for key in ("R@1", "mAP@10"):
+        apart = [
+            np.nan if None in (a, b) or np.isnan([a, b]).any() else b - a
+            for a, b in zip(one["values"][key], two["values"][key])
+        ]
+        rng, means, whole = np.random.default_rng(0), [], []
+        for stratum in sorted(set(one["queries"]["stratum"])):
+            by_reference = {}
+            for reference, own, value in zip(
+                one["queries"]["reference"], one["queries"]["stratum"], apart
+            ):
+                if own == stratum:
+                    by_reference.setdefault(reference, []).append(value)
+            groups = [by_reference[reference] for reference in sorted(by_reference)]
+            times = rng.multinomial(len(groups), [1 / len(groups)] * len(groups), 1000)
+            drawn = [np.concatenate([g * t for g, t in zip(groups, row) if t]) for row in times]
+            means.append([np.nanmean(values) for values in drawn])
+            whole.append(np.nanmean(np.concatenate(groups)))
+        low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+        found = table.lines[1].differences[key]
+        assert dataclasses.astuple(found) == pytest.approx((np.mean(whole), low, high), abs=1e-12)
+
+
 def test_pairs_are_told_apart_better_than_single_models():
     """A model that is a little better for each query is so, though the two intervals overlap."""
     one = made()
@@ -111,6 +145,7 @@ def test_pairs_are_told_apart_better_than_single_models():
         ({"reference": "left out"}, "the policy for the reference is 'left out' and 'stays'"),
         ({"questions": "x"}, r"their queries or labels differ \(60 and 60 queries\)"),
         ({"gallery": "x", "images": 20}, r"they rank other images \(20 and 40\)"),
+        ({"cut_at": 50}, "from lists cut at 50 images and from whole rankings; evaluate 'two' by"),
         ({"name": "one"}, "2 models are called 'one': give NAME=PATH"),
         ({"values": {"R@7": np.zeros(60)}}, "'one' and 'two' have no metric in common"),
         ({"count": 57}, r"'two' has other queries than 'one' \(57 and 60\)"),
@@ -121,6 +156,14 @@ def test_what_is_not_alike_is_refused(changes, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         comparison.compare([made(), two])
     assert "\n" not in str(error.value)
+
+
+def test_models_of_equally_cut_lists_are_marked():
+    table = comparison.compare([made(cut_at=50), made("two", cut_at=50)])
+    assert "lists that are cut (the shortest holds 50 images)" in comparison_tables.as_text(table)
+    assert "cut" not in comparison_tables.as_text(comparison.compare([made(), made("two")]))
+    with pytest.raises(UserError, match="from lists cut at 10 images and from lists cut at 50"):
+        comparison.compare([made(cut_at=50), made("two", cut_at=10)])
 
 
 def test_an_unknown_gallery_is_told(caplog):
@@ -145,6 +188,7 @@ def test_results_come_back_and_damaged_ones_are_told(tmp_path):
     for change, sentence in (
         ({"protocol": None}, "'protocol' must be a string"),
         ({"images": "many"}, "'images' is 'many'"),
+        ({"cut_at": "fifty"}, "'cut_at' is 'fifty'"),
         ({"queries": {}}, "'queries' must hold a list 'id' of strings"),
         ({"queries": held["queries"] | {"id": ["q"] * 60}}, "'queries' holds an id twice"),
         ({"queries": held["queries"] | {"id": ["q"]}}, "its lists are not alike"),
@@ -201,6 +245,78 @@ def test_tables(tmp_path):
     assert rows[0]["difference"] == ""
     cell = f"{apart.value:+.4f} [{apart.low:+.4f}, {apart.high:+.4f}]*"
     assert cell in comparison_tables.as_text(table)
+
+
+# --- Cut lists ------------------------------------------------------------------------------------
+
+
+def asked_of(relevant, size=80, negatives=()):
+    """Queries of a data set with labels, and `size` images."""
+    count, nothing = len(relevant), np.zeros(0, np.int32)
+    queries = Queries(
+        ids=[f"q{i}" for i in range(count)],
+        texts=["toy"] * count,
+        reference=np.zeros(count, np.int32),
+        target=np.full(count, -1, np.int32),
+        known_positives=[nothing] * count,
+        relevant=[np.array(rows, np.int32) for rows in relevant],
+        kinds=[("a to b",)] * count,
+        attributes=[()] * count,
+        pools=[""] * count,
+        subset=[nothing] * count,
+        negatives=[np.array(rows, np.int32) for rows in negatives],
+    )
+    ids = Ids([f"i{row}" for row in range(size)])
+    pools = {"": np.arange(size, dtype=np.int32)}
+    return Labels("test", queries, ids, pools, Coverage(count, count, size, size))
+
+
+def results_of_lists(asked, tmp_path, dataset="ltll", last=None, name="lists"):
+    """What predictions score that rank the images by row, and end before `last`."""
+    lists = {query: asked.gallery.ids[:last] for query in asked.queries.ids}
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(lists))
+    predictions.score_asked(dataset, asked, path, output=tmp_path / name)
+    facts = json.loads((tmp_path / name / "predictions-test.json").read_text())
+    results = query_results.read_results(
+        epath.Path(tmp_path / name / f"predictions-test{query_results.SUFFIX}")
+    )
+    assert facts["cut_at"] == results.cut_at
+    return results
+
+
+def test_cut_lists_are_not_compared_with_whole_rankings(tmp_path, caplog):
+    """The 50 images of `.ranked.json` are fewer than what counts where whole rankings do."""
+    asked = asked_of([[3, 60], [70], [2]])
+    whole = results_of_lists(asked, tmp_path, name="whole")
+    assert "Lists end before" not in caplog.text
+    with caplog.at_level("WARNING"):
+        cut = results_of_lists(asked, tmp_path, last=50, name="cut")
+    assert (whole.cut_at, cut.cut_at) == (None, 50)
+    assert "Lists end before all that counts (the shortest holds 50 images)" in caplog.text
+    assert np.nanmean(cut.values["mAP"]) < np.nanmean(whole.values["mAP"])
+    for pair in ([whole, cut], [cut, whole]):
+        with pytest.raises(UserError, match=r"lists cut at 50 images.*evaluate 'cut' by --embed"):
+            comparison.compare(pair)
+    again = dataclasses.replace(cut, name="again")
+    assert comparison.compare([cut, again]).cut_at == 50
+
+
+@pytest.mark.parametrize(
+    ("dataset", "columns", "last", "cut_at"),
+    [
+        ("ltll", {"relevant": [[3, 49], [0]]}, 50, None),  # all that counts is in the lists
+        ("ltll", {"relevant": [[3, 90], [0]]}, 50, None),  # image 90 is not at hand
+        ("ltll", {"relevant": [[3, 60], [0]]}, 80, None),  # all of the gallery
+        ("pinpoint", {"relevant": [[60], [0]]}, 50, None),  # only the first 50 count
+        ("pinpoint", {"relevant": [[60], [0]]}, 49, 49),
+        ("pinpoint", {"relevant": [[3], [0]]}, 20, None),
+        ("pinpoint", {"relevant": [[3], [0]], "negatives": [[30], [1]]}, 20, 20),
+    ],
+)
+def test_which_lists_are_cut(tmp_path, dataset, columns, last, cut_at):
+    asked = asked_of(**columns)
+    assert results_of_lists(asked, tmp_path, dataset, last).cut_at == cut_at
 
 
 # --- From embeddings to the command ---------------------------------------------------------------

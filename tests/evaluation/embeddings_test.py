@@ -1,6 +1,7 @@
 """Embeddings of any model are scored from a file as those of a run are, by every benchmark."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from dqe_jax.evaluation import embedding_files, query_results, scoring
 from dqe_jax.evaluation.embedding_files import Rows, read_embeddings, write_embeddings
 from dqe_jax.evaluation.evaluator import EmbeddingEvaluator
 from dqe_jax.evaluation.run import evaluate_checkpoint
+from dqe_jax.testing.commands import run_module
 from dqe_jax.testing.small_runs import small_config
 from dqe_jax.testing.untrained import save_untrained
 from dqe_jax.utils.errors import UserError
 
 FORMATS = embedding_files.FORMATS
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(path):
@@ -84,6 +87,31 @@ def test_several_tokens_and_other_similarities(run, tmp_path):
     inner = scoring.score_embeddings(config, path, tmp_path, similarity="dot")
     expected = np.einsum("qd,nmd->qnm", held.query.array, longer).max(-1)
     np.testing.assert_allclose(inner.scores[:, 0], expected.max(1), atol=1e-5)
+
+
+@pytest.mark.slow  # two commands; the functions that they call are tested above
+def test_the_commands_of_a_run_and_of_its_embeddings(run, tmp_path):
+    """`evaluate` of a run and `evaluate --embeddings` of its embeddings print the same table."""
+    config, base, result = run
+    tiny = config.model.tiny
+    words = (
+        *("--config=configs/shapes.py:smoke", "--split=test", "--config.num_devices=2"),
+        f"--config.data.prepared_dir={config.data.prepared_dir}",
+        "--config.batch.queries_per_reference=2",
+        f"--config.model.tiny.image_depth={tiny.image_depth}",
+        f"--config.model.tiny.text_depth={tiny.text_depth}",
+        f"--config.model.tiny.composer_depth={tiny.composer_depth}",
+    )
+    file, own, again = tmp_path / "m.parquet", tmp_path / "own", tmp_path / "again"
+    of_run = (f"--workdir={base / 'run'}", f"--save_embeddings={file}", f"--output={own}")
+    for more in (of_run, (f"--embeddings={file}", f"--output={again}")):
+        done = run_module("dqe_jax.evaluate", *words, *more, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    one, other = read(own / "test-1.json"), read(again / "test-m.json")
+    assert one["metrics"] == other["metrics"] == result.metrics
+    for name in ("baselines", "intervals", "ranked_images", "protocol", "data"):
+        assert one[name] == other[name]
+    assert read(own / "test-1.ranked.json") == read(again / "test-m.ranked.json")
 
 
 # --- Annotation files alone -----------------------------------------------------------------------
@@ -189,6 +217,24 @@ def test_files_that_cannot_be_scored(raw, tmp_path, monkeypatch, change, sentenc
         scoring.score_embeddings(config, tmp_path / "m.npz", tmp_path / "out", raw_dir=directory)
     assert str(tmp_path / "m.npz") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow  # two commands
+def test_the_command(raw, tmp_path):
+    """It writes what the function gives, and says what is wrong with a file in one sentence."""
+    _, directory = raw
+    np.savez(tmp_path / "m.npz", **arrays_of(hit=(1, 2)))
+    words = ("--config=configs/triplets.py:tiny,smoke", "--split=test", f"--raw_dir={directory}")
+    words += (f"--embeddings={tmp_path / 'm.npz'}", f"--output={tmp_path / 'out'}")
+    done = run_module("dqe_jax.evaluate", *words, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path / "out" / "test-m.json")
+    assert found["metrics"]["R@1"] >= 2 / 8
+    assert found["intervals"].keys() <= found["metrics"].keys()
+    np.savez(tmp_path / "m.npz", **changed("query", (4, 2), np.nan)(arrays_of()))
+    done = run_module("dqe_jax.evaluate", *words, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'm.npz'}: 'query' of 'q4'")
 
 
 def test_other_files_that_cannot_be_read(tmp_path):

@@ -19,10 +19,12 @@ import pytest
 from dqe_jax.data.datasets import DATASETS
 from dqe_jax.data.examples import Queries
 from dqe_jax.evaluation import metrics, predictions, protocols, submissions
-from dqe_jax.evaluation.preferences import preference_metrics
+from dqe_jax.evaluation.judgements import preference_metrics, score_preferences
+from dqe_jax.testing.commands import run_module
 from dqe_jax.utils.errors import UserError
 
-REAL = pathlib.Path(__file__).resolve().parents[3] / "shared" / "annotations"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared" / "annotations"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the annotations are not at {REAL}")
 CATEGORIES = ("dress", "shirt", "toptee")
 ASPECTS = ("addition", "cardinality", "negation", "viewpoint")
@@ -375,7 +377,7 @@ def test_protocols():
     names = {protocol.name for protocol in protocols.PROTOCOLS.values()}
     assert names == {
         *("plain", "fashioniq-original", "fashioniq-val", "cirr", "circo", "genecis", "pinpoint"),
-        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir"),
+        *("shoes", "pic2word", "freedom", "lasco", "fashion200k", "icir", "edir", "circled"),
     }
     notes = {protocol.note for protocol in protocols.PROTOCOLS.values()}
     assert len(notes) == len(names)
@@ -438,6 +440,78 @@ def test_preference_misuse():
     ):
         with pytest.raises(ValueError, match=message):
             preference_metrics(first, second, preferred)
+
+
+def made_judgements(directory):
+    """`hpfiq.json` of three judgements, which prefer set 1, 2 and 1."""
+    path = "/-/image_data/shirt/B{:03d}.jpg"
+    lists = {
+        "ref_img_paths": [path.format(0)] * 3,
+        "targ_img_paths": [path.format(1)] * 3,
+        "sentences": ["is red"] * 3,
+        "retrieved_set1": [{"img_path": [path.format(i) for i in range(5)], "user_score": "4"}] * 3,
+        "retrieved_set2": [{"img_path": [path.format(i + 9) for i in range(5)], "user_score": "3"}]
+        * 3,
+        "preferred set": ["1", "2", "1"],
+    }
+    write_json(directory / "hpfiq.json", {"user_1": {"question_set_2": lists}})
+    names = [f"user_1/question_set_2/{i}" for i in range(3)]
+    high, low = [1, 0.5, 0.5, 0.5, 0.5], [0.5] * 5
+    return dict(zip(names, ([high, low], [high, low], [low, high])))
+
+
+def test_preferences_from_a_file(tmp_path):
+    scores = made_judgements(tmp_path)
+    path = write_json(tmp_path / "mine.json", scores)
+    got = score_preferences(path, tmp_path / "hpfiq.json", output=tmp_path / "out")
+    assert (got["preference_ratio"], got["first_higher"]) == (0.5, 2)
+    assert (got["agreement"], got["always_first"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert (got["judgements"], got["official"], got["ties"]) == (3, 3, 0)
+    assert json.loads((tmp_path / "out" / "hp_fashioniq-mine.json").read_text()) == got
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({0: None}, "judgements that are not in the file: 1 "),
+        ({"user_9": []}, r"no judgements of hpfiq\.json: 1 \(first: 'user_9'\)"),
+        *(
+            (
+                {1: wrong},
+                r"without two lists of 5 finite numbers: 1 \(first: 'user_1/question_set_2/1",
+            )
+            for wrong in (
+                *(7, [], [[1] * 5], [[1] * 5, [1] * 4], [[1] * 5, [1, 2, 3, 4, True]]),
+                *([[1] * 5, [float("nan")] * 5], [[1] * 5, ["1"] * 5], [[1] * 5, [10**400] * 5]),
+            )
+        ),
+    ],
+)
+def test_files_of_preferences_that_cannot_be_scored(tmp_path, change, sentence):
+    scores = made_judgements(tmp_path)
+    names = list(scores)
+    for key, value in change.items():
+        scores[names[key] if isinstance(key, int) else key] = value
+    kept = {key: value for key, value in scores.items() if value is not None}
+    path = write_json(tmp_path / "mine.json", kept)
+    with pytest.raises(UserError, match=sentence) as error:
+        score_preferences(path, tmp_path / "hpfiq.json", output=tmp_path / "out")
+    assert str(error.value).startswith(str(path))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow  # two commands
+def test_preferences_by_the_command(tmp_path):
+    path = write_json(tmp_path / "mine.json", made_judgements(tmp_path))
+    words = (f"--predictions={path}", f"--hp_fashioniq={tmp_path / 'hpfiq.json'}")
+    words += (f"--output={tmp_path / 'out'}",)
+    done = run_module("dqe_jax.evaluate", "--config=configs/fiq.py", *words, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "hp_fashioniq-mine.json").read_text())
+    assert found == score_preferences(path, tmp_path / "hpfiq.json")
+    done = run_module("dqe_jax.evaluate", "--config=configs/cirr.py", *words, cwd=ROOT)
+    assert done.returncode == 2
+    assert "judges images of FashionIQ, not of cirr" in done.stderr
 
 
 # --- Files for servers ----------------------------------------------------------------------------
@@ -1009,12 +1083,13 @@ def test_real_submissions(tmp_path, dataset, num_queries):
 
 
 @real
-def test_real_preferences():
+def test_real_preferences(tmp_path):
     """The judgements' own facts: 1,641 of 3,050 prefer set 1, 11 pairs of sets are the same."""
     hpfiq = read("hp_fashioniq", "hpfiq.json")
-    first, second, preferred = [], [], []
-    for user in hpfiq.values():
-        for questions in user.values():
+    first, second, preferred, names = [], [], [], []
+    for user, of_user in hpfiq.items():
+        for name, questions in of_user.items():
+            names += [f"{user}/{name}/{i}" for i in range(25)]
             for a, b, answer in zip(
                 questions["retrieved_set1"], questions["retrieved_set2"], questions["preferred set"]
             ):
@@ -1033,3 +1108,6 @@ def test_real_preferences():
     assert got["preference_ratio"] == pytest.approx(
         official_preference(first, second, preferred), abs=1e-9
     )
+    path = write_json(tmp_path / "p.json", dict(zip(names, map(list, zip(first, second)))))
+    facts = {"official": 3050}
+    assert score_preferences(path, REAL / "hp_fashioniq" / "hpfiq.json") == got | facts

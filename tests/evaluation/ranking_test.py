@@ -227,7 +227,7 @@ def test_errors():
 
 @pytest.mark.parametrize("num_devices", [1, 3])
 def test_places_are_those_of_the_whole_ranking(num_devices, monkeypatch):
-    monkeypatch.setattr(ranking, "SORTED", 3 * ranking.PLACED_ROWS)  # three queries at a time
+    monkeypatch.setattr(ranking, "HELD", 3 * ranking.PLACED_ROWS)  # three queries at a time
     queries, gallery = integers(1, 10, 6), integers(2, 700, 2, 6)
     rng = np.random.default_rng(3)
     rows = np.full((10, 9), -1)

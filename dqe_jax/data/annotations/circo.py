@@ -66,12 +66,17 @@ def read(files: RawFiles, split: str, *, gallery: bool = True) -> Annotations:
     path = files.find(f"{SPLITS[split]}.json", folder="annotations")
     records = list(enumerate(read_json(path, list)))
     query_of = functools.partial(_query, labelled=split != "test")
-    collector = Collector({"": _gallery(files) if gallery else _named(records, query_of)})
+    collector = Collector({"": read_gallery(files) if gallery else _named(records, query_of)})
     collector.add_records(path.name, records, query_of)
     return collector.finish()
 
 
-def _gallery(files: RawFiles) -> list[str]:
+def read_gallery(files: RawFiles) -> list[str]:
+    """Ids of the images of COCO's list, in its order.
+
+    Raises:
+      UserError: the file is missing, is not JSON, or holds something else.
+    """
     path = files.find(IMAGE_INFO, folder="annotations")
     images = read_json(path, dict).get("images")
     if not isinstance(images, list):

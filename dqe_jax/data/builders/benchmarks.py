@@ -18,9 +18,11 @@ from etils import epath
 
 from dqe_jax.data import examples
 from dqe_jax.data.annotations import (
+    circled,
     circo,
     cirr,
     domain_conversion,
+    edir,
     fashion200k,
     fashioniq,
     genecis,
@@ -334,11 +336,25 @@ class ICIR(Benchmark):
     raw = icir.RAW
 
 
+class EDIR(Benchmark):
+    """EDIR (Song et al., ACL 2026)."""
+
+    name = "edir"
+    raw = edir.RAW
+
+
+class CIRCLED(Benchmark):
+    """CIRCLED (Takeda et al., 2026)."""
+
+    name = "circled"
+    raw = circled.RAW
+
+
 BUILDERS = {
     cls.name: cls
     for cls in (
         *(FashionIQ, CIRR, CIRCO, Triplets, GeneCIS, PinPoint, Shoes, LaSCo, Fashion200k, ICIR),
-        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL),
+        *(Pic2Word, ImageNetR, NICO, MiniDN, LTLL, EDIR, CIRCLED),
     )
 }
 
