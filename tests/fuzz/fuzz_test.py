@@ -56,6 +56,22 @@ def test_all(tmp_path):
     assert wrong == 0
 
 
+# --- What it found --------------------------------------------------------------------------------
+
+
+def test_embeddings_that_promise_a_terabyte(tmp_path):
+    """They are refused in a sentence where NumPy cannot get the memory."""
+    from dqe_jax.evaluation.embedding_files import read_embeddings
+    from dqe_jax.utils.errors import UserError
+
+    path = tmp_path / "embeddings.npz"
+    np.savez(path, **world.embeddings())
+    (harm,) = (h for name, h in damage.of_npz(random.Random(0), 8) if name == "npz bomb array")
+    harm(path)
+    with pytest.raises(UserError, match=r"embeddings.npz does not fit into memory"):
+        read_embeddings(path)
+
+
 # --- The harness itself ---------------------------------------------------------------------------
 
 

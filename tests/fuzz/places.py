@@ -110,7 +110,11 @@ _SAFETENSORS = dict.fromkeys(
     (f"tensors {x}" for x in ("length", "header json", "offsets", "huge", "overlap")), "refused"
 )
 _NPZ = dict.fromkeys(
-    (f"npz {x}" for x in ("pickled", "missing", "bomb array", "nan array", "encrypted")), "refused"
+    (
+        f"npz {x}"
+        for x in ("pickled", "missing", "bomb array", "nan array", "encrypted", "wrong type")
+    ),
+    "refused",
 ) | {"npz shuffled": "same"}
 _WHOLE = dict.fromkeys(("empty", "other"), "refused")
 
