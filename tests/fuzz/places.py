@@ -107,7 +107,7 @@ _LASCO = {
 }
 _LASCO_CONFIG = "shoes --config.data.dataset=lasco"
 _SAFETENSORS = dict.fromkeys(
-    (f"tensors {x}" for x in ("length", "header json", "offsets", "huge", "overlap")), "refused"
+    (f"tensors {x}" for x in ("length", "header json", "offsets", "huge")), "refused"
 )
 _NPZ = dict.fromkeys(
     (
