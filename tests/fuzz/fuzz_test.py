@@ -34,6 +34,7 @@ def fuzz(*arguments, timeout):
     return [int(cell.replace(",", "")) for cell in total.split("|")[3:-1]]
 
 
+@pytest.mark.slow
 def test_a_few():
     """Ranked lists and annotations of the corpus, which need no trained run."""
     only = "--only=corpus/predictions,corpus/cirr,corpus/fashioniq,corpus/named"
