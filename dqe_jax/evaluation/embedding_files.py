@@ -99,8 +99,13 @@ def read_embeddings(path: str | os.PathLike[str], similarity: str = "unit") -> E
         raise UserError(f"{path}: there is no such file.")
     try:
         columns = readers[path.suffix](path)
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError as error:  # a damaged header can promise any size
+        raise UserError(
+            f"{path} does not fit into memory ({reason_of(error)}): write the file again, or use a "
+            "machine with more."
+        ) from error
     except Exception as error:  # of three libraries
         raise UserError(
             f"{path} cannot be read ({reason_of(error)}): write the file again."

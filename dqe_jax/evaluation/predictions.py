@@ -156,7 +156,8 @@ class _Scored:
         if not len(self._known):
             _refuse_unlabelled(dataset, asked, self._path, content)
         self._metric = _take_metric(content, self._path) if dataset == "cirr" else "recall"
-        lists = _read_lists(content, queries.ids, self._path, numbers=dataset == "circo")
+        left_out = max(0, (asked.coverage.official_queries or 0) - asked.coverage.queries)
+        lists = _read_lists(content, queries.ids, self._path, left_out, numbers=dataset == "circo")
         if self._listed:
             _check_images(lists, self._allowed(), self._path)
         row_of = {image: row for row, image in enumerate(asked.gallery.ids)}
@@ -293,14 +294,28 @@ def _take_metric(content: dict[str, object], path: epath.Path) -> str:
 
 
 def _read_lists(
-    content: Mapping[str, object], query_ids: Sequence[str], path: epath.Path, *, numbers: bool
+    content: Mapping[str, object],
+    query_ids: Sequence[str],
+    path: epath.Path,
+    left_out: int,
+    *,
+    numbers: bool,
 ) -> dict[str, list[str]]:
-    """Image ids as strings, by query; without leading zeros if they are `numbers`."""
+    """Image ids as strings, by query; without leading zeros if they are `numbers`.
+
+    `left_out` records of the split are not sound: a query that is unknown may be one of them.
+    """
     missing = [query for query in query_ids if query not in content]
     _reject(path, missing, "queries of the split that are not in the file", "add them")
     known = frozenset(query_ids)
     unknown = [query for query in content if query not in known]
-    _reject(path, unknown, "queries of the file that are not in the split", "remove them")
+    remedy = "remove them"
+    if left_out:
+        remedy = (
+            f"the split's own files have {left_out} records that are not sound: get those again, "
+            "or remove these queries"
+        )
+    _reject(path, unknown, "queries of the file that are not in the split", remedy)
     bad = [query for query, values in content.items() if not _are_ids(values, numbers)]
     words = "integers" if numbers else "strings or integers"
     _reject(path, bad, f"queries without a list of image ids ({words})", "correct them")
