@@ -575,6 +575,27 @@ def test_a_job_returns_to_the_queue_only_after_143(world, status, restarts, requ
     assert calls[1:] == ([["scontrol", "requeue", "17"]] if requeued else [])
 
 
+def test_an_array_of_jobs_has_a_run_for_each_seed(world):
+    args = [CONFIG, "--workdir=/shared/a b"]
+    result, calls = world.run("slurm/submit.sh", *args, SEEDS="0-3", NODES="2", GPUS="1")
+    assert result.returncode == 0, result.stderr
+    assert "--array=0-3" in calls[0]
+    for array in ({"SLURM_ARRAY_TASK_ID": "3"}, {}):
+        result, calls = world.run("slurm/train.sbatch", *args, SLURM_JOB_ID="17", **array)
+        assert result.returncode == 0, result.stderr
+        own = ["--workdir=/shared/a b/seed-3", "--config.seed=3"] if array else args[1:]
+        assert calls[-1][-len(own) - 1 :] == [CONFIG, *own]
+
+
+def test_an_array_of_jobs_needs_a_directory(world):
+    result, calls = world.run("slurm/submit.sh", CONFIG, SEEDS="0-3")
+    assert (result.returncode, calls) == (1, [])
+    assert result.stderr.endswith("several seeds need a directory for their runs: --workdir=DIR.\n")
+    result, calls = world.run("slurm/train.sbatch", CONFIG, SLURM_ARRAY_TASK_ID="3")
+    assert (result.returncode, calls) == (2, [])
+    assert "--workdir=DIR" in result.stderr
+
+
 def test_a_job_asks_for_sigterm_before_its_end(world):
     options = (ROOT / "launch" / "slurm" / "train.sbatch").read_text()
     assert "\n#SBATCH --requeue\n" in options
