@@ -50,10 +50,11 @@ class Chip:
     examples: tuple[str, ...] = ()
 
 
-# https://docs.cloud.google.com/tpu/docs/v5e (and v2, v3, v4, v5p, v6e, tpu7x): memory, peak, matrix units.
-# Links: half of the bidirectional bandwidth of a chip (v5e, v6e, TPU7x), its bandwidth (v5p), or the
-# all-reduce bandwidth of a pod by its chips (v3, v4). The compiler's cycles of a large matrix
-# product fit these clocks.
+# https://docs.cloud.google.com/tpu/docs/v5e (and v2, v3, v4, v5p, v6e, tpu7x): memory, peak and
+# matrix units. Links: half of the bidirectional bandwidth of a chip (v5e, v6e, TPU7x), its
+# bandwidth (v5p), or the all-reduce bandwidth of a pod by its chips (v3, v4). The compiler's cycles
+# of a large matrix product fit these clocks; that of TPU7x is reckoned from its peak and the matrix
+# units of v6e.
 CHIPS: dict[str, Chip] = {
     "v2": Chip(2, 8 << 30, 23e12, 0.70e9, None, (), ("2x2", "4x4")),
     "v3": Chip(2, 16 << 30, 61.5e12, 0.94e9, 166e9, (), ("2x2", "4x4")),
