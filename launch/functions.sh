@@ -52,6 +52,15 @@ need_config() {
   die "name a config: --config=FILE."
 }
 
+# Ends a script whose arguments name no directory of the run.
+need_workdir() {
+  local arg
+  for arg in ${args[@]+"${args[@]}"}; do
+    if [[ "${arg}" == --workdir=?* ]]; then return; fi
+  done
+  die "several seeds need a directory for their runs: --workdir=DIR."
+}
+
 # quote WORD...: prints the words so that a shell reads them back as they are.
 quote() {
   printf '%q' "$1"

@@ -13,6 +13,8 @@
 #   VENV           virtual environment, made if missing, on a
 #                  disk that all nodes share                        default: .venv of this checkout
 #   MAX_RESTARTS   how often the job returns to the queue           default: 100
+#   SEEDS          an array of jobs, one run for each seed: 0-3 or
+#                  1,5,7; run 5 is in WORKDIR/seed-5                default: empty, one run
 # sbatch itself reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT and others.
 set -euo pipefail
 . "$(dirname "$0")/../functions.sh"
@@ -24,6 +26,8 @@ GPUS=${GPUS:-8}
 CPUS_PER_GPU=${CPUS_PER_GPU:-8}
 export VENV=${VENV:-${root}/.venv}
 export MAX_RESTARTS=${MAX_RESTARTS:-100}
+SEEDS=${SEEDS:-}
+if [ -n "${SEEDS}" ]; then need_workdir; fi
 need_venv "${VENV}" gpu
 
 if [ "${NODES}" -eq 1 ]; then
@@ -33,4 +37,5 @@ else
 fi
 options=(--nodes="${NODES}" --ntasks="$((NODES * tasks))" --ntasks-per-node="${tasks}")
 options+=(--gpus-per-node="${GPUS}" --cpus-per-task="${cpus}")
+if [ -n "${SEEDS}" ]; then options+=(--array="${SEEDS}"); fi
 run sbatch "${options[@]}" "${root}/launch/slurm/train.sbatch" "${args[@]}"

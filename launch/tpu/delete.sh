@@ -9,4 +9,8 @@ set -euo pipefail
 parse "$@"
 need_no_args
 
-run "${tpu[@]}" delete "${NAME}" "${where[@]}" --quiet
+if [ "${QUEUED}" = true ]; then
+  run "${queue[@]}" delete "${NAME}" "${where[@]}" --force --quiet # the request, with its VM
+else
+  run "${tpu[@]}" delete "${NAME}" "${where[@]}" --quiet
+fi

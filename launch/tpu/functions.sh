@@ -9,16 +9,25 @@ needed+=(PROJECT)
 tpu=(gcloud compute tpus tpu-vm)
 where=(--project="${PROJECT}" --zone="${ZONE}")
 describe=("${tpu[@]}" describe "${NAME}" "${where[@]}" --format="value(state)")
+queue=(gcloud compute tpus queued-resources)
+if [ -n "${FLEX_START}" ]; then
+  QUEUED=true
+  queue=(gcloud alpha compute tpus queued-resources) # the others do not know flex-start
+fi
+# A request has the name of its VM. Its state says as much as that of the VM, and is there before it.
+if [ "${QUEUED}" = true ]; then
+  describe=("${queue[@]}" describe "${NAME}" "${where[@]}" --format="value(state.state)")
+fi
 read -ra ssh_flags <<<"--quiet ${SSH_FLAGS}"
 detach=false
 
 several_hosts() { [ "${TYPE##*-}" -gt 8 ]; }
 on_bucket() { [[ "${WORKDIR}" == gs://* ]]; }
 
-# Whether the VM was preempted.
+# Whether the VM was preempted, or its time as a flex-start VM is over.
 preempted() {
   if [ "${DRY_RUN}" = true ]; then return 1; fi
-  case "$("${describe[@]}")" in PREEMPTED | TERMINATED) ;; *) return 1 ;; esac
+  case "$("${describe[@]}")" in PREEMPTED | TERMINATED | SUSPEND*) ;; *) return 1 ;; esac
 }
 
 # Takes --detach out of `args`, and ends a script whose arguments or variables cannot make a run.
@@ -36,6 +45,7 @@ check_run() {
   if on_bucket; then return; fi
   if several_hosts; then die "TYPE=${TYPE} has several hosts: set WORKDIR to gs://BUCKET/DIR."; fi
   if [ "${SPOT}" = true ]; then die "a spot VM may go: set WORKDIR to gs://BUCKET/DIR."; fi
+  if [ -n "${FLEX_START}" ]; then die "a flex-start VM goes: set WORKDIR to gs://BUCKET/DIR."; fi
   case "${WORKDIR}" in /* | \~*) die "set WORKDIR to gs://BUCKET/DIR or a relative path." ;; esac
 }
 
@@ -44,6 +54,30 @@ check_source() {
   case "${SOURCE}" in
     http*://*@*) die "SOURCE holds a user or a password, which would be printed and sent: set one without." ;;
   esac
+}
+
+# Waits until a request that is queued has its VM.
+wait_for_vm() {
+  local state silences=0
+  if [ "${DRY_RUN}" = true ]; then
+    run "${describe[@]}"
+    return
+  fi
+  while sleep "${POLL_SECONDS}"; do
+    state=$("${describe[@]}") || state=
+    case "${state}" in
+      ACTIVE) return 0 ;;
+      FAILED | SUSPEND*) die "the request ${NAME} is ${state}; delete.sh removes it." ;;
+      "")
+        silences=$((silences + 1))
+        if [ "${silences}" -ge "${POLL_FAILURES}" ]; then die "no answer about ${NAME}."; fi
+        ;;
+      *)
+        silences=0
+        echo "${NAME}: ${state}"
+        ;;
+    esac
+  done
 }
 
 # remote WORKERS COMMAND: sets `ssh` to what runs a line of shell on workers (a number, or all).

@@ -42,7 +42,14 @@ trap at_exit EXIT
 restarts=0
 while true; do
   status=0
-  "${here}/create.sh" || status=$?
+  if [ "${QUEUED}" = true ]; then
+    "${here}/create.sh" & # it may wait for days, and a signal must end that
+    child=$!
+    wait "${child}" || status=$?
+    child=
+  else
+    "${here}/create.sh" || status=$?
+  fi
   if [ "${status}" -eq 0 ]; then
     "${here}/${job}.sh" "${args[@]}" & # so that a signal to this script ends the waiting at once
     child=$!

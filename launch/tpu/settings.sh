@@ -8,8 +8,12 @@
 #   VERSION          TPU software version                           default: v2-alpha-tpuv5-lite
 #   NAME             name of the VM                                 default: dqe-jax
 #   SPOT             true: a spot VM, cheaper, may be preempted     default: false
-#   WORKDIR          directory of the run. gs://BUCKET/DIR is required for several hosts and for
-#                    spot VMs; other paths are relative to the checkout on the VM
+#   QUEUED           true: asks by a queued resource and waits
+#                    until there is a TPU, however long             default: false
+#   FLEX_START       how long a flex-start VM may run, such as
+#                    10h (at most 7d); it is queued too             default: empty
+#   WORKDIR          directory of the run. gs://BUCKET/DIR is required for several hosts, for spot
+#                    and for flex-start VMs; other paths are relative to the checkout on the VM
 #                                                                   default: runs/vm
 #   RESULTS          local directory to which run.sh copies a
 #                    WORKDIR that is not on gs://                   default: runs/$NAME
@@ -33,6 +37,8 @@ TYPE=${TYPE:-v5litepod-8}
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}
 NAME=${NAME:-dqe-jax}
 SPOT=${SPOT:-false}
+FLEX_START=${FLEX_START:-}
+QUEUED=${QUEUED:-false}
 WORKDIR=${WORKDIR:-runs/vm}
 RESULTS=${RESULTS:-runs/${NAME}}
 SOURCE=${SOURCE:-$(git -C "${root:?}" remote get-url origin 2>/dev/null || true)}

@@ -365,6 +365,97 @@ def test_a_run_deletes_its_vm_and_copies_results_that_are_on_it(world):
     assert "dqe-jax:dqe_jax/runs/vm" in calls[-2]
 
 
+# A queue whose states are the lines of $QUEUE, the last of which stays.
+QUEUE = """
+if [[ " $* " = *" queued-resources "* ]]; then
+  case " $* " in
+    *" describe "*)
+      [ -d "$VM" ] || exit 1
+      head -n 1 "$QUEUE"
+      [ "$(wc -l <"$QUEUE")" -le 1 ] || sed -i 1d "$QUEUE"
+      ;;
+    *" create "*) mkdir "$VM" ;;
+    *" delete "*)
+      rm -r "$VM"
+      echo ACTIVE >"$QUEUE"
+      ;;
+  esac
+  exit
+fi
+"""
+
+
+def queued(world, *states: str):
+    """What scripts are given to ask a queue, in which a request has these states."""
+    world.put("bin/gcloud", GCLOUD.replace("\n[ -s ", f"{QUEUE}\n[ -s ", 1))
+    world.env["QUEUE"] = str(world.folder / "QUEUE")
+    world.set("QUEUE", *states)
+
+
+def asked(calls: list[list[str]]) -> list[str]:
+    """What was asked of the queue, and of VMs."""
+    return [
+        f"{call[call.index('tpus') + 1]} {call[call.index('tpus') + 2]}".replace(
+            "queued-resources", "queue"
+        )
+        for call in calls
+    ]
+
+
+@pytest.mark.parametrize("kind", ["queued", "flex-start"])
+def test_a_queued_run_waits_for_its_vm_and_deletes_the_request(world, kind):
+    queued(world, "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    variables = {"QUEUED": "true"} if kind == "queued" else {"FLEX_START": "10h"}
+    result, calls = world.run("tpu/run.sh", CONFIG, **variables)
+    assert result.returncode == 0, result.stderr
+    assert "dqe-jax: WAITING_FOR_RESOURCES\ndqe-jax: PROVISIONING\n" in result.stdout
+    expected = ["queue describe", "queue create", *["queue describe"] * 3, "tpu-vm ssh"]
+    expected += ["tpu-vm ssh", "queue describe", "tpu-vm ssh", "queue delete"]
+    assert asked(calls) == expected
+    create = calls[1]
+    assert {"--node-id=dqe-jax", "--runtime-version=v2-alpha-tpuv5-lite"} <= set(create)
+    flex = {"alpha", "--provisioning-model=flex-start", "--max-run-duration=10h"}
+    assert flex & set(create) == (flex if kind == "flex-start" else set())
+    assert "--force" in calls[-1]
+
+
+def test_a_request_that_lost_its_vm_is_made_again(world):
+    """As after a preemption, and at the end of the time of a flex-start VM."""
+    queued(world, "ACTIVE", "SUSPENDED")
+    result, calls = world.run("tpu/run.sh", CONFIG, QUEUED="true", SPOT="true")
+    assert result.returncode == 0, result.stderr
+    assert asked(calls).count("queue create") == asked(calls).count("queue delete") == 2
+    assert len(set(call[-1] for call in calls if call[-1].startswith("--command"))) == 3
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_a_request_that_fails_ends_creation(world, state):
+    queued(world, "WAITING_FOR_RESOURCES", state)
+    result, calls = world.run("tpu/create.sh", QUEUED="true")
+    assert result.returncode == 1
+    assert f"the request dqe-jax is {state}; delete.sh removes it." in result.stderr
+    assert "tpu-vm ssh" not in asked(calls)
+
+
+def test_a_request_that_exists_is_left_alone(world):
+    queued(world, "WAITING_FOR_RESOURCES")
+    (world.folder / "vm").mkdir()
+    result, calls = world.run("tpu/run.sh", CONFIG, QUEUED="true")
+    assert result.returncode == 1
+    assert "dqe-jax already (WAITING_FOR_RESOURCES)" in result.stderr
+    assert asked(calls) == ["queue describe"]
+
+
+def test_spot_and_flex_start_exclude_each_other_and_need_a_bucket(world):
+    both = {"SPOT": "true", "FLEX_START": "10h"}
+    result, calls = world.run("tpu/create.sh", **both)
+    assert (result.returncode, calls) == (1, [])
+    assert "set SPOT or FLEX_START" in result.stderr
+    result, calls = world.run("tpu/train.sh", CONFIG, FLEX_START="10h", WORKDIR="runs/vm")
+    assert (result.returncode, calls) == (1, [])
+    assert "set WORKDIR to gs://BUCKET/DIR" in result.stderr
+
+
 def test_a_vm_that_exists_is_left_alone(world):
     (world.folder / "vm").mkdir()
     result, calls = world.run("tpu/run.sh", CONFIG)
@@ -573,6 +664,27 @@ def test_a_job_returns_to_the_queue_only_after_143(world, status, restarts, requ
         *("srun", "--kill-on-bad-exit=0", python, "-m", "dqe_jax.main", CONFIG, *ODD)
     ]
     assert calls[1:] == ([["scontrol", "requeue", "17"]] if requeued else [])
+
+
+def test_an_array_of_jobs_has_a_run_for_each_seed(world):
+    args = [CONFIG, "--workdir=/shared/a b"]
+    result, calls = world.run("slurm/submit.sh", *args, SEEDS="0-3", NODES="2", GPUS="1")
+    assert result.returncode == 0, result.stderr
+    assert "--array=0-3" in calls[0]
+    for array in ({"SLURM_ARRAY_TASK_ID": "3"}, {}):
+        result, calls = world.run("slurm/train.sbatch", *args, SLURM_JOB_ID="17", **array)
+        assert result.returncode == 0, result.stderr
+        own = ["--workdir=/shared/a b/seed-3", "--config.seed=3"] if array else args[1:]
+        assert calls[-1][-len(own) - 1 :] == [CONFIG, *own]
+
+
+def test_an_array_of_jobs_needs_a_directory(world):
+    result, calls = world.run("slurm/submit.sh", CONFIG, SEEDS="0-3")
+    assert (result.returncode, calls) == (1, [])
+    assert result.stderr.endswith("several seeds need a directory for their runs: --workdir=DIR.\n")
+    result, calls = world.run("slurm/train.sbatch", CONFIG, SLURM_ARRAY_TASK_ID="3")
+    assert (result.returncode, calls) == (2, [])
+    assert "--workdir=DIR" in result.stderr
 
 
 def test_a_job_asks_for_sigterm_before_its_end(world):

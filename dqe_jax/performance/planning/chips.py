@@ -29,7 +29,7 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Facts of a chip, per device of JAX: a chip of v4 and later, one of the two cores of v2, v3.
+    """Facts of a chip, per device of JAX: one of two cores of v2, v3 and TPU7x, else a chip.
 
     Attributes:
       devices: of a chip.
@@ -50,10 +50,11 @@ class Chip:
     examples: tuple[str, ...] = ()
 
 
-# https://docs.cloud.google.com/tpu/docs/v5e (and v2, v3, v4, v5p, v6e): memory, peak, matrix units.
-# Links: half of the bidirectional bandwidth of a chip (v5e, v6e), its bandwidth (v5p), or the
-# all-reduce bandwidth of a pod by its chips (v3, v4). The compiler's cycles of a large matrix
-# product fit these clocks.
+# https://docs.cloud.google.com/tpu/docs/v5e (and v2, v3, v4, v5p, v6e, tpu7x): memory, peak and
+# matrix units. Links: half of the bidirectional bandwidth of a chip (v5e, v6e, TPU7x), its
+# bandwidth (v5p), or the all-reduce bandwidth of a pod by its chips (v3, v4). The compiler's cycles
+# of a large matrix product fit these clocks; that of TPU7x is reckoned from its peak and the matrix
+# units of v6e.
 CHIPS: dict[str, Chip] = {
     "v2": Chip(2, 8 << 30, 23e12, 0.70e9, None, (), ("2x2", "4x4")),
     "v3": Chip(2, 16 << 30, 61.5e12, 0.94e9, 166e9, (), ("2x2", "4x4")),
@@ -63,6 +64,7 @@ CHIPS: dict[str, Chip] = {
     "v5e": Chip(1, 16 << 30, 197e12, 1.5e9, 200e9, (), ("2x4", "4x8", "16x16")),
     "v5p": Chip(1, 95 << 30, 459e12, 1.75e9, 600e9, (), ("2x2x2", "4x8x8")),
     "v6e": Chip(1, 32 << 30, 918e12, 1.75e9, 400e9, (), ("2x4", "4x8", "16x16")),
+    "tpu7x": Chip(2, 96 << 30, 1153.5e12, 2.2e9, 300e9, (), ("2x2x1", "2x2x2", "4x4x8")),
 }
 # Chips and bytes of memory of the virtual machines that hold a slice, the smallest first:
 # https://docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
@@ -71,6 +73,7 @@ HOSTS: dict[str, tuple[tuple[int, int], ...]] = {
     "v5e": ((1, 48 * GB), (4, 192 * GB), (8, 384 * GB)),
     "v5p": ((4, 448 * GB),),
     "v6e": ((1, 176 * GB), (4, 720 * GB), (8, 1440 * GB)),
+    "tpu7x": ((4, 960 * GB),),
 }
 # Chips of each host of a slice that no single host holds.
 HOST_CHIPS = 4
