@@ -93,6 +93,9 @@ setup(
         "mteb": ["mteb>=2.26"],
         # An index in Milvus, whatever its size; milvus-lite is its embedded form.
         "milvus": ["pymilvus>=3.0", "milvus-lite>=3.2"],
+        # Services that get the metrics of a run too (config.log.sinks).
+        "trackio": ["trackio>=0.25"],
+        "wandb": ["wandb>=0.20"],
         # The page and the REST interface.
         "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
         "test": [

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: JSON lines, and TensorBoard events.
+"""Where a run's metrics go: JSON lines, TensorBoard events, and services that are asked for.
 
 `metrics.jsonl` holds what the run computes: repeated, killed or resumed it is the same to the byte.
 `timing.jsonl` holds what the machine made of it.
@@ -15,6 +15,7 @@ from etils import epath
 from dqe_jax.utils.events import EventFile
 from dqe_jax.utils.files import JsonObject, finite
 from dqe_jax.utils.paths import is_remote
+from dqe_jax.utils.sinks import Sinks
 
 
 class MetricLog:
@@ -24,7 +25,13 @@ class MetricLog:
     checkpoint are taken again, and each step is logged once.
     """
 
-    def __init__(self, directory: epath.Path, resume_step: int | None = 0, again: str = "test/"):
+    def __init__(
+        self,
+        directory: epath.Path,
+        resume_step: int | None = 0,
+        again: str = "test/",
+        sinks: Sinks | None = None,
+    ):
         """Opens the logs of a directory, which is made if it is not there.
 
         Args:
@@ -32,7 +39,9 @@ class MetricLog:
           resume_step: the last step whose lines stay; None for all.
           again: lines with a name that starts so are dropped too: the run writes them anew; ""
             for none.
+          sinks: get the same numbers, and are closed with the log; None for none.
         """
+        self._sinks = sinks
         directory.mkdir(parents=True, exist_ok=True)
         self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "timing")}
         # In a bucket files can only be written as a whole, so their content is kept here.
@@ -65,6 +74,8 @@ class MetricLog:
     def close(self) -> None:
         """Flushes."""
         self._events.close()
+        if self._sinks is not None:
+            self._sinks.close()
 
     def _append(self, name: str, step: int, values: Mapping[str, object]) -> None:
         # Numbers that are not finite are no JSON.
@@ -76,6 +87,8 @@ class MetricLog:
             self._held[name] += line
             self._paths[name].write_text(self._held[name])
         numbers = {key: x for key, x in values.items() if isinstance(x, (int, float))}
+        if self._sinks is not None:
+            self._sinks.log(step, numbers)
         # TensorBoard allows no @ in a name.
         self._events.write(step, {key.replace("@", "_at_"): x for key, x in numbers.items()})
 
