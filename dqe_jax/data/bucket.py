@@ -58,11 +58,14 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
                 continue
             to.mkdir(parents=True, exist_ok=True)
             for file in sorted(files, key=lambda path: path.name == LAST):
-                if not file.name.endswith(".partial"):
-                    new = to / f"{file.name}.partial"
-                    file.copy(new, overwrite=True)
+                if file.name.endswith(".partial"):
+                    continue
+                # A bucket shows no half of a file.
+                new = to / (file.name if is_remote(to) else f"{file.name}.partial")
+                file.copy(new, overwrite=True)
+                if new.name != file.name:
                     new.replace(to / file.name)
-                    count += 1
+                count += 1
         if count:
             logging.info("Copied %d files of %s to %s.", count, source, target)
     except Exception as error:  # of the bucket, in many types

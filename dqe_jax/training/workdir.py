@@ -14,7 +14,7 @@ from etils import epath
 from dqe_jax.config import RunConfig, differences
 from dqe_jax.training.lease import BusyError, Lease, take_lease
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import read_json
+from dqe_jax.utils.files import read_json, write_at_once
 from dqe_jax.utils.paths import is_remote, whole_path
 
 LOCK = "trainer.lock"
@@ -80,9 +80,7 @@ def write_config(workdir: epath.Path, config: RunConfig) -> None:
     """
     file, text = workdir / "config.json", config.to_json()
     if not file.exists() or file.read_bytes() != text.encode():
-        new = file.with_name("config.json.new")
-        new.write_text(text)
-        new.replace(file)  # at once: a watcher may read it, and this process be killed
+        write_at_once(file, text)  # a watcher may read it, and this process be killed
 
 
 def _has_trained(workdir: epath.Path) -> bool:

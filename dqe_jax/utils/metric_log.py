@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from dqe_jax.utils.events import EventFile
-from dqe_jax.utils.files import JsonObject, finite
+from dqe_jax.utils.files import JsonObject, finite, write_at_once
 from dqe_jax.utils.paths import is_remote
 from dqe_jax.utils.sinks import Sinks
 
@@ -51,9 +51,7 @@ class MetricLog:
             if self._held is not None:
                 self._held[name] = text
             # Written at once, so that a run that is killed here does not lose the lines.
-            new = path.with_name(path.name + ".new")
-            new.write_text(text)
-            new.replace(path)
+            write_at_once(path, text)
         # TensorBoard drops what an earlier attempt wrote at or after this step.
         purged = None if resume_step is None else resume_step + 1
         self._events = EventFile(directory / "events", purged)
