@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import numpy as np
@@ -50,9 +50,10 @@ def shard_map(
     in_axes = tuple(in_axes)
     in_specs, out_specs = _specs(in_axes), _specs(out_axes)
 
-    def of_device(*args: _In.args) -> object:
+    def of_device(*args: object) -> object:
         own = _with_axes(lambda x: lax.squeeze(x, (0,)), in_axes, args)
-        return _with_axes(lambda x: lax.expand_dims(x, (0,)), out_axes, fn(*own))
+        result = cast(Callable[..., _Out], fn)(*own)
+        return _with_axes(lambda x: lax.expand_dims(x, (0,)), out_axes, result)
 
     # Which results are replicated is said by `out_axes`, as `pmap` is told; nothing checks it.
     mapped = jax.shard_map(
@@ -66,7 +67,7 @@ def shard_map(
         out_shardings=placed(out_specs),
     )
     if over.is_multi_process:
-        return _OfProcesses(run, over, in_specs, out_specs)
+        return cast(mesh.Program[_In, _Out], _OfProcesses(run, over, in_specs, out_specs))
     return run
 
 
@@ -93,7 +94,7 @@ class _OfProcesses:
         return self._run.lower(*args)
 
 
-def _specs(axes: object) -> object:
+def _specs(axes: object) -> Any:
     """How arrays of these axes lie on the devices."""
     return jax.tree.map(
         lambda axis: PartitionSpec() if axis is None else PartitionSpec(mesh.AXIS),
@@ -102,7 +103,7 @@ def _specs(axes: object) -> object:
     )
 
 
-def _with_axes(fn: Callable[[jax.Array], jax.Array], axes: object, tree: object) -> object:
+def _with_axes(fn: Callable[[jax.Array], jax.Array], axes: object, tree: object) -> Any:
     """`fn` of all arrays that are sharded; the others as they are."""
 
     def part(axis: int | None, own: object) -> object:

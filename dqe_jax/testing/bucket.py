@@ -2,9 +2,10 @@
 
 The emulator keeps the objects. The door adds what it lacks and what the libraries of a run count
 on, as the JSON API of Cloud Storage documents it: generations as preconditions of reads and writes
-(`ifGenerationMatch`, 412 and 304), the generation of what is read, and moves. It also makes faults
-at stated rates, and counts them: slow answers, 429, 503, connections that are dropped before a
-request is done, and such that are dropped after it.
+(`ifGenerationMatch`, 412 and 304), the generation of what is read, moves, and the answer of an
+upload that is complete to who asks for it again. It also makes faults at stated rates, and counts
+them: slow answers, 429, 503, connections that are dropped before a request is done, and such that
+are dropped after it.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Bucket:
         self.name, self.url = name, ""
         self.counts: collections.Counter[str] = collections.Counter()
         self._faults, self._random = Faults({}), random.Random(0)
+        self._uploads: dict[str, tuple[int, dict[str, str], bytes]] = {}  # that are complete
         self._lock = threading.Lock()  # the emulator takes one request at a time
 
     def __enter__(self) -> Bucket:
@@ -154,6 +156,11 @@ class Bucket:
             if "ifGenerationNotMatch" in query and int(query["ifGenerationNotMatch"][0]) == held:
                 return (304, {}, b"") if method == "GET" else _refused(412, "conditionNotMet")
             status, found, content = self._forward(method, path, body, headers)
+            for upload in query.get("upload_id", ()):
+                if status == 200:
+                    self._uploads[upload] = status, dict(found), content
+                elif status == 404 and upload in self._uploads:
+                    return self._uploads[upload]  # asked again after an answer that was lost
             if method == "GET" and held:
                 found["X-Goog-Generation"] = str(held)
             return status, found, content

@@ -67,9 +67,16 @@ class Lease:
 
         Raises:
           BusyError: another process has taken it over.
+          UserError: the bucket does not answer.
         """
         if time.monotonic() - self._renewed > self._seconds / 2:
-            self._renew()
+            try:
+                self._renew()
+            except Exception as error:  # TensorStore raises many types, after many tries
+                raise UserError(
+                    f"{self._path} cannot be reached ({reason_of(error)}): run the same command "
+                    "again when it can; it continues from the newest checkpoint."
+                ) from error
         if self._lost:
             raise BusyError(
                 f"{self._lost} has taken over the run in {self._path}, which this process had not "

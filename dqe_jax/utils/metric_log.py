@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from absl import logging
 from etils import epath
 
+from dqe_jax.utils.errors import reason_of
 from dqe_jax.utils.events import EventFile
 from dqe_jax.utils.files import JsonObject, finite, write_at_once
 from dqe_jax.utils.paths import is_remote
@@ -46,6 +47,7 @@ class MetricLog:
         self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "timing")}
         # In a bucket files can only be written as a whole, so their content is kept here.
         self._held: dict[str, str] | None = {} if is_remote(directory) else None
+        self._late: set[str] = set()  # of these, what the bucket has not got yet
         for name, path in self._paths.items():
             text = "".join(line + "\n" for line in _lines_until(path, resume_step, again))
             if self._held is not None:
@@ -71,6 +73,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes."""
+        for name in sorted(self._late):
+            self._write_held(name)
         self._events.close()
         if self._sinks is not None:
             self._sinks.close()
@@ -83,12 +87,27 @@ class MetricLog:
                 file.write(line)
         else:
             self._held[name] += line
-            self._paths[name].write_text(self._held[name])
+            self._write_held(name)
         numbers = {key: x for key, x in values.items() if isinstance(x, (int, float))}
         if self._sinks is not None:
             self._sinks.log(step, numbers)
         # TensorBoard allows no @ in a name.
         self._events.write(step, {key.replace("@", "_at_"): x for key, x in numbers.items()})
+
+    def _write_held(self, name: str) -> None:
+        """Writes the file of a bucket anew; what cannot be written now is in the next one."""
+        if self._held is None:
+            return
+        try:
+            self._paths[name].write_text(self._held[name])
+            self._late.discard(name)
+        except Exception as error:  # of the bucket, in many types
+            if name not in self._late:
+                logging.warning(
+                    "%s cannot be written now (%s); it is tried again with its next line.",
+                    *(self._paths[name], reason_of(error)),
+                )
+            self._late.add(name)
 
 
 class NoLog:
