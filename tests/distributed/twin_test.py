@@ -3,6 +3,8 @@
 The whole runs are slow: `python -m pytest -m slow tests/distributed/twin_test.py`.
 """
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from jax import lax
 
 from dqe_jax.checkpoints import store
 from dqe_jax.distributed import mesh, twin
+from dqe_jax.performance.planning import programs
+from dqe_jax.performance.planning.stores import Counts
 from dqe_jax.testing.small_runs import run_config
 from dqe_jax.training import loop, session, zero
 
@@ -77,6 +81,32 @@ def config_of(base, **changes):
     fields = {"total_steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 0}
     fields |= {"num_devices": DEVICES, "optimizer.warmup_steps": 1}
     return run_config(base / "prepared", **fields | changes)
+
+
+STEPS = {
+    "plain": {},
+    "bank": {**BANK, "optimizer.shard_state": True, "optimizer.ema_decay": 0.9},
+    "chunks": {"batch.chunks": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["bank", *(pytest.param(n, marks=pytest.mark.slow) for n in ("plain", "chunks"))]
+)
+def test_steps_are_the_same_program(monkeypatch, name):
+    """Operation by operation: equal code computes equal bits. Nothing is compiled."""
+    monkeypatch.setattr(zero, "LEAST", 1)
+    wanted = "bank step" if name == "bank" else "step"
+    sizes = {"counts": Counts(100), "vocabulary": 30, "names": (wanted,)}
+    codes = []
+    for mapping in ("pmap", "shard_map"):
+        config = run_config("", mapping=mapping, num_devices=DEVICES, **STEPS[name])
+        (program,), _ = programs.make_programs(config, devices(), **sizes)
+        # Names of functions differ: that of the module, and of what is mapped.
+        text = program.mapped.lower(*program.arguments).as_text()
+        codes.append(re.sub(r"@[\w.]+|jax\.\w+_info = \"[^\"]*\"", "", text))
+    assert len(codes[0].splitlines()) > 500
+    assert codes[0] == codes[1]
 
 
 def recorded(make_step, kinds):
