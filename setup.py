@@ -58,7 +58,8 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
-        # 1.0 puts another interface under this name; before 0.11.20 half-written checkpoints stay.
+        # 1.0 puts another interface under this name (not out in November 2026: 0.12.8 is newest);
+        # before 0.11.20 half-written checkpoints stay.
         "orbax-checkpoint>=0.11.20,<1",
         "pillow>=10.1",
         "psutil>=5.9.5",
@@ -86,6 +87,9 @@ setup(
         ],
         "gpu": ["jax[cuda12]>=0.10"],
         "gpu13": ["jax[cuda13]>=0.10"],
+        # Runs in a bucket, gs://, and an emulated one for tests.
+        "bucket": ["gcsfs>=2023.5"],
+        "bucket-test": ["gcsfs>=2023.5", "gcp-storage-emulator>=2026.1"],
         # Also compiles for TPUs on a machine without one (Linux, x86-64).
         # gcsfs: run directories on gs://.
         "tpu": ["jax[tpu]>=0.10", "gcsfs>=2023.5"],
@@ -93,6 +97,9 @@ setup(
         "mteb": ["mteb>=2.26"],
         # An index in Milvus, whatever its size; milvus-lite is its embedded form.
         "milvus": ["pymilvus>=3.0", "milvus-lite>=3.2"],
+        # Services that get the metrics of a run too (config.log.sinks).
+        "trackio": ["trackio>=0.25"],
+        "wandb": ["wandb>=0.20"],
         # The page and the REST interface.
         "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
         "test": [

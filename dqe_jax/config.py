@@ -28,14 +28,17 @@ from dqe_jax.utils.fields import (
     fields_of,
     flag,
     integer,
+    nonempty,
     number,
     one_of,
     positive,
     rate,
+    some_of,
     text,
     weight,
 )
 from dqe_jax.utils.files import JsonObject
+from dqe_jax.utils.sinks import SINKS
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -55,8 +58,10 @@ YOUNGER = (
     "eval.curve",
     "features.",
     "init.",
+    "log.",
     "loss.form",
     "loss.in_batch_form",
+    "mapping",
     "model.dino.",
     "model.features.",
     "model.initial_bias",
@@ -159,6 +164,22 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go, beside the files of the run's directory."""
+
+    sinks: tuple[str, ...] = field(
+        (),
+        'Services that get the metrics too: "wandb" (Weights & Biases), "trackio", both or none. '
+        "What they need is an extra of the same name.",
+        some_of(*SINKS),
+        "free",
+    )
+    project: str = field(
+        "dqe_jax", "Project of these services that the run belongs to.", nonempty(), "free"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
     """What a run starts from, beside the weights of a pretrained backbone."""
 
@@ -183,6 +204,13 @@ class RunConfig:
     num_devices: int = field(
         0, "Devices to use, of all processes; 0 for all.", integer(0, 1_000_000), "free"
     )
+    mapping: str = field(
+        "pmap",
+        'How the training step is mapped over the devices: "pmap", or "shard_map", which computes '
+        "the same to the bit.",
+        one_of("pmap", "shard_map"),
+        "free",
+    )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -191,6 +219,7 @@ class RunConfig:
     negatives: NegativesConfig = dataclasses.field(default_factory=NegativesConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
     log_every: int = field(20, "Steps between log lines.", integer(1, MOST_STEPS), "free")
     eval_every: int = field(
         500,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from dqe_jax.data import preparation
+from dqe_jax.data import bucket, preparation
 from dqe_jax.data.annotations import (
     circled,
     circo,
@@ -91,7 +91,10 @@ def _benchmark(data: DataConfig, prepared_dir: str) -> tfds.core.DatasetBuilder:
     """A benchmark, which must be prepared: in `data.data_dir` if that is given."""
     from dqe_jax.data.builders import benchmarks
 
-    where = os.fspath(epath.Path(data.data_dir).expanduser()) if data.data_dir else prepared_dir
+    where = prepared_dir
+    if data.data_dir:
+        bucket.fetch(data.data_dir, data.dataset)
+        where = os.fspath(bucket.local_of(data.data_dir))
     builder = benchmarks.make_builder(
         data.dataset,
         where,
@@ -362,7 +365,7 @@ def find_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBui
       UserError: the raw data or the directory for prepared data cannot be used, or the data set has
         to be prepared by a command of its own.
     """
-    prepared_dir = epath.Path(data.prepared_dir).expanduser()
+    prepared_dir = bucket.local_of(data.prepared_dir)
     try:
         prepared_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -370,6 +373,7 @@ def find_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBui
             f"config.data.prepared_dir: cannot make {prepared_dir} ({error.strerror}); name a "
             "directory that is writable."
         ) from error
+    bucket.fetch(data.prepared_dir, data.dataset)
     info = DATASETS[data.dataset]
     whole = info.open_whole if split == WHOLE else None
     return (whole or info.open)(data, os.fspath(prepared_dir))
@@ -378,5 +382,8 @@ def find_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBui
 def open_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBuilder:
     """The prepared TFDS builder of `config.data`; arguments and errors as of `find_dataset`."""
     builder = find_dataset(data, split)
+    fresh = not preparation.is_prepared(builder)
     preparation.prepare(builder)
+    if fresh:
+        bucket.send(data.prepared_dir, data.dataset)
     return builder

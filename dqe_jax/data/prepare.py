@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from dqe_jax.data import downloads, preparation
+from dqe_jax.data import bucket, downloads, preparation
 from dqe_jax.data.annotations import fashioniq
 from dqe_jax.data.builders.benchmarks import (
     BUILDERS,
@@ -75,7 +75,7 @@ def prepare_benchmark(
     make = functools.partial(
         make_builder,
         dataset,
-        os.fspath(data_dir),
+        os.fspath(bucket.local_of(data_dir)),
         image_size=image_size,
         preprocess=preprocess or BUILDERS[dataset].raw.preprocess,
         image_format=image_format,
@@ -85,9 +85,13 @@ def prepare_benchmark(
         beam=beam_runner is not None,
     )
     beam = {} if beam_runner is None else _beam_fields(beam_runner, beam_options)
+    bucket.fetch(data_dir, dataset)
     builder = _open_builder(make, overwrite=overwrite, needed=wanted if splits else ())
     preparation.prepare(builder, **beam)
-    found = _report(builder, max_missing)
+    try:
+        found = _report(builder, max_missing)
+    finally:  # what is prepared stays, whatever is missing
+        bucket.send(data_dir, dataset)
     stored = "" if image_format == "png" else f" --config.data.image_format={image_format}"
     logging.info("Use it with --data_dir=%s%s.", data_dir, stored)
     return found

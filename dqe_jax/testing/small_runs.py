@@ -166,7 +166,7 @@ def _remembered(make_step: Callable[..., _Step], alike: bool) -> Callable[..., _
         negatives = dataclasses.replace(config.negatives, first_refresh=0, refresh_every=1)
         parts = (config.model, config.optimizer, negatives, config.loss, config.batch)
         numbers = () if alike else (config.seed, config.total_steps)
-        key = repr((parts, numbers, [device.id for device in devices], bank, model))
+        key = repr((config.mapping, parts, numbers, [device.id for device in devices], bank, model))
         if key not in steps:
             steps[key] = make_step(config, model, made, devices, bank=bank)
         return steps[key]

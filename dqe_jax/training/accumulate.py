@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqe_jax.config import RunConfig
-from dqe_jax.distributed import mesh
+from dqe_jax.distributed import mesh, twin
 from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.mining import Bank
@@ -108,17 +108,18 @@ def make_accumulation(
         return parts.update(state, grads, means, stop)
 
     state_axes, output_axes = axes_of(made)
+    mapped = twin.mapper(config.mapping)
     return Accumulation(
         batches=number,
-        zeros=mesh.pmap(zeros, in_axes=(None, 0), out_axes=0, devices=devices),
-        add=mesh.pmap(
+        zeros=mapped(zeros, in_axes=(None, 0), out_axes=0, devices=devices),
+        add=mapped(
             add,
             in_axes=(0, None, None, 0, None, *([0] if bank else [])),
             out_axes=(0, None),
             donate_argnums=(0,),
             devices=devices,
         ),
-        update=mesh.pmap(
+        update=mapped(
             update,
             in_axes=(state_axes, 0, None, 0),
             out_axes=output_axes,

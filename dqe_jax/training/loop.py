@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,7 +14,7 @@ import tqdm
 from absl import logging
 
 from dqe_jax.checkpoints import store
-from dqe_jax.config import AnyConfig, RunConfig, check_batch
+from dqe_jax.config import AnyConfig, RunConfig, check_batch, flatten
 from dqe_jax.data import datasets
 from dqe_jax.distributed import mesh, processes
 from dqe_jax.distributed.interrupts import Interrupted, Interrupts
@@ -30,6 +30,7 @@ from dqe_jax.models.build import parts_of
 from dqe_jax.training.accumulate import Accumulation
 from dqe_jax.training.data_wait import DataWait
 from dqe_jax.training.faults import Guard, in_sentences
+from dqe_jax.training.lease import Lease
 from dqe_jax.training.optimizer import make_schedule
 from dqe_jax.training.session import Feedback, Session, open_session, restore_or_init, save
 from dqe_jax.training.start import open_start
@@ -38,6 +39,7 @@ from dqe_jax.training.step import StepOutput
 from dqe_jax.training.workdir import claim_workdir, write_config
 from dqe_jax.utils import progress
 from dqe_jax.utils.metric_log import MetricLog, NoLog
+from dqe_jax.utils.sinks import Sinks, require_sinks
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp  # slow to import
@@ -72,6 +74,7 @@ def train_and_evaluate(
     """
     config = RunConfig.of(config)
     began = time.time()
+    require_sinks(config.log.sinks)
     freeze.check_frozen(
         config.model.frozen, parts_of(config.model.backbone), adapters=config.model.lora.rank > 0
     )
@@ -100,10 +103,15 @@ def train_and_evaluate(
             state, seconds = restore_or_init(session, manager)
             if processes.leads():
                 write_config(path, config)
-            return _train(session, state, manager, Stopwatch(seconds), began, stop_at)
+            held = lock.check if isinstance(lock, Lease) else _always
+            return _train(session, state, manager, Stopwatch(seconds), began, stop_at, held)
     finally:
         if lock is not None:
             lock.close()
+
+
+def _always() -> None:
+    """The check of a lock that the system keeps."""
 
 
 class Stopwatch:
@@ -170,11 +178,12 @@ def _train(
     stopwatch: Stopwatch,
     began: float,
     stop_at: int | None,
+    held: Callable[[], None],
 ) -> dict[str, float]:
-    """Trains and evaluates from a state on; `began` is for the log."""
+    """Trains and evaluates from a state on; `began` is for the log, `held` as of `run_steps`."""
     config, start = session.config, int(state.step)
     end = min(stop_at or config.total_steps, config.total_steps)
-    log = MetricLog(session.workdir, resume_step=start) if processes.leads() else NoLog()
+    log = _open_log(session, start) if processes.leads() else NoLog()
     try:
         if start == 0:
             logging.info("Devices: %s", ", ".join(str(device) for device in session.devices))
@@ -187,7 +196,9 @@ def _train(
             )
         logging.info("Ready after %.1f s; the first step compiles.", time.time() - began)
         with Interrupts() as interrupts:
-            state, measured = run_steps(session, state, end, manager, log, stopwatch, interrupts)
+            state, measured = run_steps(
+                session, state, end, manager, log, stopwatch, interrupts, held
+            )
         manager.wait_until_finished()
         if end < config.total_steps or not config.eval_every:
             return measured
@@ -195,6 +206,14 @@ def _train(
     finally:
         session.batches.close()
         log.close()
+
+
+def _open_log(session: Session, start: int) -> MetricLog:
+    """The log of a run that starts after step `start`."""
+    config, workdir = session.config, session.workdir
+    own = config.log
+    sinks = Sinks(own.sinks, workdir, own.project, flatten(config.to_dict()), fresh=start == 0)
+    return MetricLog(workdir, resume_step=start, sinks=sinks)
 
 
 def run_steps(
@@ -205,8 +224,12 @@ def run_steps(
     log: MetricLog | NoLog,
     stopwatch: Stopwatch,
     interrupts: Interrupts,
+    held: Callable[[], None] = _always,
 ) -> tuple[TrainState, dict[str, float]]:
     """Takes the steps up to `end`; time spent evaluating and saving is not counted as training.
+
+    `held` raises a `UserError` if another process has taken over the workdir: it is asked before
+    anything is written there.
 
     Returns:
       The state, and the metrics of the last validation.
@@ -229,6 +252,7 @@ def run_steps(
             # Log before and after a refresh, to show how stale the bank had become.
             due = keeper is not None and keeper.due(step)
             if step % config.log_every == 0 or last or refreshed or due:
+                held()
                 reporter.write(step, output.metrics)
             evaluate = config.eval_every > 0 and (step % config.eval_every == 0 or last)
             saving = step % config.checkpoint_every == 0 or last or stop > 0
@@ -238,6 +262,7 @@ def run_steps(
                     found = _validate(session, state, log, reporter.bar) if evaluate else None
                     measured = measured if found is None else found.metrics
                     if saving:
+                        held()
                         stop = max(stop, guard.check_all())  # nothing unsound is saved
                         save(session, manager, state, seconds, found)
             if stop:

@@ -17,7 +17,7 @@ from jax import lax
 
 from dqe_jax.config import RunConfig
 from dqe_jax.data.packing import BatchShape
-from dqe_jax.distributed import mesh
+from dqe_jax.distributed import mesh, twin
 from dqe_jax.method.arrays import Array, Params
 from dqe_jax.method.batch import Batch
 from dqe_jax.method.mining import Bank, MiningRule
@@ -268,7 +268,7 @@ def make_step(
       state that is sharded have a leading axis of devices.
     """
     state_axes, output_axes = axes_of(made)
-    return mesh.pmap(
+    return twin.mapper(config.mapping)(
         make_train_step(parts_of_step(config, model, made, bank=bank)),
         in_axes=(state_axes, 0, 0, 0) if bank else (state_axes, 0, 0),
         out_axes=output_axes,

@@ -12,20 +12,17 @@ from absl import logging
 from etils import epath
 
 from dqe_jax.config import RunConfig, differences
+from dqe_jax.training.lease import BusyError, Lease, take_lease
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import read_json
+from dqe_jax.utils.files import read_json, write_at_once
 from dqe_jax.utils.paths import is_remote, whole_path
 
 LOCK = "trainer.lock"
 
 
-class BusyError(UserError):
-    """Another process trains in the workdir."""
-
-
 def claim_workdir(
     workdir: str | os.PathLike[str], config: RunConfig, *, alone: bool = True
-) -> tuple[epath.Path, TextIO | None]:
+) -> tuple[epath.Path, TextIO | Lease | None]:
     """Makes the workdir, keeps other trainers out of it and writes `config.json` there.
 
     What a trained run holds stays as it is: whether it may go on is known later, see
@@ -83,9 +80,7 @@ def write_config(workdir: epath.Path, config: RunConfig) -> None:
     """
     file, text = workdir / "config.json", config.to_json()
     if not file.exists() or file.read_bytes() != text.encode():
-        new = file.with_name("config.json.new")
-        new.write_text(text)
-        new.replace(file)  # at once: a watcher may read it, and this process be killed
+        write_at_once(file, text)  # a watcher may read it, and this process be killed
 
 
 def _has_trained(workdir: epath.Path) -> bool:
@@ -94,11 +89,11 @@ def _has_trained(workdir: epath.Path) -> bool:
     return root.is_dir() and any(child.name.isdigit() for child in root.iterdir())
 
 
-def lock_workdir(path: epath.Path) -> TextIO | None:
+def lock_workdir(path: epath.Path) -> TextIO | Lease | None:
     """Keeps other trainers out until this process ends, however it ends.
 
-    The lock is the system's: of one machine, or of a network disk that has locks. Bucket storage
-    (`gs://`) has none: there this is None, and nothing keeps a second trainer out.
+    The lock is the system's: of one machine, or of a network disk that has locks. In a bucket
+    (`gs://`), which has none, it is a lease, see `lease.py`; None where there is neither.
 
     Args:
       path: of an existing directory.
@@ -107,7 +102,7 @@ def lock_workdir(path: epath.Path) -> TextIO | None:
       BusyError: another process trains there.
     """
     if is_remote(path):
-        return None
+        return take_lease(path)
     file = open(os.fspath(path / LOCK), "a+")  # noqa: SIM115 (open as long as it is locked)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

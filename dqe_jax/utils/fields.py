@@ -161,6 +161,11 @@ def text() -> Check:
     return Check(str, lambda value: True, "a string")
 
 
+def nonempty() -> Check:
+    """A string with something in it."""
+    return Check(str, lambda value: bool(value.strip()), "a name")
+
+
 def flag() -> Check:
     """True or false."""
     return Check(bool, lambda value: True, "True or False")
@@ -172,5 +177,15 @@ def tuple_of_names(*, empty: bool) -> Check:
 
     def test(value: tuple[object, ...]) -> bool:
         return (empty or bool(value)) and all(isinstance(name, str) for name in value)
+
+    return Check(tuple, test, words)
+
+
+def some_of(*values: str) -> Check:
+    """A tuple of some of these words, each once; it may be empty."""
+    words = f"a tuple of some of {', '.join(values)}, each once, or ()"
+
+    def test(value: tuple[object, ...]) -> bool:
+        return len(set(value)) == len(value) and all(name in values for name in value)
 
     return Check(tuple, test, words)

@@ -112,6 +112,23 @@ def write_json(path: epath.Path, content: object, indent: int | None = 2) -> Non
         raise cannot_write(path.parent, error) from error
 
 
+def write_at_once(path: epath.Path, text: str) -> None:
+    """Writes a file so that it is never seen half-written, and an earlier one stays until then.
+
+    In a bucket files are written as a whole anyway, and a move whose answer is lost cannot be told
+    from one that failed.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if is_remote(path):
+        path.write_text(text)
+        return
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def make_directory(path: epath.Path) -> None:
     """Makes a directory for results, and sees that files can be written there.
 

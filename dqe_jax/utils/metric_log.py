@@ -1,4 +1,4 @@
-"""Where a run's metrics go: JSON lines, and TensorBoard events.
+"""Where a run's metrics go: JSON lines, TensorBoard events, and services that are asked for.
 
 `metrics.jsonl` holds what the run computes: repeated, killed or resumed it is the same to the byte.
 `timing.jsonl` holds what the machine made of it.
@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from absl import logging
 from etils import epath
 
+from dqe_jax.utils.errors import reason_of
 from dqe_jax.utils.events import EventFile
-from dqe_jax.utils.files import JsonObject, finite
+from dqe_jax.utils.files import JsonObject, finite, write_at_once
 from dqe_jax.utils.paths import is_remote
+from dqe_jax.utils.sinks import Sinks
 
 
 class MetricLog:
@@ -24,7 +26,13 @@ class MetricLog:
     checkpoint are taken again, and each step is logged once.
     """
 
-    def __init__(self, directory: epath.Path, resume_step: int | None = 0, again: str = "test/"):
+    def __init__(
+        self,
+        directory: epath.Path,
+        resume_step: int | None = 0,
+        again: str = "test/",
+        sinks: Sinks | None = None,
+    ):
         """Opens the logs of a directory, which is made if it is not there.
 
         Args:
@@ -32,19 +40,20 @@ class MetricLog:
           resume_step: the last step whose lines stay; None for all.
           again: lines with a name that starts so are dropped too: the run writes them anew; ""
             for none.
+          sinks: get the same numbers, and are closed with the log; None for none.
         """
+        self._sinks = sinks
         directory.mkdir(parents=True, exist_ok=True)
         self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "timing")}
         # In a bucket files can only be written as a whole, so their content is kept here.
         self._held: dict[str, str] | None = {} if is_remote(directory) else None
+        self._late: set[str] = set()  # of these, what the bucket has not got yet
         for name, path in self._paths.items():
             text = "".join(line + "\n" for line in _lines_until(path, resume_step, again))
             if self._held is not None:
                 self._held[name] = text
             # Written at once, so that a run that is killed here does not lose the lines.
-            new = path.with_name(path.name + ".new")
-            new.write_text(text)
-            new.replace(path)
+            write_at_once(path, text)
         # TensorBoard drops what an earlier attempt wrote at or after this step.
         purged = None if resume_step is None else resume_step + 1
         self._events = EventFile(directory / "events", purged)
@@ -64,7 +73,11 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes."""
+        for name in sorted(self._late):
+            self._write_held(name)
         self._events.close()
+        if self._sinks is not None:
+            self._sinks.close()
 
     def _append(self, name: str, step: int, values: Mapping[str, object]) -> None:
         # Numbers that are not finite are no JSON.
@@ -74,10 +87,27 @@ class MetricLog:
                 file.write(line)
         else:
             self._held[name] += line
-            self._paths[name].write_text(self._held[name])
+            self._write_held(name)
         numbers = {key: x for key, x in values.items() if isinstance(x, (int, float))}
+        if self._sinks is not None:
+            self._sinks.log(step, numbers)
         # TensorBoard allows no @ in a name.
         self._events.write(step, {key.replace("@", "_at_"): x for key, x in numbers.items()})
+
+    def _write_held(self, name: str) -> None:
+        """Writes the file of a bucket anew; what cannot be written now is in the next one."""
+        if self._held is None:
+            return
+        try:
+            self._paths[name].write_text(self._held[name])
+            self._late.discard(name)
+        except Exception as error:  # of the bucket, in many types
+            if name not in self._late:
+                logging.warning(
+                    "%s cannot be written now (%s); it is tried again with its next line.",
+                    *(self._paths[name], reason_of(error)),
+                )
+            self._late.add(name)
 
 
 class NoLog:

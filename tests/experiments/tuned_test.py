@@ -17,7 +17,7 @@ from dqe_jax.experiments.ablation.record import Run
 from dqe_jax.experiments.ablation.tuning import Choice, Grid
 from dqe_jax.testing.small_runs import compiled_once, small_config
 from dqe_jax.training import loop, workdir
-from dqe_jax.training.workdir import BusyError
+from dqe_jax.training.lease import BusyError
 from dqe_jax.utils.errors import UserError
 
 # ---------------------------------------------------------------------------------- the arithmetic

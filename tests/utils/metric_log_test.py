@@ -77,6 +77,33 @@ def test_a_bucket_gets_whole_files(workdir, monkeypatch):
     assert log.steps() == [1, 2, 3, 4]
 
 
+def test_a_bucket_that_does_not_answer_for_a_while(workdir, monkeypatch, caplog):
+    """What could not be written is in the next file, or in the last one."""
+    monkeypatch.setattr(metric_log, "is_remote", lambda path: True)
+    log = metric_log.MetricLog(workdir)
+    write_text, down = type(workdir).write_text, [True]
+
+    def write(self, text):
+        if down[0]:
+            raise ConnectionError("503")
+        return write_text(self, text)
+
+    monkeypatch.setattr(type(workdir), "write_text", write)
+    with caplog.at_level("WARNING"):
+        for step in (1, 2):
+            log.write(step, {"loss": 1.0})
+    assert len(caplog.records) == 1
+    assert "metrics.jsonl cannot be written now (503)" in caplog.text
+    down[0] = False
+    log.write(3, {"loss": 1.0})
+    assert log.steps() == [1, 2, 3]
+    down[0] = True
+    log.write(4, {"loss": 1.0})
+    down[0] = False
+    log.close()
+    assert log.steps() == [1, 2, 3, 4]
+
+
 def test_lines_in_order(workdir):
     log = MetricLog(workdir)
     log.write(2, {"loss": 0.5, "tau": 0.07})

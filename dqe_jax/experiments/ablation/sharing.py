@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from absl import logging
 
-from dqe_jax.training.workdir import BusyError
+from dqe_jax.training.lease import BusyError
 
 POLL_SECONDS = 5.0
 Item = TypeVar("Item")
