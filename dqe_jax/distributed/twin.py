@@ -23,7 +23,7 @@ _In = ParamSpec("_In")
 _Out = TypeVar("_Out")
 
 
-def mapper(name: str) -> Callable[..., mesh.Program[..., object]]:
+def mapper(name: str) -> Callable[..., mesh.Program[..., Any]]:
     """`mesh.pmap` or `shard_map`, by its name, as `config.mapping` says it."""
     return {"pmap": mesh.pmap, "shard_map": shard_map}[name]
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import cast, overload
 
 import numpy as np
 
@@ -166,7 +166,7 @@ class Index:
         queries = queries_of(image, text)
         asks = [
             Ask(
-                images=query.images,
+                images=cast(tuple[AnyImage, ...], query.images),  # they are as given
                 text=query.text,
                 k=k,
                 weights=weights or {},
