@@ -385,11 +385,12 @@ def test_sigterm_answers_what_is_in_flight(place, index):
         try:
             with urllib.request.urlopen(one, timeout=60) as answer:
                 found.append(len(json.load(answer)["results"]))
-        except OSError:  # it came too late: the server takes no new requests
-            late.append(1)
+        except OSError as error:  # it came too late: the server takes no new requests
+            late.append(error)
 
     try:
         ask()
+        assert found, late
         threads = [threading.Thread(target=ask) for _ in range(12)]
         for thread in threads:
             thread.start()
