@@ -29,7 +29,9 @@ OPTIONAL = {
     "pymilvus",
     "starlette",
     "torch",
+    "trackio",
     "uvicorn",
+    "wandb",
 }
 IMPORTS = """
 import warnings

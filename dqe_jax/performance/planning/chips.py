@@ -149,7 +149,7 @@ def parse_topology(
         return Topology(name, None, count, count, usable, -(-count // GPU_HOST), own_host)
     found = _NAME.fullmatch(name)
     if not found or found[1] not in CHIPS:
-        slices = ", ".join(f"{chip}:{size}" for chip, c in CHIPS.items() for size in c.examples)
+        slices = ", ".join(f"{chip}:{own.examples[0]}" for chip, own in CHIPS.items())
         raise UserError(
             f"--topology={name}: give a chip and the shape of a slice, such as {slices}; or GPUs "
             f"and how many, such as h100 or gpu:8 (known: {', '.join(GPUS)}; for another GPU take "
