@@ -29,6 +29,7 @@ OPTIONAL = {
     "pydantic",
     "pymilvus",
     "starlette",
+    "tensorstore",  # of orbax-checkpoint
     "torch",
     "trackio",
     "uvicorn",
