@@ -132,6 +132,7 @@ class About(BaseModel):
     version: str
     images: int
     attributes: list[str]
+    largest_factor: float  # of the sliders
     columns: list[Column]
     left_out: int
     step: int

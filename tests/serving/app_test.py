@@ -125,6 +125,7 @@ def test_images_and_what_is_served(client, index):
     about = client.get("/about").json()
     assert about["images"] == 40
     assert about["attributes"] == list(index.model.attribute_names)
+    assert about["largest_factor"] == 4  # of a sum
     price, brand = about["columns"]
     assert (price["kind"], price["least"], price["most"]) == ("numbers", 0, 39)
     assert brand["values"] == ["North", "South"]

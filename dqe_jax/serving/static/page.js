@@ -331,7 +331,7 @@ function showWeights() {
 
 function makeSliders() {
   const rows = about.attributes.map((name, place) => {
-    const input = make("input", { type: "range", id: `weight-${place}`, min: "0", max: "4", step: "0.1", value: "1" });
+    const input = make("input", { type: "range", id: `weight-${place}`, min: "0", max: String(about.largest_factor), step: "0.1", value: "1" });
     input.addEventListener("input", () => {
       const factor = Number(input.value);
       if (factor === 1) delete now().weights[name];
