@@ -34,8 +34,8 @@ from dqe_jax.utils.errors import UserError
 STATIC = Path(__file__).parent / "static"
 SIDE = 1_024  # pixels of the longer side of a photo that is shown
 KEPT = 256  # references of the index in memory: their pixels, or what the model made of them
-# Of the sliders, by the form of the attribute weights. Up to 1.5 a gate raised by hand found no fewer
-# of the requested values on validation; beyond, it did (docs/results.md).
+# Of the sliders, by the form of the attribute weights. Raising a gate beyond 1.5 found fewer of the
+# requested values on validation (docs/results.md).
 LARGEST = {"sum": 4.0, "gate": 1.5}
 VALUES = 200  # values of a column that the page offers
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
