@@ -318,6 +318,7 @@ def in_process(*arguments, capsys, name="train"):
             "--sweep=0,nan: lower quantiles must be",
         ),
         ("ablate", [SMOKE, "--lowers=0,nan"], "--lowers=0,nan: lower quantiles must be"),
+        ("ablate", [SMOKE, "--kind=color"], "--kind goes with --rates, --lengths or --sweep"),
     ],
 )
 def test_flags_that_no_limit_refuses(name, arguments, words, capsys):

@@ -1,4 +1,4 @@
-"""Bad files, fields and flags for every command, see README.md: a short form, and `-m slow`."""
+"""Bad files, fields and flags for every command: the harness itself, and all cases (slow)."""
 
 import random
 import subprocess
