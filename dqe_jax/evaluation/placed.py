@@ -9,19 +9,33 @@ import jax
 import numpy as np
 
 from dqe_jax.distributed import mesh
-from dqe_jax.evaluation import ranking
+from dqe_jax.evaluation import ranking, two_pass
 
 # A program is compiled for each of these lengths of a list, and for each number of queries.
-LENGTHS = (16, 128, 1_024)
+LENGTHS = (32, 128, 1_024)
 QUERIES = (1, 16, 256)
 EXCLUDED = (8, 128, 1_024)
+# Galleries of at least so many bytes get a rough pass on a CPU.
+LARGE = 2**26
 
 
 class PlacedGallery:
-    """Ranks a gallery as `ranking.make_rank_fn` does, with the same scores and order."""
+    """Ranks a gallery as `ranking.make_rank_fn` does, with the same scores and order.
+
+    Where CPU devices rank a large gallery for one query, a rough pass (`two_pass.py`) finds what
+    can be in the list. The list is exact all the same; scores differ by rounding alone.
+
+    Attributes:
+      unsure: queries so far whose rough pass did not suffice, which all images were ranked for.
+    """
 
     def __init__(
-        self, gallery: np.ndarray, *, devices: Sequence[jax.Device], chunk_rows: int = 512
+        self,
+        gallery: np.ndarray,
+        *,
+        devices: Sequence[jax.Device],
+        chunk_rows: int = 512,
+        large: int = LARGE,
     ):
         """Sends the gallery to the devices.
 
@@ -29,6 +43,7 @@ class PlacedGallery:
           gallery: float `[N, M, d]`, `N` at least 1.
           devices: of this process.
           chunk_rows: as for `ranking.make_rank_fn`.
+          large: bytes of a gallery from which on CPU devices keep a rough copy, half as large.
 
         Raises:
           UserError: an embedding is not finite.
@@ -38,6 +53,13 @@ class PlacedGallery:
         self._devices, self._chunk_rows, self._count = list(devices), chunk_rows, len(gallery)
         self._placed = mesh.placer(devices)(ranking.own_chunks(gallery, chunk_rows, devices))
         self._shape = gallery.shape
+        self.unsure = 0
+        self._rough: tuple[jax.Array | np.ndarray, np.float32] | None = None
+        if devices[0].platform == "cpu" and gallery.nbytes >= large:
+            copy, error = two_pass.rough_copy(gallery)
+            if np.isfinite(error):  # no number was too large for the copy
+                chunks = ranking.own_chunks(copy, chunk_rows, devices)
+                self._rough = mesh.placer(devices)(chunks), error
 
     def __len__(self) -> int:
         return self._count
@@ -77,17 +99,22 @@ class PlacedGallery:
             allowed = np.ones(self._count, bool)
         masks = ranking.own_chunks(np.asarray(allowed, bool), self._chunk_rows, self._devices)
         size = next((size for size in QUERIES if size >= len(queries)), QUERIES[-1])
-        program = _program(_at_least(k, LENGTHS), tuple(self._devices))
+        length, devices = _at_least(k, LENGTHS), tuple(self._devices)
         results = [(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))]
         for start in range(0, len(queries), size):
             here = slice(start, start + size)
-            rows, scores = program(
-                mesh.pad_rows(queries[here], size),
-                mesh.pad_rows(excluded[here], size),
-                self._placed,
-                np.int32(self._count),
-                masks,
-            )
+            some = mesh.pad_rows(queries[here], size), mesh.pad_rows(excluded[here], size)
+            others = np.int32(self._count), masks
+            missing = len(queries[here])
+            if self._rough is not None and size == 1:  # more take longer to score than to read
+                roughly, exactly = _two_pass_programs(length, devices)
+                copy, error = self._rough
+                passed = roughly(*some, copy, *others)
+                rows, scores, sure = exactly(some[0], *passed, self._placed, error)
+                missing = int((~np.asarray(sure)[:missing]).sum())
+                self.unsure += missing
+            if missing:
+                rows, scores = _program(length, devices)(*some, self._placed, *others)
             results.append((np.asarray(rows)[:, :k], np.asarray(scores)[:, :k]))
         found, best = (np.concatenate(parts)[: len(queries)] for parts in zip(*results))
         return found, best
@@ -108,4 +135,27 @@ def _program(
         in_axes=(None, None, 0, None, 0),
         out_axes=(None, None),
         devices=devices,
+    )
+
+
+@functools.lru_cache(mesh.REMEMBERED)
+def _two_pass_programs(
+    k: int, devices: tuple[jax.Device, ...]
+) -> tuple[
+    mesh.Program[..., tuple[jax.Array, jax.Array]],
+    mesh.Program[..., tuple[jax.Array, jax.Array, jax.Array]],
+]:
+    return (
+        mesh.pmap(
+            functools.partial(two_pass.rough_shard, k=k),
+            in_axes=(None, None, 0, None, 0),
+            out_axes=(0, 0),
+            devices=devices,
+        ),
+        mesh.pmap(
+            functools.partial(two_pass.exact_shard, k=k),
+            in_axes=(None, 0, 0, 0, None),
+            out_axes=(None, None, None),
+            devices=devices,
+        ),
     )

@@ -207,7 +207,7 @@ def _programs(
 
     def finish(best: _Best) -> _Best:
         scores, rows = best
-        return _best_of_devices((scores.reshape(-1, k), rows.reshape(-1, k)))
+        return best_of_devices((scores.reshape(-1, k), rows.reshape(-1, k)))
 
     def mapped(
         fn: Callable[..., _T],
@@ -260,7 +260,7 @@ def _merged(best: _Best, scores: jax.Array, start: Array, excluded: Array) -> _B
     return found, jnp.where(index < k, kept, start + index - k)
 
 
-def _best_of_devices(best: _Best) -> _Best:
+def best_of_devices(best: _Best) -> _Best:
     """Rows and scores `[Q, k]` of all devices, of the best of each."""
     # [Q, devices * k], devices in order, hence equal scores in row order.
     scores, rows = (lax.all_gather(x, mesh.AXIS, axis=1, tiled=True) for x in best)
@@ -311,7 +311,7 @@ def rank_shard(
 
     starts = first_row + chunk_rows * jnp.arange(steps, dtype=jnp.int32)
     best, _ = lax.scan(step, _nothing((len(queries),), k), (gallery, starts, allowed))
-    return _best_of_devices(best)
+    return best_of_devices(best)
 
 
 ScoreFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

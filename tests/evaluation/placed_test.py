@@ -4,9 +4,18 @@ import jax
 import numpy as np
 import pytest
 
+from dqe_jax.evaluation import two_pass
 from dqe_jax.evaluation.placed import PlacedGallery
 
 Q, N, M, WIDTH = 3, 50, 4, 6
+
+
+def one_by_one(placed, queries, k, excluded, allowed):
+    found = [
+        placed.rank(queries[i : i + 1], k, excluded=excluded[i : i + 1], allowed=allowed)
+        for i in range(len(queries))
+    ]
+    return [np.concatenate(parts) for parts in zip(*found)]
 
 
 def by_sorting(queries, gallery, k, excluded, allowed):
@@ -22,13 +31,16 @@ def by_sorting(queries, gallery, k, excluded, allowed):
     return rows, scores
 
 
+@pytest.mark.parametrize("rough", [False, True])
 @pytest.mark.parametrize("devices", [1, 3])
-def test_equals_sorting(devices):
+def test_equals_sorting(devices, rough):
     rng = np.random.default_rng(0)
     # Small whole numbers: products are exact and ties are plentiful.
     gallery = rng.integers(-3, 4, (N, M, WIDTH)).astype(np.float32)
     queries = rng.integers(-3, 4, (Q, WIDTH)).astype(np.float32)
-    placed = PlacedGallery(gallery, devices=jax.devices()[:devices], chunk_rows=8)
+    placed = PlacedGallery(
+        gallery, devices=jax.devices()[:devices], chunk_rows=8, large=1 if rough else 2**26
+    )
     assert len(placed) == N
     nothing, everything = np.full((Q, 1), -1), np.ones(N, bool)
     excluded = np.stack([rng.permutation(N)[:5] for _ in range(Q)])
@@ -36,6 +48,9 @@ def test_equals_sorting(devices):
     for out, allowed in ((nothing, everything), (excluded, everything), (excluded, few)):
         found = placed.rank(queries, 10, excluded=out, allowed=allowed)
         expected = by_sorting(queries, gallery, 10, out, allowed)
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+        found = one_by_one(placed, queries, 10, out, allowed)
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_array_equal(placed.rank(queries, 2)[0], placed.rank(queries, 10)[0][:, :2])
@@ -49,3 +64,56 @@ def test_errors():
         placed.rank(np.zeros((2, 4)), 1)
     with pytest.raises(ValueError, match=r"expected excluded \[2, E\]"):
         placed.rank(np.zeros((2, 3)), 1, excluded=np.zeros((2, 1, 1), int))
+
+
+def drawn(rng, *shape):
+    x = rng.standard_normal(shape, np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_rough_pass_finds_the_exact_list(devices):
+    rng = np.random.default_rng(1)
+    gallery, queries = drawn(rng, 3_000, 4, 24), drawn(rng, 1, 24)
+    excluded = rng.integers(0, 3_000, (1, 3))
+    places = jax.devices()[:devices]
+    exact = PlacedGallery(gallery, devices=places, chunk_rows=64)
+    rough = PlacedGallery(gallery, devices=places, chunk_rows=64, large=1)
+    for k in (10, 100):
+        expected = exact.rank(queries, k, excluded=excluded)
+        found = rough.rank(queries, k, excluded=excluded)
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+    assert rough.unsure == 0
+    assert exact.unsure == 0
+
+
+def test_a_list_that_the_rough_pass_cannot_tell():
+    """Images that float16 cannot tell apart: all are ranked, and the best are found."""
+    rng = np.random.default_rng(2)
+    near = drawn(rng, 8) + 1e-5 * rng.standard_normal((2_000, 1, 8)).astype(np.float32)
+    query = drawn(rng, 1, 8)
+    rough = PlacedGallery(near, devices=jax.devices()[:1], large=1)
+    found = rough.rank(query, 10)
+    expected = PlacedGallery(near, devices=jax.devices()[:1]).rank(query, 10)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert rough.unsure == 1
+    assert len(np.unique(near.astype(np.float16).astype(np.float32) @ query[0])) < 1_000
+
+
+def test_numbers_too_large_for_the_copy():
+    rng = np.random.default_rng(4)
+    gallery, query = 1e6 * drawn(rng, 900, 2, 8), drawn(rng, 1, 8)
+    rough, exact = (
+        PlacedGallery(gallery, devices=jax.devices()[:1], large=large) for large in (1, 2**26)
+    )
+    np.testing.assert_array_equal(rough.rank(query, 10), exact.rank(query, 10))
+    assert rough.unsure == 0
+
+
+def test_the_error_of_the_copy_bounds_every_score():
+    rng = np.random.default_rng(3)
+    gallery, queries = drawn(rng, 700, 3, 40), drawn(rng, 200, 40)
+    copy, error = two_pass.rough_copy(gallery)
+    away = np.abs((gallery - copy.astype(np.float32)) @ queries.T)
+    assert 0 < away.max() <= error < 0.01
