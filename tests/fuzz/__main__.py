@@ -123,7 +123,7 @@ def _table(outcomes: Sequence[Outcome]) -> str:
         collections.Counter
     )
     for outcome in outcomes:
-        ended = "refused" if outcome.ended.status == 2 else "accepted"
+        ended = "refused" if outcome.refused else "accepted"
         for key in ((outcome.case.command, outcome.case.kind), ("all", "")):
             rows[key] += collections.Counter(
                 {
