@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
+from etils import epath
 
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
@@ -127,7 +128,7 @@ def list_stores(root: Path) -> list[Stored]:
         try:
             facts = read_json(epath.Path(directory / writing.FACTS), dict)
             shapes = {n: (tuple(a["shape"]), a["dtype"]) for n, a in facts["arrays"].items()}
-            kind, backbone = facts["kind"], facts["backbone"]
+            kind, backbone = str(facts["kind"]), str(facts["backbone"])
             dtype = ", ".join(sorted({d for _, d in shapes.values()}))
             specs = {n: RowSpec.of(tuple(map(int, s)), str(d)) for n, (s, d) in shapes.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 
 import pytest
 
@@ -70,6 +71,13 @@ def test_directories_that_are_no_stores_are_passed_over(tmp_path):
     (tmp_path / "e").write_text("")
     (tmp_path / "f").mkdir()
     os.mkfifo(tmp_path / "f" / "store.json")  # which would be read for ever
+    (tmp_path / "number").mkdir()
+    (tmp_path / "number" / "store.json").write_text(
+        facts.replace('"clip"', "1.5") % ("[6]", '"float32"')
+    )
+    (stored,) = manage.list_stores(tmp_path)  # whose text is the table's
+    assert stored.backbone == "1.5"
+    shutil.rmtree(tmp_path / "number")
     assert manage.list_stores(tmp_path) == []
     assert manage.list_stores(tmp_path / "none") == []
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_BYTES = 2**31  # of memory that a case may use beyond what is imported
+MOST_BYTES = 6 * 2**30  # of memory that a case can get; stacks of threads count
 _LIBRARIES = (
     *("jax", "flax.linen", "optax", "orbax.checkpoint", "tensorflow_datasets", "grain"),
     *("tokenizers", "safetensors.numpy", "pyarrow.parquet", "huggingface_hub", "PIL.Image"),
@@ -184,7 +184,7 @@ def _begin(
     tempfile.tempdir = None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (8 * MOST_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, hard))
     log = os.open(outside, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.addaudithook(_watch(log, (*allowed, "/dev/null", "/dev/shm", "/proc/self")))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -197,11 +198,12 @@ def test_a_damaged_line_is_dropped(workdir, damaged):
 def test_what_is_no_file_in_place_of_a_log_is_refused(workdir):
     """Nothing is removed; a pipe would be read for ever."""
     write(workdir, [1, 2])
-    (workdir / "timing.jsonl").unlink()
-    (workdir / "timing.jsonl").symlink_to("/dev/null")
+    path = Path(workdir, "timing.jsonl")
+    path.unlink()
+    path.symlink_to("/dev/null")
     with pytest.raises(UserError, match=r"timing\.jsonl cannot be read: it is no regular file"):
         MetricLog(workdir, resume_step=1)
-    assert (workdir / "timing.jsonl").is_symlink()
+    assert path.is_symlink()
 
 
 def test_a_full_disk_is_an_error_of_the_caller(workdir, monkeypatch):
