@@ -87,7 +87,10 @@ def file_cases(world: Path, seed: int, places: Sequence[Place] = PLACES) -> Iter
             made += [(n, d, None) for n, d in damage.of_safetensors(rng, 18)]
         elif place.form == "npz":
             made += [(n, d, None) for n, d in damage.of_npz(rng, 16)]
-        for i, (name, harm, verdict) in enumerate(made):
+        numbers = range(len(made))
+        chosen = sorted(rng.sample(numbers, min(place.most, len(made)))) if place.most else numbers
+        for i in chosen:
+            name, harm, verdict = made[i]
             stated = place.stated.get(name, verdict)
             label = f"{place.name} {i} {name}"
             yield Case(label, place.command, place.kind, place.arguments, place, harm, stated)
@@ -129,6 +132,7 @@ _CONFIGURED = (
     *("train", "evaluate", "features", "audit", "simulate", "sliders", "ablate", "plan"),
     *("describe", "benchmark step", "benchmark data", "benchmark features"),
 )
+_GIVEN = {"config": "shapes:smoke", "dataset": "cirr"}  # of flags that commands require
 _NO_NUMBERS = ("seven", "1e", "--", "1,2", "0x", "None", "١x")
 
 
@@ -170,11 +174,14 @@ def flag_cases() -> Iterator[Case]:
         numbers = re.findall(r'DEFINE_(?:integer|float)\(\s*"(\w+)"', source)
         truths = re.findall(r'DEFINE_bool\(\s*"(\w+)"', source)
         chosen = re.findall(r'DEFINE_enum\(\s*"(\w+)"', source)
+        required = re.findall(r'"(\w+)"', re.findall(r"^REQUIRED = \((.*)\)", source, re.M)[0])
+        given = [f"--{name}={_GIVEN.get(name, 'x')}" for name in required]
         bad = [(flag, _NO_NUMBERS[i % len(_NO_NUMBERS)]) for i, flag in enumerate(numbers)]
         bad += [(flag, "nan") for flag in numbers] + [(flag, "perhaps") for flag in truths]
         bad += [(flag, "no-such-choice") for flag in chosen]
         for flag, value in [*bad, ("no_such_flag", "1")]:
-            arguments = (*command.split(), f"--{flag}={value}")
+            rest = [word for word in given if not word.startswith(f"--{flag}=")]
+            arguments = (*command.split(), f"--{flag}={value}", *rest)
             yield Case(
                 f"{command} --{flag}={value}",
                 command,

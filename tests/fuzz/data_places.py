@@ -78,7 +78,7 @@ def _stored(file: str, form: str) -> Place:
 def _shapes(file: str, form: str) -> Place:
     """A file of the prepared `shapes`, which ranked lists are scored against."""
     return Place(
-        name=f"prepared-{Path(file).name.partition('.')[0]}",
+        name=f"prepared-{Path(file).name.replace('.', '-').partition('-of')[0]}",
         kind="prepared data",
         arguments=(
             *("evaluate", "--config=shapes:smoke", "--config.data.prepared_dir=prepared"),
@@ -114,6 +114,8 @@ DATA = (
     _stored("stores/mine/shard-000000/keys.npy", "bytes"),
     _shapes("dataset_info.json", "json"),
     _shapes("features.json", "json"),
+    _shapes("index/test_gallery.json", "json"),
+    _shapes("index/test_gallery.digest", "bytes"),
     _shapes("shapes-test.array_record-00000-of-00001", "bytes"),
     _shapes("shapes-test_gallery.array_record-00000-of-00001", "bytes"),
 )  # fmt: skip

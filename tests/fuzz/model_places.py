@@ -144,6 +144,7 @@ def _of_a_run(name: str, command: str, file: str, form: str, rule: Rule, **more:
     kind = str(more.pop("kind", "checkpoints"))
     return Place(
         name, kind, place, copies, file, form, rule, trained=True, names=False,
+        most=8 if command in ("evaluate", "watch", "report") else 16,
         may_change=("run/watch-",), spares=kind == "checkpoints", **more,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ def _of_training(name: str, kind: str, file: str, form: str, rule: Rule, **more:
         arguments, copies = (*arguments, "--feedback=clicks.jsonl"), ("given/clicks.jsonl",)
     return Place(
         name, kind, arguments, copies, file, form, rule, trained=True,
-        may_change=("stopped/",), results=("stopped/eval/test-2.ranked.json",), **more,  # type: ignore[arg-type]
+        most=8, may_change=("stopped/",), results=("stopped/eval/test-2.ranked.json",), **more,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def _of_an_index(name: str, command: str, kind: str, file: str, form: str, rule:
     }.get(command, ("export", "index", "photos"))
     return Place(
         name, kind, arguments, copies, file, form, rule, trained=True, names=False,
-        good_words=words, may_change=("index/",), **more,  # type: ignore[arg-type]
+        good_words=words, most=16, may_change=("index/",), **more,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

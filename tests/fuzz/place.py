@@ -26,6 +26,7 @@ class Place:
       good_words: of a command that would serve or send something: it is given an address that it
         cannot have, and ends in a sentence with these words when it has accepted all that it reads.
       may_change: what a command that accepts may change, by the beginnings of paths.
+      most: cases, drawn from all by the seed, where each takes long; 0 for all.
       spares: whether the command can do without the file, or take another.
     """
 
@@ -42,6 +43,7 @@ class Place:
     names: bool = True
     good_words: str = ""
     may_change: tuple[str, ...] = ()
+    most: int = 0
     spares: bool = False
 
     @property

@@ -26,17 +26,23 @@ def small_flags(prepared: str) -> list[str]:
 def build(root: Path, *, trained: bool) -> None:
     """Writes all good files below a new directory; `trained`: a run too, and what is made of it."""
     root.mkdir(parents=True)
-    _raw_files(root / "raw")
+    raw_files(root / "raw")
     _given_by_models(root / "given")
     _of_dqe_jax(root)
     if trained:
         _trained(root)
 
 
-def _raw_files(raw: Path) -> None:
-    """The annotation files of the benchmarks, made; photos for those that are prepared."""
+def raw_files(raw: Path, *, photos: bool = True) -> None:
+    """The annotation files of the benchmarks, made; `photos`: in whole, else empty files."""
+    from unittest import mock
+
     from dqe_jax.testing import standins
 
+    if not photos:
+        with mock.patch.object(standins, "write_photo", lambda path, *_, **__: _write(path, "")):
+            raw_files(raw)
+        return
     standins.small_fashioniq(raw / "fashioniq", count=3, images=8)
     standins.small_cirr(raw / "cirr", count=4, images=24)
     standins.small_circo(raw / "circo", images=40)
@@ -221,7 +227,9 @@ def _trained(root: Path) -> None:
     loop.train_and_evaluate(config, root / "run")
     loop.train_and_evaluate(config, root / "stopped", stop_at=1)
     data = RunConfig.of(config).data
-    split = splits.open_split(data, datasets.open_dataset(data), "test")
+    prepared = datasets.open_dataset(data)
+    splits.open_split(data, prepared, "train").gallery.contents()  # which feedback asks for
+    split = splits.open_split(data, prepared, "test")
     (root / "photos").mkdir()
     for row in range(12):
         Image.fromarray(split.gallery[row]).save(root / "photos" / f"{row:03d}.png")
