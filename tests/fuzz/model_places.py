@@ -144,7 +144,7 @@ def _of_a_run(name: str, command: str, file: str, form: str, rule: Rule, **more:
     kind = str(more.pop("kind", "checkpoints"))
     return Place(
         name, kind, place, copies, file, form, rule, trained=True, names=False,
-        most=8 if command in ("evaluate", "watch", "report") else 16,
+        most=6 if command in ("evaluate", "watch", "report") else 16,
         may_change=("run/watch-",), spares=kind == "checkpoints", **more,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -157,7 +157,7 @@ def _of_training(name: str, kind: str, file: str, form: str, rule: Rule, **more:
         arguments, copies = (*arguments, "--feedback=clicks.jsonl"), ("given/clicks.jsonl",)
     return Place(
         name, kind, arguments, copies, file, form, rule, trained=True,
-        most=8, may_change=("stopped/",), results=("stopped/eval/test-2.ranked.json",), **more,  # type: ignore[arg-type]
+        most=5, may_change=("stopped/",), results=("stopped/eval/test-2.ranked.json",), **more,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
