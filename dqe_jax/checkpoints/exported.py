@@ -33,7 +33,7 @@ from dqe_jax.models.weights.source import SINGLE, TEXT, open_source
 from dqe_jax.models.weights.stacking import stack_layers, unstack_layers
 from dqe_jax.models.weights.transfer import read_backbone
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import JsonObject, read_json, read_text, write_json
+from dqe_jax.utils.files import JsonObject, is_regular, read_json, read_text, write_json
 
 FORMAT = 1
 AGAIN = "export the run again"
@@ -146,10 +146,12 @@ def read(directory: epath.Path) -> Exported:
         config = config_of(facts["config"])
         sizes = facts["sizes"] and size_files.from_json(config.model.backbone, facts["sizes"])
         step, fingerprint = int(facts["step"]), str(facts["fingerprint"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged ({reason_of(error)}): {AGAIN}.") from error
     own = directory / OWN
     try:
+        if not is_regular(own):  # a pipe would be read for ever
+            raise OSError("it is no regular file")
         flat = load_file(own)
     except Exception as error:  # safetensors raises errors of its own
         raise UserError(f"{own} cannot be read ({reason_of(error)}): {AGAIN}.") from error

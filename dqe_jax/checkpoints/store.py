@@ -31,8 +31,8 @@ from dqe_jax.config import RunConfig
 from dqe_jax.distributed import processes
 from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import JsonObject, read_json
-from dqe_jax.utils.paths import whole_path
+from dqe_jax.utils.files import JsonObject, is_regular, read_json
+from dqe_jax.utils.paths import is_remote, whole_path
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp  # slow to import
@@ -321,6 +321,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> JsonObject:
     import orbax.checkpoint as ocp  # slow
 
     with told_damaged(manager, step):
+        _check_files(epath.Path(manager.directory) / str(step))
         restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         meta = restored["meta"]
         for name, kinds in _META.items():
@@ -329,6 +330,16 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> JsonObject:
         if not isinstance(meta.get("data"), (dict, NoneType)):  # older ones have none
             raise TypeError(f"meta has a {type(meta['data']).__name__} for data")
         return meta
+
+
+def _check_files(checkpoint: epath.Path) -> None:
+    """Raises an OSError if a pipe, a device or a link to nothing is among the files."""
+    if is_remote(checkpoint):
+        return
+    for folder, _, names in os.walk(checkpoint):
+        for name in names:
+            if not is_regular(os.path.join(folder, name)):  # it would be read for ever
+                raise OSError(f"{os.path.join(folder, name)} is no regular file")
 
 
 def restore(manager: ocp.CheckpointManager, step: int, **like: Tree) -> dict[str, Tree]:

@@ -25,7 +25,7 @@ from dqe_jax.cli import config_files
 from dqe_jax.config import fields
 from dqe_jax.data.made.settings import made_fields
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import is_of_disk
+from dqe_jax.utils.files import is_of_disk, is_regular
 from dqe_jax.utils.paths import look_anew
 from dqe_jax.utils.quiet import OLD_NEWS, skip_absent_tpu
 
@@ -49,6 +49,7 @@ _EXAMPLES = {
     "image": "FILE",
     "repo": "OWNER/NAME",
 }
+LONGEST_WORD, LONGEST_SENTENCE = 400, 1500  # characters of an error
 _PARSING = "Error whilst parsing config file"
 
 
@@ -108,7 +109,7 @@ def _fields() -> str:
 
 
 def _with_config(argv: Sequence[str]) -> list[str]:
-    """The arguments with the path of the config file that `--config` means."""
+    """The arguments with the path of the config file that `--config` means; ends for a pipe."""
     found = list(argv)
     for i, argument in enumerate(found):
         name, equals, value = argument.partition("=")
@@ -116,6 +117,9 @@ def _with_config(argv: Sequence[str]) -> list[str]:
             found[i] = f"{name}={config_files.find(value)}"
         elif name in ("--config", "-config") and i + 1 < len(found):
             found[i + 1] = config_files.find(found[i + 1])
+    file = _config_file(found).partition(":")[0]
+    if os.path.exists(file) and not is_regular(file):  # a pipe would be read for ever
+        end(f"--config: {file} is no regular file; name a config file.")
     return found
 
 
@@ -296,6 +300,8 @@ def _flag_sentence(error: BaseException, value: str) -> str:
             f"--config: no config at {value!r}; name a file, or one of "
             f"{', '.join(config_files.known())}."
         )
+    if origin is None and "'get_config'" in str(error):
+        return f"--config: {file} has no get_config(), which must give a ConfigDict."
     fields = (AttributeError, KeyError, TypeError, ValueError)  # of a field that is not there
     if isinstance(error, fields) and origin is None:
         return f"--config: {_sentence(str(error.args[0] if error.args else error))}"
@@ -317,9 +323,9 @@ def _raised_in(error: BaseException | None, file: str) -> BaseException | None:
 
 
 def _config_file(argv: Sequence[str]) -> str:
-    for i, argument in enumerate(argv):
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         if argument in ("--config", "-config"):
-            return argv[i + 1]
+            return following
         if argument.startswith(("--config=", "-config=")):
             return argument.partition("=")[2]
     return ""
@@ -340,5 +346,17 @@ def _sentence(text: str) -> str:
 
 def end(sentence: str) -> NoReturn:
     """Ends the process with a sentence and status 2."""
-    sys.stderr.write(f"error: {sentence}\n")
+    sys.stderr.write(f"error: {_readable(sentence)}\n")
     sys.exit(2)
+
+
+def _readable(sentence: str) -> str:
+    """A sentence of a length that a person reads: files may hold words of a million letters."""
+    words = [
+        f"{word[:80]}...{word[-20:]}" if len(word) > LONGEST_WORD else word
+        for word in sentence.split(" ")
+    ]
+    short = " ".join(words)
+    if len(short) <= LONGEST_SENTENCE:
+        return short
+    return f"{short[: LONGEST_SENTENCE - 200]} ... {short[-150:]}"

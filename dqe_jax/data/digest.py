@@ -18,6 +18,8 @@ from etils import epath
 
 from dqe_jax.data.examples import gallery_split
 from dqe_jax.data.records import read_records
+from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import read_bytes
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -61,12 +63,9 @@ def contents_of(builder: tfds.core.DatasetBuilder, stored: str) -> np.ndarray:
     """
     path = epath.Path(builder.data_path) / "index" / f"{stored}.contents"
     count = builder.info.splits[stored].num_examples
-    try:
-        held = np.frombuffer(path.read_bytes(), np.uint8)
-        if held.size == count * CONTENT_BYTES:
-            return held.reshape(count, CONTENT_BYTES)
-    except OSError:
-        pass
+    held = np.frombuffer(_held(path), np.uint8)
+    if held.size == count * CONTENT_BYTES:
+        return held.reshape(count, CONTENT_BYTES)
     found = np.zeros((count, CONTENT_BYTES), np.uint8)
     for row, record in enumerate(read_records(builder, stored)):
         for image in record["image"][:1]:
@@ -78,11 +77,16 @@ def contents_of(builder: tfds.core.DatasetBuilder, stored: str) -> np.ndarray:
 
 def _read(path: epath.Path) -> str:
     """The digest that a file holds; "" if it is not there, or damaged."""
-    try:
-        held = path.read_bytes().strip()
-    except OSError:
-        return ""
+    held = _held(path).strip()
     return held.decode() if re.fullmatch(rb"[0-9a-f]{64}", held) else ""
+
+
+def _held(path: epath.Path) -> bytes:
+    """What a file holds; b"" if it cannot be read: it can be computed again."""
+    try:
+        return read_bytes(path)
+    except UserError:
+        return b""
 
 
 def write_digest(builder: tfds.core.DatasetBuilder, stored: str) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 from absl import logging
 
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import is_regular
 
 FORMAT = 1
 KINDS = ("pick", "reject", "withdraw")
@@ -152,6 +153,8 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     clicks: list[Click] = []
     problems: dict[str, list[int]] = collections.defaultdict(list)
     try:
+        if not is_regular(path):  # a pipe or a device would be read for ever
+            raise UserError(f"the log {path} cannot be read: it is no regular file.")
         with open(path, "rb") as file:
             number = 0
             while data := file.readline(LINE_BYTES + 1):

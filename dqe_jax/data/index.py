@@ -17,6 +17,7 @@ from etils import epath
 from dqe_jax.data.examples import Record
 from dqe_jax.data.records import read_records
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import is_regular
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -117,6 +118,8 @@ def read_index(builder: tfds.core.DatasetBuilder, split: str) -> GalleryIndex:
     """
     path = path_of(builder, split)
     try:
+        if not is_regular(path):  # a pipe would be read for ever
+            raise OSError(f"{path} is no regular file")
         return from_json(path.read_text(encoding="utf-8"))
     except Exception as error:  # a damaged file can be wrong in any way
         raise UserError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
+from etils import epath
 
 from dqe_jax.config import AnyConfig, RunConfig
 from dqe_jax.data import datasets, splits
@@ -25,7 +25,7 @@ from dqe_jax.feature_store.imports import remove_leftovers
 from dqe_jax.feature_store.shards import RowSpec, open_shards
 from dqe_jax.models import setup
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import make_directory
+from dqe_jax.utils.files import make_directory, read_json
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
@@ -126,13 +126,13 @@ def list_stores(root: Path) -> list[Stored]:
     found = []
     for directory in sorted(root.iterdir()) if root.is_dir() else ():
         try:
-            facts = json.loads((directory / writing.FACTS).read_text())
+            facts = read_json(epath.Path(directory / writing.FACTS), dict)
             shapes = {n: (tuple(a["shape"]), a["dtype"]) for n, a in facts["arrays"].items()}
-            kind, backbone = facts["kind"], facts["backbone"]
+            kind, backbone = str(facts["kind"]), str(facts["backbone"])
             dtype = ", ".join(sorted({d for _, d in shapes.values()}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            specs = {n: RowSpec.of(tuple(map(int, s)), str(d)) for n, (s, d) in shapes.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
             continue  # nothing of ours
-        specs = {n: RowSpec.of(shape, dtype) for n, (shape, dtype) in shapes.items()}
         held, _ = open_shards(directory, specs)
         rows = sum(len(shard.keys) for shard in held)
         nbytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -22,6 +22,7 @@ from absl import logging
 
 from dqe_jax.data.digest import CONTENT_BYTES
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.files import is_regular
 
 # Bytes of a key: a digest of the content, and one byte that says which view of it.
 KEY_BYTES = CONTENT_BYTES + 1
@@ -90,15 +91,21 @@ def open_shards(directory: Path, specs: Mapping[str, RowSpec]) -> tuple[list[Sha
 def _keys_of(place: Path, specs: Mapping[str, RowSpec]) -> np.ndarray | None:
     """The keys of a shard; None if a file is missing, cut off or of other arrays."""
     try:
+        if not is_regular(place / _FACTS):  # a pipe would be read for ever
+            return None
         sizes = json.loads((place / _FACTS).read_text())
         for name, size in sizes.items():
             if (place / name).stat().st_size != size:
                 return None
+        if not {f"{name}.npy" for name in (_KEYS, *specs)} <= sizes.keys():
+            return None
         keys = np.load(place / f"{_KEYS}.npy")
         for name, spec in specs.items():
             if np.load(place / f"{name}.npy", mmap_mode="r").shape != (len(keys), *spec.shape):
                 return None
-    except (OSError, ValueError, AttributeError, TypeError):
+    except MemoryError:  # the shard may be whole
+        raise
+    except Exception:  # NumPy raises many types for a header that is damaged
         return None
     return keys if keys.shape[1:] == (KEY_BYTES,) and keys.dtype == np.uint8 else None
 

@@ -61,18 +61,19 @@ def find_images(root: Path) -> tuple[list[File], dict[str, str]]:
     real = os.path.realpath(root)
     for name, entry in _walk(root, "", problems):
         suffix = os.path.splitext(name)[1].lower()
-        if entry.is_symlink() and entry.is_dir():
-            problems[name] = "is a link to a folder, which is not followed"
-        elif suffix in OTHER_SUFFIXES:
-            problems[name] = "is no JPEG, PNG or WebP"
-        elif suffix in IMAGE_SUFFIXES:
-            try:
+        try:
+            if entry.is_symlink() and entry.is_dir():
+                problems[name] = "is a link to a folder, which is not followed"
+            elif suffix in OTHER_SUFFIXES:
+                problems[name] = "is no JPEG, PNG or WebP"
+            elif suffix in IMAGE_SUFFIXES:
                 if entry.is_symlink() and not _is_below(os.path.realpath(entry.path), real):
                     problems[name] = "is a link that leads out of the folder"
                     continue
                 stat = entry.stat()
                 files.append(File(name, stat.st_size, stat.st_mtime_ns))
-            except OSError as error:  # a link to nothing, too
+        except OSError as error:  # of a link to nothing, or to itself
+            if suffix in IMAGE_SUFFIXES:
                 problems[name] = f"cannot be read ({error.strerror or error})"
     return sorted(files, key=lambda file: file.id), problems
 

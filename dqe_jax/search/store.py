@@ -154,7 +154,7 @@ def read_facts(directory: Path) -> Facts | None:
         for name in ("step", "tokens", "width"):
             own[name] = int(own[name])
         return Facts(**own)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged ({reason_of(error)}): {AGAIN}.") from error
 
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from dqe_jax.utils.errors import reason_of
 from dqe_jax.utils.events import EventFile
-from dqe_jax.utils.files import JsonObject, finite, write_at_once
+from dqe_jax.utils.files import JsonObject, finite, read_bytes, write_at_once
 from dqe_jax.utils.paths import is_remote
 from dqe_jax.utils.sinks import Sinks
 
@@ -41,6 +41,9 @@ class MetricLog:
           again: lines with a name that starts so are dropped too: the run writes them anew; ""
             for none.
           sinks: get the same numbers, and are closed with the log; None for none.
+
+        Raises:
+          UserError: something that cannot be read stands in the place of a file.
         """
         self._sinks = sinks
         directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,7 @@ class NoLog:
 def _lines_until(path: epath.Path, step: int | None, again: str) -> list[str]:
     """The lines that stay, see `MetricLog`; a half-written or damaged line does not."""
     kept, damaged = [], 0
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in read_bytes(path).split(b"\n") if path.exists() else ():
         values = read_line(line)
         if values is None:
             damaged += bool(line.strip())

@@ -140,6 +140,17 @@ def test_export_takes_the_newest_that_is_whole(copy, tmp_path, damage):
         export_run(copy, tmp_path / "out", step=6)
 
 
+@pytest.mark.parametrize("place", ["metadata", "below/array"])
+def test_what_is_no_file_is_found_before_it_is_read(tmp_path, place):
+    """A pipe or a device would be read for ever."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "other").write_text("")
+    store._check_files(tmp_path)
+    (tmp_path / place).symlink_to("/dev/null")
+    with pytest.raises(OSError, match=f"{place} is no regular file"):
+        store._check_files(tmp_path)
+
+
 def test_none_is_whole(base, copy):
     for step in (2, 4, 6):
         truncate_params(step_of(copy, step))

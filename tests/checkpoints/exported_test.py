@@ -104,8 +104,10 @@ def test_run_and_export_are_the_same_model(run, tmp_path):
 def test_an_export_that_is_damaged_is_refused(run, tmp_path):
     _, _, out = run
 
+    endless = json.dumps(json.loads((out / "dqe.json").read_text()) | {"step": float("inf")})
+
     def broken(file, content=None):
-        there = shutil.copytree(out, tmp_path / f"{file}-{content}")
+        there = shutil.copytree(out, tmp_path / str(len(list(tmp_path.iterdir()))))
         if content is None:
             (there / file).unlink()
         else:
@@ -120,10 +122,17 @@ def test_an_export_that_is_damaged_is_refused(run, tmp_path):
         ("dqe.json", "{", "is not JSON"),
         ("dqe.json", '{"format": 9}', "has format 9"),
         ("dqe.json", '{"format": 1}', "is damaged"),
+        ("dqe.json", endless, r"dqe.json is damaged \(.*infinity"),
         ("dqe.json", None, "holds no model"),
     ):
         with pytest.raises(UserError, match=words):
             open_model(broken(file, content))
+    there = broken("dqe.safetensors")
+    (there / "dqe.safetensors").symlink_to("/dev/null")  # a pipe would be read for ever
+    with pytest.raises(
+        UserError, match=r"dqe.safetensors cannot be read \(it is no regular file\)"
+    ):
+        open_model(there)
     there = shutil.copytree(out, tmp_path / "other")
     own = load_file(there / "dqe.safetensors")
     own["log_scale"] = np.asarray(own["log_scale"] + 1)

@@ -260,6 +260,36 @@ def test_a_config_file_that_gives_no_config(given, words, tmp_path, capsys):
     assert words in sentence
 
 
+def test_a_device_in_place_of_a_config_file(tmp_path, capsys):
+    """It is not read: another one may have no end."""
+    (tmp_path / "mine.py").symlink_to("/dev/null")
+    sentence = in_process(f"--config={tmp_path}/mine.py", capsys=capsys)
+    assert (
+        sentence == f"error: --config: {tmp_path}/mine.py is no regular file; name a config file."
+    )
+
+
+def test_a_config_file_without_get_config(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # that of another test
+    (tmp_path / "mine.py").write_text("")
+    sentence = in_process("--config", f"{tmp_path}/mine.py", capsys=capsys)
+    assert f"{tmp_path}/mine.py has no get_config(), which must give a ConfigDict." in sentence
+
+
+def test_a_sentence_is_of_a_length_that_can_be_read(capsys):
+    """A file may hold a word of a million letters, or a million words."""
+    with pytest.raises(SystemExit):
+        command_line.end(f"mine.json has {'x' * 10**6}: correct it.")
+    said = capsys.readouterr().err
+    assert said == f"error: mine.json has {'x' * 80}...{'x' * 19}: correct it.\n"
+    with pytest.raises(SystemExit):
+        command_line.end(f"mine.json has {'x ' * 10**6}: correct it.")
+    said = capsys.readouterr().err
+    assert len(said) < 2000
+    assert said.startswith("error: mine.json has x")
+    assert said.endswith("correct it.\n")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -102,6 +102,9 @@ def test_logs_that_cannot_be_used(tmp_path):
     (tmp_path / "dir").mkdir()
     with pytest.raises(UserError, match=r"the log .*dir cannot be written"):
         append(tmp_path / "dir", CLICK, {})
+    for place in (tmp_path / "dir", "/dev/null"):  # nor a pipe, which would be read for ever
+        with pytest.raises(UserError, match="cannot be read: it is no regular file"):
+            read_log(place)
 
 
 def test_the_last_click_counts():

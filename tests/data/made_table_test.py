@@ -109,6 +109,16 @@ def test_every_valid_target_is_known_and_the_splits_share_no_photo(made):
     assert hashlib.sha256(content).hexdigest()[:16] == DIGEST
 
 
+def test_links_to_nothing_are_photos_that_are_lost(made, tmp_path):
+    root, _, facts = made
+    shutil.copytree(root / "photos", tmp_path / "photos")
+    for name, target in (("p000.jpg", "nothing"), ("p001.jpg", "p001.jpg")):
+        (tmp_path / "photos" / name).unlink()
+        (tmp_path / "photos" / name).symlink_to(target)
+    found = make(tmp_path, root / "table.csv", max_lost=0.1)
+    assert found["products"] == facts["products"] - 2
+
+
 def test_what_is_written_can_be_read(made):
     root, _, facts = made
     assert json.loads((root / "made" / "made.json").read_text()) == facts

@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 from dqe_jax.data import preparation, regions, splits
-from dqe_jax.data.annotations import circled, edir, fashion200k, genecis, icir, lasco, shoes
+from dqe_jax.data.annotations import (
+    circled,
+    edir,
+    fashion200k,
+    genecis,
+    icir,
+    lasco,
+    pinpoint,
+    shoes,
+)
 from dqe_jax.data.annotations.schema import MALFORMED, UNKNOWN_IMAGE
 from dqe_jax.data.builders.benchmarks import make_builder
 from dqe_jax.data.datasets import DATASETS
@@ -143,7 +152,10 @@ def test_genecis_made(tmp_path):
         ("focus_attribute", ATTRIBUTE | {"target": {"image_id": 8, "instance_bbox": [1, 2, 3, 4]}}),
         *(
             ("focus_attribute", ATTRIBUTE | {"target": {"image_id": "8", "instance_bbox": box}})
-            for box in ([1, 2, 3], [1, 2, 0, 4], [1, 2, 3, "4"], [1, 2, float("nan"), 4], "1,2,3,4")
+            for box in (
+                *([1, 2, 3], [1, 2, 0, 4], [1, 2, 3, "4"], "1,2,3,4"),
+                *([1, 2, float("nan"), 4], [1, 2, float("inf"), 4], [1, 2, 10**400, 4]),
+            )
         ),
         (
             "focus_attribute",
@@ -226,6 +238,15 @@ def test_pinpoint_counts():
     groups = collections.Counter((q.reference, q.references) for q in read.queries)
     assert len(groups) == 1_260
     assert sum(count > 1 for count in groups.values()) == 1_221
+
+
+def test_a_device_in_place_of_pinpoints_queries_is_not_read(tmp_path):
+    """Nor is a pipe, which would be read for ever."""
+    standins.small_pinpoint(tmp_path)
+    (tmp_path / pinpoint.QUERIES).unlink()
+    (tmp_path / pinpoint.QUERIES).symlink_to("/dev/null")
+    with pytest.raises(UserError, match=r"licensed\.parquet cannot be read: it is no regular file"):
+        pinpoint.read(RawFiles(tmp_path), "test")
 
 
 # --- Shoes ----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Stores that are computed ahead, listed and deleted."""
 
 import logging
+import os
+import shutil
 
 import pytest
 
@@ -56,11 +58,26 @@ def test_what_is_computed_ahead_a_run_does_not_compute(base, caplog):
 
 
 def test_directories_that_are_no_stores_are_passed_over(tmp_path):
-    for name, text in (("a", "{"), ("b", "[]"), ("c", '{"kind": "image"}')):
+    facts = (
+        '{"kind": "image", "backbone": "clip", "arrays": {"pooled": {"shape": %s, "dtype": %s}}}'
+    )
+    for name, text in (
+        *(("a", "{"), ("b", "[]"), ("c", '{"kind": "image"}'), ("deep", "[" * 10**5)),
+        *(("odd", facts % ("[6]", '"no-dtype"')), ("odder", facts % ("[1e400]", '"float32"'))),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "store.json").write_text(text)
     (tmp_path / "d").mkdir()
     (tmp_path / "e").write_text("")
+    (tmp_path / "f").mkdir()
+    os.mkfifo(tmp_path / "f" / "store.json")  # which would be read for ever
+    (tmp_path / "number").mkdir()
+    (tmp_path / "number" / "store.json").write_text(
+        facts.replace('"clip"', "1.5") % ("[6]", '"float32"')
+    )
+    (stored,) = manage.list_stores(tmp_path)  # whose text is the table's
+    assert stored.backbone == "1.5"
+    shutil.rmtree(tmp_path / "number")
     assert manage.list_stores(tmp_path) == []
     assert manage.list_stores(tmp_path / "none") == []
 

@@ -57,6 +57,12 @@ def test_an_empty_store(tmp_path):
     assert shards.next_number([]) == 0
 
 
+def pipe(place):
+    """It would be read for ever."""
+    (place / "shard.json").unlink()
+    os.mkfifo(place / "shard.json")
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -66,6 +72,12 @@ def test_an_empty_store(tmp_path):
         lambda place: (place / "shard.json").unlink(),
         lambda place: (place / "shard.json").write_text("{"),
         lambda place: (place / "shard.json").write_text("[]"),
+        lambda place: (place / "shard.json").write_text("{}"),
+        lambda place: (place / "shard.json").write_text('{"a":' * 10**5),
+        lambda place: (place / "keys.npy").write_bytes(
+            bytes(len(place.joinpath("keys.npy").read_bytes()))
+        ),
+        pipe,
         lambda place: place.rename(place.parent / f"{place.name}.1.partial"),
     ],
 )

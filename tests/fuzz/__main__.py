@@ -3,6 +3,7 @@
     python -m tests.fuzz --table=fuzz.md                 everything
     python -m tests.fuzz --only=cirr --seed=7            the cases whose names hold a text
     python -m tests.fuzz --light                         without those that need a trained run
+    python -m tests.fuzz --kept=fuzz.jsonl               goes on where it was stopped
 
 Status 1 if anything is wrong. The same seed gives the same cases.
 """
@@ -11,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
+import json
 import os
 import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.fuzz import server, world
@@ -34,6 +37,31 @@ from tests.fuzz.cases import (
 from tests.fuzz.places import PLACES
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What the table needs of an outcome; `ended` is "refused", "accepted" or "otherwise"."""
+
+    name: str
+    command: str
+    kind: str
+    ended: str
+    stated: bool
+    wrong: str
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Kept:
+        """Of an outcome."""
+        ended = "accepted" if outcome.ended.status in (0, 2) else "otherwise"
+        return cls(
+            name=outcome.case.name,
+            command=outcome.case.command,
+            kind=outcome.case.kind,
+            ended="refused" if outcome.refused else ended,
+            stated=outcome.wanted != "either",
+            wrong=outcome.wrong,
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cases that the arguments name."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
@@ -45,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--fresh", type=int, default=0, help="so many also as processes of their own"
     )
     parser.add_argument("--table", type=Path, help="file for the table")
+    parser.add_argument(
+        "--kept", type=Path, help="file of outcomes: those that are right there are not run again"
+    )
     parser.add_argument("--world", type=Path, help="directory of the good files, kept")
     given = parser.parse_args(argv)
     server.warm()
@@ -75,7 +106,7 @@ def _in_a_fork(work) -> None:  # type: ignore[no-untyped-def]
         raise RuntimeError("the good files could not be made")
 
 
-def _run(given: argparse.Namespace, root: Path, place: Path) -> list[Outcome]:
+def _run(given: argparse.Namespace, root: Path, place: Path) -> list[Kept]:
     places = [one for one in PLACES if not (given.light and one.trained)]
     cases = [*file_cases(root, given.seed, places), *field_cases(), *flag_cases()]
     cases += [case for case in corpus_cases() if case.place in places]
@@ -85,21 +116,54 @@ def _run(given: argparse.Namespace, root: Path, place: Path) -> list[Outcome]:
     rng = random.Random(given.seed)
     if given.sample:
         cases = rng.sample(cases, min(given.sample, len(cases)))
+    held = _held(given.kept)
+    outcomes = []
     before = snapshot(root)
     writable = [Path(_compiled())]
-    outcomes = []
-    used = {case.place.name: case.place for case in cases if case.place is not None}
-    for one in used.values():  # the good file is accepted, and says what the same result is
-        case = Case(f"{one.name} good", one.command, one.kind, one.arguments, one, None, "accepted")
-        outcomes.append(_told(check(case, root, place / one.name, writable)))
-    for i, case in enumerate(cases):
-        outcomes.append(_told(check(case, root, place / str(i), writable)))
-        shutil.rmtree(place / str(i), ignore_errors=True)
+
+    def told(outcome: Outcome) -> None:
+        outcomes.append(Kept.of(outcome))
+        _tell(outcome)
+        if given.kept is not None and not outcome.wrong:
+            with given.kept.open("a") as file:
+                file.write(json.dumps(vars(outcomes[-1])) + "\n")
+
+    for i, case in enumerate(_with_good_ones(cases)):
+        # Of a good file, whose results others must give.
+        good = case.place.name if case.place is not None and case.damage is None else ""
+        if case.name in held and not good:
+            outcomes.append(held[case.name])
+            continue
+        base = place / (good or str(i))
+        told(check(case, root, base, writable))
+        if not good:
+            shutil.rmtree(base, ignore_errors=True)
     for i, case in enumerate(rng.sample(cases, min(given.fresh, len(cases)))):
-        outcomes.append(_told(check(case, root, place / f"fresh{i}", writable, own_process=True)))
+        case = dataclasses.replace(case, name=f"{case.name} in a process of its own")
+        told(check(case, root, place / f"fresh{i}", writable, own_process=True))
     if snapshot(root) != before:
         raise RuntimeError("a case has changed the good files")
     return outcomes
+
+
+def _with_good_ones(cases: Sequence[Case]) -> Iterator[Case]:
+    """The cases, before the first of each place that of its good file, which is accepted."""
+    seen = set()
+    for case in cases:
+        one = case.place
+        if one is not None and one.name not in seen:
+            seen.add(one.name)
+            label = f"{one.name} good"
+            yield Case(label, one.command, one.kind, one.arguments, one, None, "accepted")
+        yield case
+
+
+def _held(path: Path | None) -> dict[str, Kept]:
+    """The outcomes of an earlier run, by the names of their cases."""
+    if path is None or not path.exists():
+        return {}
+    outcomes = (Kept(**json.loads(line)) for line in path.read_text().splitlines())
+    return {outcome.name: outcome for outcome in outcomes}
 
 
 def _compiled() -> str:
@@ -108,28 +172,26 @@ def _compiled() -> str:
     return jax.config.values["jax_compilation_cache_dir"]
 
 
-def _told(outcome: Outcome) -> Outcome:
+def _tell(outcome: Outcome) -> None:
     if outcome.wrong:
         said = outcome.ended.said.strip()[-1500:]
         sys.stderr.write(f"WRONG {outcome.case.name}: {outcome.wrong}\n{said}\n\n")
     if outcome.ended.seconds > 20:
         sys.stderr.write(f"slow: {outcome.case.name}: {outcome.ended.seconds:.0f} s\n")
-    return outcome
 
 
-def _table(outcomes: Sequence[Outcome]) -> str:
+def _table(outcomes: Sequence[Kept]) -> str:
     """By command and kind: cases, refused, accepted, those whose verdict was stated, and wrong."""
     rows: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(
         collections.Counter
     )
     for outcome in outcomes:
-        ended = "refused" if outcome.ended.status == 2 else "accepted"
-        for key in ((outcome.case.command, outcome.case.kind), ("all", "")):
+        for key in ((outcome.command, outcome.kind), ("all", "")):
             rows[key] += collections.Counter(
                 {
                     "cases": 1,
-                    ended: outcome.ended.status in (0, 2),
-                    "stated": outcome.wanted != "either",
+                    outcome.ended: 1,
+                    "stated": outcome.stated,
                     "wrong": bool(outcome.wrong),
                 }
             )

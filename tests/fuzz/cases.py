@@ -11,12 +11,13 @@ from pathlib import Path
 
 from tests.fuzz import damage, rules
 from tests.fuzz.damage import Damage
-from tests.fuzz.places import PLACES, Place
+from tests.fuzz.place import Place
+from tests.fuzz.places import PLACES
 from tests.fuzz.server import Ended, fresh, run
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = 120.0  # of a case, on a machine that others use too
-LONGEST = 1200  # characters of a sentence
+LONGEST = 1600  # characters of a sentence
 MEMORY = 3 * 2**30  # bytes that a process may hold
 
 
@@ -54,6 +55,11 @@ class Outcome:
     ended: Ended
     wrong: str
 
+    @property
+    def refused(self) -> bool:
+        """Whether the command has refused what it was given."""
+        return self.ended.status == 2 and not _at_the_end(self.case, self.ended)
+
 
 # --- Files ----------------------------------------------------------------------------------------
 
@@ -68,7 +74,7 @@ def file_cases(world: Path, seed: int, places: Sequence[Place] = PLACES) -> Iter
                 made.append((name, harm, None))
             made += [(n, d, None) for n, d in damage.places().items() if n != "endless"]
         else:
-            verdict = rules.REFUSED if not place.name.startswith(("checkpoint", "run-")) else None
+            verdict = None if place.spares else rules.REFUSED
             made += [(n, d, verdict) for n, d in damage.places().items()]
         count = 8 if place.trained else 20
         made += [(n, d, None) for n, d in damage.of_bytes(rng, count)]
@@ -81,7 +87,10 @@ def file_cases(world: Path, seed: int, places: Sequence[Place] = PLACES) -> Iter
             made += [(n, d, None) for n, d in damage.of_safetensors(rng, 18)]
         elif place.form == "npz":
             made += [(n, d, None) for n, d in damage.of_npz(rng, 16)]
-        for i, (name, harm, verdict) in enumerate(made):
+        numbers = range(len(made))
+        chosen = sorted(rng.sample(numbers, min(place.most, len(made)))) if place.most else numbers
+        for i in chosen:
+            name, harm, verdict = made[i]
             stated = place.stated.get(name, verdict)
             label = f"{place.name} {i} {name}"
             yield Case(label, place.command, place.kind, place.arguments, place, harm, stated)
@@ -123,6 +132,7 @@ _CONFIGURED = (
     *("train", "evaluate", "features", "audit", "simulate", "sliders", "ablate", "plan"),
     *("describe", "benchmark step", "benchmark data", "benchmark features"),
 )
+_GIVEN = {"config": "shapes:smoke", "dataset": "cirr"}  # of flags that commands require
 _NO_NUMBERS = ("seven", "1e", "--", "1,2", "0x", "None", "١x")
 
 
@@ -164,11 +174,14 @@ def flag_cases() -> Iterator[Case]:
         numbers = re.findall(r'DEFINE_(?:integer|float)\(\s*"(\w+)"', source)
         truths = re.findall(r'DEFINE_bool\(\s*"(\w+)"', source)
         chosen = re.findall(r'DEFINE_enum\(\s*"(\w+)"', source)
+        required = re.findall(r'"(\w+)"', re.findall(r"^REQUIRED = \((.*)\)", source, re.M)[0])
+        given = [f"--{name}={_GIVEN.get(name, 'x')}" for name in required]
         bad = [(flag, _NO_NUMBERS[i % len(_NO_NUMBERS)]) for i, flag in enumerate(numbers)]
         bad += [(flag, "nan") for flag in numbers] + [(flag, "perhaps") for flag in truths]
         bad += [(flag, "no-such-choice") for flag in chosen]
         for flag, value in [*bad, ("no_such_flag", "1")]:
-            arguments = (*command.split(), f"--{flag}={value}")
+            rest = [word for word in given if not word.startswith(f"--{flag}=")]
+            arguments = (*command.split(), f"--{flag}={value}", *rest)
             yield Case(
                 f"{command} --{flag}={value}",
                 command,
@@ -251,26 +264,30 @@ def _wrong(
         return f"it held {ended.memory / 2**30:.1f} GiB"
     if ended.outside:
         return f"it wrote to {', '.join(ended.outside[:3])}"
+    accepted = ended.status == 0 or _at_the_end(case, ended)
+    may = case.place.may_change if case.place is not None and accepted else ()
     changed = [name for name, held in before.items() if after.get(name) != held]
-    if changed and not (ended.status == 0 and all(_may_change(name) for name in changed)):
+    changed = [name for name in changed if not name.startswith(may) and not name.endswith("lock")]
+    if changed:
         return f"it changed {', '.join(changed[:3])}"
-    if ended.status == 2:
+    if not accepted:
         return _wrong_refusal(case, wanted, ended)
     if wanted == rules.REFUSED:
         return "it was accepted"
     if wanted == rules.SAME and case.place is not None:
         for name in case.place.results:
-            if not (base / "work" / name).exists():
+            found, right = (one / "work" / name for one in (base, base.parent / case.place.name))
+            if not found.exists():
                 return f"it did not write {name}"
-            if (base / "work" / name).read_bytes() != (
-                base.parent / case.place.name / "work" / name
-            ).read_bytes():
+            if not right.exists() or found.read_bytes() != right.read_bytes():
                 return f"{name} is not that of the good file"
     return ""
 
 
-def _may_change(name: str) -> bool:
-    return name.startswith(("index/", "run/eval")) or name.endswith("lock")
+def _at_the_end(case: Case, ended: Ended) -> bool:
+    """Whether a command that cannot end well has read all that it reads."""
+    words = case.place.good_words if case.place is not None else ""
+    return bool(words) and ended.status == 2 and words in ended.said.splitlines()[-1]
 
 
 def _wrong_refusal(case: Case, wanted: str, ended: Ended) -> str:

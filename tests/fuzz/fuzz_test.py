@@ -34,14 +34,18 @@ def fuzz(*arguments, timeout):
     return [int(cell.replace(",", "")) for cell in total.split("|")[3:-1]]
 
 
-@pytest.mark.slow
 def test_a_few():
-    """Ranked lists and annotations of the corpus, which need no trained run."""
-    only = "--only=corpus/predictions,corpus/cirr,corpus/fashioniq,corpus/named"
-    cases, refused, accepted, _, wrong = fuzz("--light", only, timeout=300)
-    assert cases >= 12
-    assert refused >= 8
+    """Those of the corpus that need no trained run, and some generated files, fields and flags."""
+    only = (
+        *("corpus/predictions", "corpus/cirr", "corpus/config", "corpus/features", "circo-val 1"),
+        *("scores 1", "features-npz 3", "--config.loss", "plan --", "train --", "no_such_flag"),
+    )
+    few = ("--light", "--seed=1", "--sample=40", f"--only={','.join(only)}")
+    cases, refused, accepted, stated, wrong = fuzz(*few, timeout=300)
+    assert cases >= 40
+    assert refused >= 20
     assert accepted >= 4  # the good files too
+    assert stated >= 20
     assert wrong == 0
 
 

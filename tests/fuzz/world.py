@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +17,32 @@ SMALL = {
 }
 
 
-def small_flags(root: Path) -> list[str]:
-    """The flags of a run on `shapes` whose data lie in the world at `root`."""
+def small_flags(prepared: str) -> list[str]:
+    """The flags of a run on `shapes` whose prepared data lie in a directory."""
     flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    return ["--config=shapes:smoke", f"--config.data.prepared_dir={root / 'prepared'}", *flags]
+    return ["--config=shapes:smoke", f"--config.data.prepared_dir={prepared}", *flags]
 
 
 def build(root: Path, *, trained: bool) -> None:
     """Writes all good files below a new directory; `trained`: a run too, and what is made of it."""
     root.mkdir(parents=True)
-    _raw_files(root / "raw")
+    raw_files(root / "raw")
     _given_by_models(root / "given")
+    _of_dqe_jax(root)
     if trained:
         _trained(root)
 
 
-def _raw_files(raw: Path) -> None:
-    """The annotation files of the benchmarks, made; photos for those that are prepared."""
+def raw_files(raw: Path, *, photos: bool = True) -> None:
+    """The annotation files of the benchmarks, made; `photos`: in whole, else empty files."""
+    from unittest import mock
+
     from dqe_jax.testing import standins
 
+    if not photos:
+        with mock.patch.object(standins, "write_photo", lambda path, *_, **__: _write(path, "")):
+            raw_files(raw)
+        return
     standins.small_fashioniq(raw / "fashioniq", count=3, images=8)
     standins.small_cirr(raw / "cirr", count=4, images=24)
     standins.small_circo(raw / "circo", images=40)
@@ -43,6 +51,14 @@ def _raw_files(raw: Path) -> None:
     standins.small_imagenet_r(raw / "imagenet_r")
     standins.small_icir(raw / "icir")
     standins.small_triplets(raw / "triplets", images=12, count=9)
+    standins.small_domains(
+        *(raw / "nico", "nico", ("autumn", "dim", "grass")),
+        ("query_files.csv", "database_files.csv"),
+    )
+    standins.small_edir(raw / "edir", images=12, count=4)
+    standins.small_circled(raw / "circled")
+    shutil.copytree(raw / "imagenet_r", raw / "pic2word")
+    _write(raw / "hp_fashioniq/hpfiq.json", json.dumps({"user_1": {"question_set_1": _judged()}}))
     shoes = [
         {"ImageName": f"{i}.jpg", "ReferenceImageName": f"{i + 1}.jpg", "RelativeCaption": "red"}
         for i in range(3)
@@ -80,6 +96,19 @@ def _raw_files(raw: Path) -> None:
         _write(raw / f"named/{i}.jpg", "")
 
 
+def _judged(count: int = 3) -> dict[str, list[object]]:
+    """Judgements of HP-FashionIQ, of one person."""
+    images = [f"/data/shirt/S{i}.jpg" for i in range(10)]
+    return {
+        "ref_img_paths": [f"shirt/R{i}.jpg" for i in range(count)],
+        "targ_img_paths": [f"shirt/T{i}.jpg" for i in range(count)],
+        "sentences": ["is reddotmark andmark long"] * count,
+        "retrieved_set1": [{"img_path": images[:5], "user_score": "4"}] * count,
+        "retrieved_set2": [{"img_path": images[5:], "user_score": "2"}] * count,
+        "preferred set": ["1", "2", "1"][:count],
+    }
+
+
 def embeddings() -> dict[str, np.ndarray]:
     """Embeddings of `raw/named`: queries 0, 3 and 5 find their target first."""
     rng = np.random.default_rng(0)
@@ -96,8 +125,6 @@ def embeddings() -> dict[str, np.ndarray]:
 
 def _given_by_models(given: Path) -> None:
     """What other models found: ranked lists, embeddings, features; and pretrained weights."""
-    import shutil
-
     import pyarrow as pa
     import pyarrow.parquet
     from safetensors.numpy import save_file
@@ -148,15 +175,45 @@ def _given_by_models(given: Path) -> None:
         f"{i:03d}.png,{('red', 'blue')[i % 2]},{('hat', 'shoe')[i // 2 % 2]}" for i in range(12)
     ]
     _write(given / "table.csv", "\n".join(table) + "\n")
-    _write(given / "words.txt", "color: crimson\n")
+    scores = {f"user_1/question_set_1/{i}": [[0.5] * 5, [0.25 * i] * 5] for i in range(3)}
+    _write(given / "scores.json", json.dumps(scores))
+    _write(given / "words.txt", "[colour]\ncrimson, navy\n[category]\ntee\n")
+    texts = 'joints = ["{} and {}"]\n\n[colour]\nnoun = "colour"\nnew = ["in {new}"]\n'
+    _write(given / "texts.toml", texts + 'new_and_old = ["{new}, not {old}"]\n')
     _write(
         given / "mine.py",
         "from configs import shapes\n\n\ndef get_config():\n  return shapes.get_config('smoke')\n",
     )
 
 
+# Benchmarks whose ranked lists name the first images of a gallery, and the splits.
+_RANKED = {
+    **dict.fromkeys(("genecis", "pinpoint", "imagenet_r", "pic2word", "nico", "icir"), "test"),
+    **dict.fromkeys(("edir", "circled"), "test"),
+}
+
+
+def _of_dqe_jax(root: Path) -> None:
+    """What dqe_jax makes without a model: ranked lists of sound queries, stored features."""
+    from dqe_jax.evaluation.asked import read_labels
+    from dqe_jax.feature_store.imports import import_features
+    from dqe_jax.testing import standins
+
+    given = root / "given"
+    for dataset, split in _RANKED.items():
+        asked = read_labels(dataset, split, root / "raw" / dataset)
+        names, queries = asked.gallery.ids, asked.queries
+        ranked = {}
+        for i, query in enumerate(queries.ids):
+            rows = queries.subset[i] if len(queries.subset[i]) else asked.pools[queries.pools[i]]
+            ranked[query] = [names[row] for row in rows]
+        _write(given / f"{dataset}.json", json.dumps(ranked))
+    import_features(given / "stores", "mine", "image", [given / "features.npz"])
+    standins.small_products(given / "products", given / "products.csv", count=60)
+
+
 def _trained(root: Path) -> None:
-    """Two steps on `shapes`, an export of them, photos, and an index over these."""
+    """Two steps on `shapes`, one alone, an export of them, photos, an index over these, a log."""
     from PIL import Image
 
     from dqe_jax.checkpoints.export import export_run
@@ -168,13 +225,28 @@ def _trained(root: Path) -> None:
 
     config = small_config(root / "prepared", **SMALL)
     loop.train_and_evaluate(config, root / "run")
+    loop.train_and_evaluate(config, root / "stopped", stop_at=1)
     data = RunConfig.of(config).data
-    split = splits.open_split(data, datasets.open_dataset(data), "test")
+    prepared = datasets.open_dataset(data)
+    splits.open_split(data, prepared, "train").gallery.contents()  # which feedback asks for
+    split = splits.open_split(data, prepared, "test")
     (root / "photos").mkdir()
     for row in range(12):
         Image.fromarray(split.gallery[row]).save(root / "photos" / f"{row:03d}.png")
     export_run(root / "run", root / "export")
     load(root / "export").index(root / "photos", output=root / "index")
+    ranked = json.loads((root / "run/eval/test-2.ranked.json").read_text())
+    _write(root / "given/ranked.json", json.dumps(ranked))
+    clicks = [
+        {
+            **{"format": 1, "time": "2026-05-01T10:00:00Z", "kind": ("pick", "reject")[i % 2]},
+            **{"conversation": f"c{i // 2}", "turn": 0, "folder": str(root / "photos")},
+            **{"references": [f"{i // 2:03d}.png"], "text": "in red", "image": f"{i + 3:03d}.png"},
+            **{"shown": ["004.png", "005.png"], "model": "f00d"},
+        }
+        for i in range(8)
+    ]
+    _write(root / "given/clicks.jsonl", "".join(json.dumps(line) + "\n" for line in clicks))
 
 
 def _write(path: Path, text: str) -> None:

@@ -186,7 +186,7 @@ def test_features_of_another_version_are_not_used(model, photos, tmp_path):
     assert index.report.embedded == 0
     assert all(keeps(index))
     held = json.loads((place / store.FACTS).read_text())
-    held["features"] = ["gallery"]
-    (place / store.FACTS).write_text(json.dumps(held))
-    with pytest.raises(UserError, match=r"index\.json is damaged"):
-        open_index(place, model=model)
+    for wrong in ({"features": ["gallery"]}, {"tokens": float("inf")}):
+        (place / store.FACTS).write_text(json.dumps(held | wrong))
+        with pytest.raises(UserError, match=r"index\.json is damaged"):
+            open_index(place, model=model)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
 from dqe_jax.utils import metric_log
+from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.metric_log import MetricLog
 
 pytestmark = pytest.mark.core
@@ -191,6 +193,17 @@ def test_a_damaged_line_is_dropped(workdir, damaged):
     assert log.steps() == [1, 2]
     log.close()
     assert [line["step"] for line in lines(workdir)] == [1, 2]
+
+
+def test_what_is_no_file_in_place_of_a_log_is_refused(workdir):
+    """Nothing is removed; a pipe would be read for ever."""
+    write(workdir, [1, 2])
+    path = Path(workdir, "timing.jsonl")
+    path.unlink()
+    path.symlink_to("/dev/null")
+    with pytest.raises(UserError, match=r"timing\.jsonl cannot be read: it is no regular file"):
+        MetricLog(workdir, resume_step=1)
+    assert path.is_symlink()
 
 
 def test_a_full_disk_is_an_error_of_the_caller(workdir, monkeypatch):

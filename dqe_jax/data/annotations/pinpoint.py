@@ -45,7 +45,7 @@ from dqe_jax.data.annotations.schema import (
 )
 from dqe_jax.data.raw_files import RawFiles
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import read_text
+from dqe_jax.utils.files import is_regular, read_text
 
 SPLITS = {"test": "test"}
 QUERIES, INDEX = "pinpoint_licensed.parquet", "index_signatures.txt"
@@ -81,9 +81,13 @@ def _rows(path: os.PathLike[str]) -> Iterator[object]:
     import pyarrow.parquet  # takes a while
 
     try:
+        if not is_regular(path):  # a pipe would be read for ever
+            raise UserError(f"{path} cannot be read: it is no regular file.")
         file = pyarrow.parquet.ParquetFile(path)
         lacking = [name for name in _COLUMNS if name not in file.schema_arrow.names]
         table = None if lacking else file.read(columns=list(_COLUMNS))
+    except UserError:
+        raise
     except Exception as error:  # pyarrow raises many types
         raise UserError(
             f"{path} cannot be read as Parquet ({reason_of(error)}); get the file again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -62,7 +63,9 @@ def folder_of(images: str | os.PathLike[str]) -> epath.Path:
 def listing_digest(digest: Digest, files: RawFiles) -> str:
     """A digest that has taken in the paths and sizes of all photos."""
     for path in files.image_paths:
-        size = (files.root / path).stat().length
+        size: object = "none"  # of a link to nothing, which is told when it is read
+        with contextlib.suppress(OSError):
+            size = (files.root / path).stat().length
         digest.update(f"\n{path}:{size}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
