@@ -22,7 +22,7 @@ from dqe_jax.testing.small_runs import compiles_quickly
 
 for _name in ("gcsfs", "gcp_storage_emulator"):
     pytest.importorskip(_name)
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # five processes compile
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -106,7 +106,7 @@ class Runs:
         """Kills a run that has logged, and whose first checkpoint is complete: they come later."""
         while self.logged() < lines or COMPLETE not in self.bucket.names():
             assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.02)
+            time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.communicate()
 
@@ -184,7 +184,7 @@ def test_a_second_trainer_is_kept_out(tmp_path, bucket):
     first = runs.start("dqe_jax.main", "--config.total_steps=100000", prepared=data)
     while not runs.logged():  # before its first steps SIGTERM ends it at once, and leaves the lease
         assert first.poll() is None, first.communicate()[0]
-        time.sleep(0.1)
+        time.sleep(0.2)
     said = runs.finish("dqe_jax.main", status=2, prepared=data)
     assert f"process {first.pid} of " in said
     assert "trains in gs://bucket/run: wait until it ends, or take another --workdir." in said
