@@ -31,7 +31,7 @@ from dqe_jax.config import RunConfig
 from dqe_jax.distributed import processes
 from dqe_jax.method.arrays import Array, Params, Tree
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import JsonObject, is_regular, read_json
+from dqe_jax.utils.files import JsonObject, is_regular, move_directory, read_json
 from dqe_jax.utils.paths import is_remote, whole_path
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _set_metrics_aside(root: epath.Path, best: str) -> None:
             held = root / str(step) / "metrics"
             if held.is_dir() and not _has_number(held / "metrics", best):
                 aside = _free(root / f"{step}.metrics.damaged")
-                held.rename(aside)
+                move_directory(held, aside)
                 logging.warning("%s is damaged; it is kept as %s.", held, aside.name)
     processes.wait_for_all("damaged metrics")
 
@@ -306,7 +306,7 @@ def set_aside(manager: ocp.CheckpointManager, newest: int) -> None:
         for step in damaged:
             path = epath.Path(manager.directory) / str(step)
             free = _free(path.with_name(f"{step}.damaged"))
-            path.rename(free)
+            move_directory(path, free)
             logging.warning("%s is damaged; it is kept as %s.", path, free.name)
     processes.wait_for_all("damaged checkpoints")
     manager.reload()

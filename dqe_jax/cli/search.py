@@ -21,6 +21,7 @@ from absl import flags, logging
 
 from dqe_jax.cli.command_line import given, pairs_of
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import on_disk
 
 if TYPE_CHECKING:
     from dqe_jax.search.tables import Condition
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     """Searches and prints what is found."""
     weights = {name: _factor(name, x) for name, x in pairs_of("weight", _WEIGHTS.value).items()}
     conditions = {name: _condition(x) for name, x in pairs_of("filter", _FILTER.value).items()}
+    output = on_disk(_OUTPUT.value, "--output") if _OUTPUT.value is not None else None
     from dqe_jax.distributed import compiled  # importing JAX takes seconds
     from dqe_jax.search.index import open_index
     from dqe_jax.search.loading import load
@@ -67,7 +69,6 @@ def main(argv: Sequence[str]) -> None:
         filter=conditions,
     )
     sys.stdout.write(f"{found!r}\n")
-    output = Path(_OUTPUT.value) if _OUTPUT.value is not None else None
     if _OPEN.value and output is None:
         output = Path(tempfile.mkdtemp(prefix="dqe-search-"), "grid.html")
     if output is not None:

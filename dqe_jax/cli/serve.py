@@ -22,6 +22,7 @@ from absl import flags, logging
 
 from dqe_jax.cli.command_line import pairs_of
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import on_disk
 
 if TYPE_CHECKING:
     from dqe_jax.search.index import Index
@@ -90,6 +91,7 @@ def main(argv: Sequence[str]) -> None:
             f"--host={_HOST.value} can be reached from other machines: give --token as well, or "
             "leave out --host."
         )
+    asked_log = on_disk(_LOG.value, "--log") if _LOG.value else None
     limits = Limits(
         upload_bytes=_UPLOAD.value,
         seconds=_SECONDS.value,
@@ -98,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     )
     compiled.keep_programs()
     index, demo = _open()
-    log = _log_of(index)
+    log = asked_log or _log_of(index)
     service = Service(index, limits=limits, log=log, demo=demo)
     logging.info("Compiling searches for %s images.", f"{len(index):,}")
     service.warm_up()
@@ -134,12 +136,12 @@ def _open() -> tuple[Index, str]:
     if model is not None:
         raise UserError("--model needs images to search: give --images=DIR, or --index=DIR.")
     config = RunConfig.of(config_files.load_config("shapes"))
-    return make_demo(config, Path(_DEMO_DIR.value).expanduser().absolute())
+    return make_demo(config, on_disk(_DEMO_DIR.value, "--demo_dir"))
 
 
 def _log_of(index: Index) -> Path | None:
-    if _LOG.value is not None:
-        return Path(_LOG.value).expanduser().absolute() if _LOG.value else None
+    if _LOG.value == "":
+        return None
     if _INDEX.value is not None or _IMAGES.value is None:
         return index.directory / "feedback.jsonl"
     return Path("feedback.jsonl").absolute()

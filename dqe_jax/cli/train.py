@@ -9,7 +9,6 @@ run, and `--feedback` learns from what users picked and rejected.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dqe_jax.cli import command_line
+from dqe_jax.utils.paths import on_disk
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             log = None
             if _FEEDBACK.value is not None:
-                place = pathlib.Path(_FEEDBACK.value).expanduser().absolute()
+                place = on_disk(_FEEDBACK.value, "--feedback")
                 log = Feedback(place, _FEEDBACK_SHARE.value)
             train_and_evaluate(
                 config, workdir, stop_at=_STOP_AT.value, init=_INIT.value, feedback=log

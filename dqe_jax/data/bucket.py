@@ -61,7 +61,8 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
                 if file.name.endswith(".partial"):
                     continue
                 # A bucket shows no half of a file.
-                new = to / (file.name if is_remote(to) else f"{file.name}.partial")
+                mine = f"{file.name}.{os.getpid()}.partial"  # others may copy the same
+                new = to / (file.name if is_remote(to) else mine)
                 file.copy(new, overwrite=True)
                 if new.name != file.name:
                     new.replace(to / file.name)

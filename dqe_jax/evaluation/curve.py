@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from etils import epath
 from dqe_jax.evaluation.evaluator import Result, RetrievalEvaluator
 from dqe_jax.evaluation.intervals import query_values, strata_of
 from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.files import write_at_once
 
 FOLDER = "curve"
 JOINED = "; "  # between the kinds of a query
@@ -108,9 +108,7 @@ def write_point(
     )
     path = path_of(directory, split.name, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content.getvalue())
-    partial.replace(path)
+    write_at_once(path, content.getvalue())
 
 
 def steps_of(directory: epath.Path, split: str) -> list[int]:

@@ -30,6 +30,7 @@ import numpy as np
 
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import cannot_write
+from dqe_jax.utils.paths import on_disk
 
 if TYPE_CHECKING:
     import pyarrow
@@ -86,10 +87,10 @@ def read_embeddings(path: str | os.PathLike[str], similarity: str = "unit") -> E
         they are.
 
     Raises:
-      UserError: the file is not as the module says; an id is there twice or empty; a line is not
-        finite, zero, or not of unit length; the widths differ.
+      UserError: it is in a bucket, or not as the module says; an id is there twice or empty; a
+        line is not finite, zero, or not of unit length; the widths differ.
     """
-    path = Path(path).expanduser()
+    path = on_disk(path, "--embeddings")
     if similarity not in SIMILARITIES:
         raise UserError(f"--similarity={similarity}: it must be one of {', '.join(SIMILARITIES)}.")
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".parquet": _read_parquet}
@@ -158,9 +159,9 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     """The path of a file that is going to be written.
 
     Raises:
-      UserError: it is of no known format, or its directory cannot be made.
+      UserError: it is in a bucket, or of no known format.
     """
-    path = Path(path).expanduser().absolute()
+    path = on_disk(path, "--save_embeddings")
     if path.suffix not in FORMATS:
         raise UserError(f"--save_embeddings={path}: name a file that ends in {', '.join(FORMATS)}.")
     if path.is_dir():

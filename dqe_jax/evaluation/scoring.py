@@ -20,7 +20,7 @@ from dqe_jax.evaluation.page import read_compared, write_page
 from dqe_jax.evaluation.preferences import measure_preferences, open_preferences
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import make_directory
-from dqe_jax.utils.paths import whole_path
+from dqe_jax.utils.paths import on_disk, whole_path
 
 PathLike = str | os.PathLike[str]
 
@@ -55,6 +55,7 @@ def score_embeddings(
         known query or image.
     """
     config = RunConfig.of(config)
+    on_disk(path, "--embeddings")
     asked: Asked
     chosen = split or config.eval.split
     if raw_dir is not None and (page or against is not None):

@@ -10,6 +10,7 @@ from typing import overload
 
 from dqe_jax.search import grid
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import on_disk
 from dqe_jax.utils.text_table import text_table
 
 
@@ -105,9 +106,9 @@ def save_grid(found: Sequence[Results], path: str | os.PathLike[str]) -> Path:
       path: of a `.png` or `.html` file, which needs no other file.
 
     Raises:
-      UserError: it has another suffix, or cannot be written.
+      UserError: it has another suffix, is in a bucket, or cannot be written.
     """
-    file = Path(path).expanduser()
+    file = on_disk(path, "--output")
     try:
         if file.suffix.lower() in (".html", ".htm"):
             file.write_text(grid.to_page(found), encoding="utf-8")

@@ -10,6 +10,7 @@ import time
 
 from dqe_jax.search.index import Index
 from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.paths import on_disk
 
 HEIGHT = 900  # pixels
 _NEEDED = ("fastapi", "prometheus_client", "uvicorn")
@@ -47,13 +48,11 @@ def show(index: Index, *, height: int = HEIGHT, log: str | None = None) -> Page:
     lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if lacking:
         raise UserError(f"the page needs {', '.join(lacking)}: %pip install {' '.join(lacking)}.")
-    from pathlib import Path
-
     from dqe_jax.serving.app import Service
     from dqe_jax.serving.server import listen, make_server
     from dqe_jax.serving.settings import Access
 
-    service = Service(index, log=None if log is None else Path(log).absolute())
+    service = Service(index, log=None if log is None else on_disk(log, "log"))
     # A notebook shows it in a frame, and Colab's proxy calls it by a name of its own.
     access = Access(hosts=("*",) if "google.colab" in sys.modules else (), framed=True)
     listening = listen("127.0.0.1", 0)

@@ -10,6 +10,7 @@ import stat
 import tempfile
 from typing import Any, TypeVar
 
+import fsspec
 from etils import epath
 
 from dqe_jax.utils.errors import UserError, reason_of
@@ -107,12 +108,17 @@ def write_json(path: epath.Path, content: object, indent: int | None = 2) -> Non
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(finite(content), indent=indent, allow_nan=False) + "\n")
+        path.write_text(to_json(content, indent))
     except OSError as error:
         raise cannot_write(path.parent, error) from error
 
 
-def write_at_once(path: epath.Path, text: str) -> None:
+def to_json(content: object, indent: int | None = 2) -> str:
+    """The text of a JSON file; see `finite`."""
+    return json.dumps(finite(content), indent=indent, allow_nan=False) + "\n"
+
+
+def write_at_once(path: epath.Path, content: str | bytes) -> None:
     """Writes a file so that it is never seen half-written, and an earlier one stays until then.
 
     In a bucket files are written as a whole anyway, and a move whose answer is lost cannot be told
@@ -121,12 +127,37 @@ def write_at_once(path: epath.Path, text: str) -> None:
     Raises:
       OSError: it cannot be written.
     """
+    data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    new.write_bytes(data)
     new.replace(path)
+
+
+def move_directory(source: epath.Path, target: epath.Path) -> None:
+    """Renames a directory; what is in the way of it must not be there.
+
+    A bucket moves object by object. A move whose answer was lost is asked again, and then its
+    object is no longer there; so each counts as moved when it lies at its new place.
+
+    Raises:
+      OSError: it cannot be moved; in a bucket a part may have been, and the same call moves the
+        rest.
+    """
+    if not is_remote(source):
+        source.rename(target)
+        return
+    bucket, start = fsspec.url_to_fs(os.fspath(source))
+    _, end = fsspec.url_to_fs(os.fspath(target))
+    for place in bucket.find(start):
+        to = end + place.removeprefix(start)
+        try:
+            bucket.mv(place, to)
+        except FileNotFoundError:
+            if not bucket.exists(to):
+                raise
 
 
 def make_directory(path: epath.Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import fsspec
 from etils import epath
+
+from dqe_jax.utils.errors import UserError
 
 
 def whole_path(path: str | os.PathLike[str]) -> epath.Path:
@@ -13,6 +16,21 @@ def whole_path(path: str | os.PathLike[str]) -> epath.Path:
     found = epath.Path(path).expanduser()
     # `absolute` would make a local directory `gs:` of the scheme.
     return found if is_remote(found) else epath.Path(os.path.abspath(found))
+
+
+def on_disk(path: str | os.PathLike[str], name: str) -> Path:
+    """A path of this machine: absolute, `~` expanded.
+
+    Args:
+      path: of a file or a directory that other libraries read or write, which know disks alone.
+      name: of the flag or the argument, for the sentence.
+
+    Raises:
+      UserError: it is in a bucket.
+    """
+    if is_remote(path):
+        raise UserError(f"{name}={os.fspath(path)}: name a path on a disk of this machine.")
+    return Path(os.path.abspath(Path(path).expanduser()))
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -356,6 +356,30 @@ def test_flags_that_no_limit_refuses(name, arguments, words, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", [SMOKE, "--feedback=gs://bucket/file"]),
+        ("evaluate", [SMOKE, "--workdir=x", "--save_embeddings=gs://bucket/file.npz"]),
+        ("evaluate", [SMOKE, "--output=out", "--embeddings=gs://bucket/file.npz"]),
+        ("search", ["--index=x", "--image=y", "--output=gs://bucket/file.png"]),
+        ("serve", ["--index=x", "--log=gs://bucket/file"]),
+        ("serve", ["--demo_dir=gs://bucket/demo"]),
+        ("plan", [SMOKE, "--topology=v5e:2x4", "--output=gs://bucket/file.json"]),
+        ("simulate", [SMOKE, "--workdir=x", "--photos=gs://bucket/photos"]),
+        ("simulate", [SMOKE, "--workdir=x", "--photos=x", "--log=gs://bucket/file"]),
+    ],
+)
+def test_what_no_bucket_can_hold_is_refused_first(name, arguments, capsys, tmp_path, monkeypatch):
+    """As a path of a disk it would be a directory `gs:` of the one that the command runs in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    flag = arguments[-1]
+    said = in_process(*arguments, capsys=capsys, name=name)
+    assert said == f"error: {flag}: name a path on a disk of this machine."
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nothing"], "--config: no config at 'nothing'; name a file, or one of circo, "),

@@ -1,5 +1,6 @@
 """The copy of prepared data on this machine, between directories of a disk."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dqe_jax.utils.errors import UserError
 def sides(tmp_path, monkeypatch):
     """A directory that stands for a bucket's, and that of its copy."""
     remote, local = epath.Path(tmp_path / "remote"), epath.Path(tmp_path / "local")
-    monkeypatch.setattr(bucket, "is_remote", lambda path: True)
+    monkeypatch.setattr(bucket, "is_remote", lambda path: str(path).startswith(str(remote)))
     monkeypatch.setattr(bucket, "local_of", lambda path: local)
     return remote, local
 
@@ -86,6 +87,25 @@ def test_a_copy_that_fails_is_told_and_does_not_count(sides, monkeypatch):
     with pytest.raises(UserError, match=r"remote.*cannot be copied to .*\(the cable is out\): see"):
         bucket.fetch(remote, "shapes")
     assert not (local / "shapes" / "plain" / "1.0.0" / "dataset_info.json").exists()
+
+
+def test_two_processes_of_a_machine_copy_the_same_at_once(sides, monkeypatch):
+    """An evaluator beside a trainer: whoever ends last finds nothing that it lacks."""
+    remote, local = sides
+    fill(remote)
+    copy = type(remote).copy
+
+    def copy_while_another_one_does(self, to, **kwargs):
+        made = copy(self, to, **kwargs)
+        monkeypatch.setattr(type(remote), "copy", copy)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 4711)
+            bucket.fetch(remote, "shapes")
+        return made
+
+    monkeypatch.setattr(type(remote), "copy", copy_while_another_one_does)
+    bucket.fetch(remote, "shapes")
+    assert files(local) == EXPECTED
 
 
 def test_directories_of_a_disk_are_taken_as_they_are(tmp_path):

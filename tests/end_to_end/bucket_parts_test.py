@@ -76,6 +76,40 @@ bucket.fetch("gs://bucket/data", "shapes")
 assert all((place / f"part{i}").read_bytes() == data[i:] for i in range(20))
 assert len(list(place.iterdir())) == 21
 """
+# Ten points of a curve, written twice as by a run that goes on, and read by another process.
+POINTS = """
+from types import SimpleNamespace
+import numpy as np
+from etils import epath
+from dqe_jax.evaluation import curve
+curve.query_values = lambda *_: {"R@1": np.arange(3.0)}
+curve.strata_of = lambda *_: np.zeros(3, np.int32)
+queries = SimpleNamespace(reference=np.arange(3), kinds=[("color",), (), ("size", "shape")])
+queries.take = lambda rows: queries
+split = SimpleNamespace(name="validation", queries=queries)
+evaluator = SimpleNamespace(split=split, labelled=np.arange(3), protocol=None)
+result = SimpleNamespace(subset_rows=None, places=None, rows=np.zeros((3, 1)))
+run = epath.Path("gs://bucket/run")
+for step in (*range(1, 11), *range(6, 11)):
+    curve.write_point(evaluator, result, run, step, step / 2)
+assert curve.steps_of(run, "validation") == list(range(1, 11))
+for step in range(1, 11):
+    point = curve.read_point(run, "validation", step)
+    assert point.epochs == step / 2 and point.values["R@1"].tolist() == [0, 1, 2]
+"""
+# A damaged checkpoint of 6 files is kept under another name.
+ASIDE = """
+from etils import epath
+from dqe_jax.utils.files import move_directory
+root = epath.Path("gs://bucket/run/checkpoints")
+files = [f"{folder}/{i}" for folder in ("params", "params/d", "meta") for i in range(2)]
+for file in files:
+    (root / "6" / file).write_text(file)
+move_directory(root / "6", root / "6.damaged")
+assert [path.name for path in root.iterdir()] == ["6.damaged"]
+assert all((root / "6.damaged" / file).read_text() == file for file in files)
+"""
+SCRIPTS = {"log": LOG, "lease": LEASE, "copy": COPY, "points": POINTS, "aside": ASIDE}
 
 
 @pytest.fixture
@@ -86,12 +120,12 @@ def bucket():
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("part", ["log", "lease", "copy"])
+@pytest.mark.parametrize("part", SCRIPTS)
 def test_parts_get_through(tmp_path, bucket, part, seed):
     bucket.inject(Faults(RATES, delay_s=0.3, seed=seed))
     began = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", {"log": LOG, "lease": LEASE, "copy": COPY}[part]],
+        [sys.executable, "-c", SCRIPTS[part]],
         env={**os.environ, **bucket.environment(), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -106,6 +140,21 @@ def test_parts_get_through(tmp_path, bucket, part, seed):
     assert "run/trainer.lease" not in names
     if part == "log":
         assert {"run/metrics.jsonl", "run/timing.jsonl"} <= set(names)
+
+
+@pytest.mark.parametrize("part", ["points", "aside"])
+def test_what_was_done_though_its_answer_is_lost_counts(tmp_path, bucket, part):
+    """Where files are moved, a move that is asked for again finds nothing."""
+    bucket.inject(Faults({"lost": 0.3}))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPTS[part]],
+        env={**os.environ, **bucket.environment(), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert bucket.counts["lost"] > 3
 
 
 def test_what_is_asked_again_too_often_ends_with_an_error(tmp_path, bucket):

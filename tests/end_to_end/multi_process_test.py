@@ -172,6 +172,13 @@ def arrays(workdir, step):
     return store.restore_params(store.open_for_reading(epath.Path(workdir)), step)
 
 
+def opt_state(workdir, step):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # theirs are not
+    state = ocp.args.StandardRestore(fallback_sharding=here)
+    manager = store.open_for_reading(epath.Path(workdir))
+    return manager.restore(step, args=ocp.args.Composite(opt_state=state))["opt_state"]
+
+
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -204,13 +211,9 @@ def test_a_signal_to_one_process_ends_all_of_them_after_one_save(two):
     assert "SIGTERM after step" in outputs[0]
     saved = int(outputs[0].rpartition("SIGTERM after step ")[2].split(";")[0])
     assert SIGNAL <= saved < STEPS
-    manager = store.open_for_reading(epath.Path(workdir))
-    assert manager.latest_step() == saved
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # theirs are not
-    state = ocp.args.StandardRestore(fallback_sharding=here)
-    items = manager.restore(saved, args=ocp.args.Composite(opt_state=state))
+    assert store.open_for_reading(epath.Path(workdir)).latest_step() == saved
     shapes = {x.shape for x in jax.tree.leaves(arrays(workdir, saved))}
-    assert {np.shape(x) for x in jax.tree.leaves(items["opt_state"])} <= shapes | {()}
+    assert {np.shape(x) for x in jax.tree.leaves(opt_state(workdir, saved))} <= shapes | {()}
 
 
 def test_two_processes_and_then_one_train_as_one_device_does(base, one, two):
@@ -233,6 +236,26 @@ def test_two_processes_with_a_sharded_optimizer_train_as_one_device_does(base, o
     finish(start(base, "sharded", 8, "--stop_at=7", **sharded))
     finish(start(base, "sharded", 8, **sharded))
     assert_same_run(one, base / "sharded")
+
+
+@pytest.mark.slow  # `twin_test.py` has it in one process
+@pytest.mark.parametrize(
+    "fields", [{"optimizer.shard_state": True}, {"batch.accumulate": 2}], ids=["sharded", "parts"]
+)
+def test_two_processes_map_by_shard_map_as_by_pmap(base, request, fields):
+    """The same to the bit: all metrics, the parameters and the optimiser's state."""
+    steps = {"total_steps": 12, "checkpoint_every": 6, "eval_every": 12}
+    kind, runs = request.node.callspec.id, []
+    for mapping in ("pmap", "shard_map"):
+        runs.append(base / f"{kind}-{mapping}")
+        finish(start(base, runs[-1].name, 4, mapping=mapping, **steps, **fields))
+    held = [json.loads((run / "config.json").read_text())["mapping"] for run in runs]
+    assert held == ["pmap", "shard_map"]
+    logs = [(run / "metrics.jsonl").read_bytes() for run in runs]
+    assert logs[0] == logs[1]
+    assert logs[0].count(b'"loss"') == 12
+    for read in (arrays, opt_state):
+        jax.tree.map(np.testing.assert_array_equal, *(read(run, 12) for run in runs))
 
 
 @pytest.mark.slow  # `feature_store/run_test.py` has it in one process

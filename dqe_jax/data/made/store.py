@@ -28,6 +28,7 @@ from dqe_jax.data.made.queries import Product
 from dqe_jax.data.made.settings import FACTS, LEXICON, read_facts
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject, cannot_write, make_directory, write_json
+from dqe_jax.utils.paths import on_disk
 
 QUERIES = "triplets.jsonl"
 
@@ -114,8 +115,9 @@ def open_output(
       False if the same queries are prepared in this size and format already.
 
     Raises:
-      UserError: it holds other data, or cannot be written.
+      UserError: it holds other data, is in a bucket, or cannot be written.
     """
+    on_disk(output, "--output")
     make_directory(output)
     facts, prepared = read_facts(output), output / MadeTriplets.name
     if overwrite:

@@ -29,7 +29,14 @@ from dqe_jax.experiments.ablation.record import (
 from dqe_jax.experiments.ablation.variants import BASE, choose_variants, variant_config
 from dqe_jax.training import loop
 from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.files import JsonObject, read_json, write_json
+from dqe_jax.utils.files import (
+    JsonObject,
+    cannot_write,
+    read_json,
+    to_json,
+    write_at_once,
+    write_json,
+)
 from dqe_jax.utils.paths import whole_path
 from dqe_jax.utils.text_table import text_table
 
@@ -209,9 +216,11 @@ def _is_time(value: object) -> bool:
 
 def _write_whole(path: epath.Path, content: object) -> None:
     """Writes JSON so that an interruption leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    write_json(part, content)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_at_once(path, to_json(content))
+    except OSError as error:
+        raise cannot_write(path.parent, error) from error
 
 
 def write_results(config: RunConfig, workdir: epath.Path, runs: Sequence[Run]) -> None:

@@ -28,7 +28,7 @@ from dqe_jax.search.loading import load
 from dqe_jax.search.relevance import MOVES, Moves
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject, write_json
-from dqe_jax.utils.paths import whole_path
+from dqe_jax.utils.paths import on_disk, whole_path
 from dqe_jax.utils.text_table import text_table
 
 
@@ -72,6 +72,8 @@ def simulate(
     config = RunConfig.of(config)
     if log is not None and photos is None:
         raise UserError("--log names images of a folder that is kept: give --photos=DIR too.")
+    kept = None if photos is None else on_disk(photos, "--photos")
+    log = None if log is None else on_disk(log, "--log")
     split = datasets.split_of(config.data.dataset, split)
     builder = datasets.open_dataset(config.data)
     opened = splits.open_split(config.data, builder, split)
@@ -79,8 +81,8 @@ def simulate(
     if not any(map(len, opened.queries.relevant)):
         raise UserError(f"{config.data.dataset} does not say which images are valid for a query.")
     with tempfile.TemporaryDirectory(prefix="dqe-simulation-") as place:
-        folder = Path(photos) if photos is not None else Path(place)
-        ids = write_images(opened, folder.expanduser().absolute())
+        folder = kept or Path(place)
+        ids = write_images(opened, folder)
         model = load(directory, step=step)
         index = model.index(folder)
         world = World(

@@ -17,8 +17,8 @@ from dqe_jax.models.build import VARIANTS, named_sizes
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.models.weights.initial import FACTS, PARAMS, Pretrained, open_dino
 from dqe_jax.models.weights.source import Source, open_source
-from dqe_jax.utils.errors import UserError
-from dqe_jax.utils.paths import whole_path
+from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.paths import is_remote, whole_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,14 @@ def write_converted(
     """
     import orbax.checkpoint as ocp  # slow
 
-    if (directory / FACTS).exists() or (directory / PARAMS).exists():
-        raise UserError(f"--output: {directory} already holds weights; name another directory.")
     try:
+        if (directory / FACTS).exists():
+            raise UserError(f"--output: {directory} already holds weights; name another directory.")
+        if (directory / PARAMS).exists():  # in a bucket an interrupted conversion leaves a part
+            raise UserError(
+                f"--output: {directory} holds {PARAMS}/ of a conversion that did not end; remove "
+                "it, or name another directory."
+            )
         directory.mkdir(parents=True, exist_ok=True)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory / PARAMS, params)
@@ -115,7 +120,17 @@ def write_converted(
             "tokenizer": tokenizer,
         }
         (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    except UserError:
+        raise
     except OSError as error:
+        reason = error.strerror or reason_of(error)
         raise UserError(
-            f"--output: cannot write to {directory} ({error.strerror}); name a writable directory."
+            f"--output: cannot write to {directory} ({reason}); name a writable directory."
+        ) from error
+    except Exception as error:  # of a bucket, in many types
+        if not is_remote(directory):
+            raise
+        raise UserError(
+            f"--output: cannot write to {directory} ({reason_of(error)}); see that the bucket can "
+            "be reached and written to."
         ) from error

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, is_regular, read_json
+from dqe_jax.utils.paths import is_remote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of an exported DINO: the directory of its text tower.
@@ -85,6 +86,11 @@ def open_source(origin: str) -> Source:
     Raises:
       UserError: there is nothing of the kind, or it cannot be read.
     """
+    if is_remote(origin):
+        raise UserError(
+            f"weights {origin!r}: there are no converted weights in this directory, and others are "
+            "read from a disk alone; copy them to this machine, or see dqe-jax convert."
+        )
     path = pathlib.Path(origin).expanduser()
     if not path.exists():
         if _HUB_ID.fullmatch(origin):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -22,6 +21,7 @@ from dqe_jax.performance.planning.stores import Counts, Machines
 from dqe_jax.performance.planning.table import Plan
 from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
+from dqe_jax.utils.paths import on_disk
 
 # In place of the names of programs.
 NOTHING = "none"
@@ -80,7 +80,7 @@ def plan_config(
     config = RunConfig.of(config)
     wanted = _known_programs(names)
     counts = _counts(config, Counts(gallery, queries, eval_gallery))
-    path = pathlib.Path(output).expanduser() if output else None
+    path = on_disk(output, "--output") if output else None
     if path is not None and not path.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {path.parent}.")
     slices = [_open(one, config, references_per_chip, compiles=bool(wanted)) for one in topologies]
