@@ -21,6 +21,14 @@ from jax.experimental import multihost_utils
 from dqe_jax.utils.errors import UserError, reason_of
 
 MODES = ("auto", "on", "off")
+# Seconds without a word from a process after which JAX ends the others. It gives word every half of
+# them, so that a process may stand still for the other half: more than a minute.
+HEARTBEAT_S = 180
+# What JAX and the libraries below it say, in errors of many types, when another process is gone.
+_LOST = (
+    *("Gloo", "closed by peer", "reset by peer", "remote process exited", "heartbeat"),
+    *("coordination service", "CoordinationService"),
+)
 T = TypeVar("T")
 
 
@@ -57,15 +65,19 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=timeout_s
+            *(coordinator, num_processes, process_id),
+            initialization_timeout=timeout_s,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
         )
+        leading = leads()  # asks for the devices of all, which waits for the others too
     except (RuntimeError, ValueError) as error:
+        atexit.register(_exit, 2)  # JAX would wait for the others at the end
         where = coordinator or "the others of this run"
         raise UserError(
             f"this process could not join {where} ({reason_of(error)}): start all processes, with "
             "the same --coordinator, or pass --distributed=off."
         ) from error
-    if not leads():
+    if not leading:
         logging.set_verbosity(logging.WARNING)
 
 
@@ -170,15 +182,35 @@ def leave_at_once(status: int) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """An error of what is inside ends this process at once, and so the others."""
+    """An error of what is inside ends this process at once, and so the others.
+
+    Raises:
+      UserError: another process has ended, or cannot be reached.
+    """
     try:
         yield
     except UserError:
         leave_at_once(2)
         raise
-    except Exception:
+    except Exception as error:
+        if jax.process_count() > 1 and _is_of_another(error):
+            leave_at_once(2)
+            raise UserError(
+                f"another process of this run has ended or cannot be reached ({reason_of(error)}): "
+                "see what it said, and run the same command again in all processes; what is saved "
+                "stays, and they go on from there."
+            ) from error
         leave_at_once(1)
         raise
+
+
+def _is_of_another(error: BaseException | None) -> bool:
+    """Whether an error says that another process is gone, or one that led to it does."""
+    while error is not None:
+        if any(words in str(error) for words in _LOST):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _exit(status: int) -> None:
