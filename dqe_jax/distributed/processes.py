@@ -69,13 +69,15 @@ def join(
             initialization_timeout=timeout_s,
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
+        leading = leads()  # asks for the devices of all, which waits for the others too
     except (RuntimeError, ValueError) as error:
+        atexit.register(_exit, 2)  # JAX would wait for the others at the end
         where = coordinator or "the others of this run"
         raise UserError(
             f"this process could not join {where} ({reason_of(error)}): start all processes, with "
             "the same --coordinator, or pass --distributed=off."
         ) from error
-    if not leads():
+    if not leading:
         logging.set_verbosity(logging.WARNING)
 
 

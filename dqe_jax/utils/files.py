@@ -19,8 +19,8 @@ from dqe_jax.utils.paths import is_remote
 JsonObject = dict[str, Any]
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# What libraries say of a full disk, in errors of their own.
-FULL = ("No space left on device", "Disk quota exceeded")
+# What libraries say of a full disk, in errors of their own; NumPy says "8 requested and 0 written".
+FULL = ("No space left on device", "Disk quota exceeded", " requested and ")
 _Kind = TypeVar("_Kind", list[Any], JsonObject)
 
 
