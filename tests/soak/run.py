@@ -280,7 +280,7 @@ class Soak:
             if all(p.status == -6 and "heartbeat" in p.said() for p in pair.both):
                 return
         if outcome.fault.kind == plan.PAUSE and pair.wait_for_end(LIMIT):
-            # On CPUs a collective waits for 30 s.
+            # On CPUs a collective may give up after 30 s.
             outcome.did = "the other process ended with one sentence, status 2"
             if all(p.status in (2, *BY_JAX) and "Traceback" not in p.said() for p in pair.both):
                 return
