@@ -40,11 +40,10 @@ def test_a_lost_process_ends_the_other_in_a_sentence(ends, text):
 
 def test_an_error_that_a_lost_process_led_to(ends):
     """Such as one of Orbax, which waits for the others while it saves."""
+    failure = RuntimeError("the save has failed")
+    failure.__cause__ = jax.errors.JaxRuntimeError(BARRIER)
     with pytest.raises(UserError, match="another process"), processes.ending_together():
-        try:
-            raise jax.errors.JaxRuntimeError(BARRIER)
-        except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError("the save has failed") from error
+        raise failure
     assert ends == [2]
 
 
@@ -85,7 +84,7 @@ def test_a_process_that_is_lost_while_they_join(monkeypatch):
     monkeypatch.setattr(processes, "leads", fails)
     held = jax.config.values["jax_enable_preemption_service"]
     try:
-        with pytest.raises(UserError, match="could not join localhost:1 .*local topologies"):
+        with pytest.raises(UserError, match=r"could not join localhost:1 .*local topologies"):
             processes.join(coordinator="localhost:1", num_processes=2, process_id=0, environ={})
     finally:
         jax.config.update("jax_enable_preemption_service", held)

@@ -36,6 +36,8 @@ FIELDS = {
     "negatives.first_refresh": FIRST,
     "negatives.refresh_every": REFRESH,
 }
+# On CPUs a collective waits for so long that a slow machine may reach it.
+TIMED_OUT = "a process had waited for 30 s for the other: one sentence, status 2"
 # JAX aborts a process that cannot go on; now and then that fails while it prints its threads.
 BY_JAX = (-6, -11)
 FAKETIME = "/usr/lib/{}-linux-gnu/faketime/libfaketime.so.1"
@@ -121,6 +123,9 @@ class Soak:
                 outcome = Outcome(fault, moment=fault.moment)
                 outcomes.append(outcome)
                 if not self._wait_for(pair, fault):
+                    if _timed_out(pair):
+                        outcome.did = TIMED_OUT
+                        break
                     outcome.wrong.append(f"it did not come to the moment: {_tail(pair)}")
                     break
                 outcome.seconds = -time.monotonic()
@@ -240,6 +245,9 @@ class Soak:
             if saved not in check.checkpoints_of(self.workdir):
                 outcome.wrong.append(f"step {saved} is not saved")
             return
+        if _timed_out(pair):
+            outcome.did = TIMED_OUT
+            return
         # Before training nothing is to be saved: the signal ends a process as it ends any.
         outcome.did = "had not begun to train: ended by the signal"
         if ready and -15 not in statuses:
@@ -272,7 +280,7 @@ class Soak:
             if all(p.status == -6 and "heartbeat" in p.said() for p in pair.both):
                 return
         if outcome.fault.kind == plan.PAUSE and pair.wait_for_end(LIMIT):
-            # On CPUs a collective waits for 30 s.
+            # On CPUs a collective may give up after 30 s.
             outcome.did = "the other process ended with one sentence, status 2"
             if all(p.status in (2, *BY_JAX) and "Traceback" not in p.said() for p in pair.both):
                 return
@@ -396,6 +404,13 @@ def _fits(step: int, moment: str) -> bool:
     if moment == "bank":
         return refreshes and not evaluates
     return not evaluates and not refreshes and step % CHECKPOINT != 0
+
+
+def _timed_out(pair: Pair) -> bool:
+    """Whether a process ended because it had waited for the other, which compiled for longer."""
+    pair.wait_for_end(60)
+    said = [process.said() for process in pair.both]
+    return any("Read timeout" in one and one.count("error: ") == 1 for one in said)
 
 
 def _tail(pair: Pair) -> str:
