@@ -74,14 +74,18 @@ def write_card(
     if not results:
         lines += ["No evaluation of this step was found beside the run.", ""]
     for one in results:
-        lines += _result(one)
+        lines += result_lines(one)
     lines += ["## Licence", ""]
     lines += [f"`{license_id}`." if license_id else "Not stated: ask the owner."]
     return "\n".join(lines) + "\n"
 
 
-def _result(one: JsonObject) -> list[str]:
-    """A table of an evaluation, with its protocol and how much of the data was at hand."""
+def result_lines(one: JsonObject) -> list[str]:
+    """A table of an evaluation, with its protocol and how much of the data was at hand.
+
+    Raises:
+      LookupError, TypeError, ValueError, AttributeError: it is not what an evaluation writes.
+    """
     metrics = one.get("metrics") or {}
     keys = [key for key in _SHOWN if key in metrics]
     queries, gallery = one["queries"], one["gallery"]

@@ -13,10 +13,10 @@ from absl import logging
 from etils import epath
 
 from dqe_jax.checkpoints import exported, hub, store
-from dqe_jax.checkpoints.card import public_name, write_card
+from dqe_jax.checkpoints.card import public_name, result_lines, write_card
 from dqe_jax.checkpoints.export import export_run
 from dqe_jax.config import RunConfig
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 from dqe_jax.utils.files import JsonObject, is_regular, read_json
 from dqe_jax.utils.paths import is_remote, whole_path
 
@@ -107,11 +107,22 @@ def _without_places(facts: JsonObject) -> bytes:
 
 
 def results_of(workdir: epath.Path, step: int) -> list[JsonObject]:
-    """What evaluations of a step say, those on the data of the run first."""
+    """What evaluations of a step say, those on the data of the run first.
+
+    Raises:
+      UserError: a file is damaged.
+    """
     found = []
     for place in sorted(workdir.glob("eval*")):
         for path in sorted(place.glob("*.json")):
             match = _RESULT.fullmatch(path.name)
             if match and int(match[2]) == step:
-                found.append(read_json(path, dict, "evaluate the run again"))
+                one = read_json(path, dict, "evaluate the run again")
+                try:
+                    result_lines(one)
+                except (LookupError, TypeError, ValueError, AttributeError) as error:
+                    raise UserError(
+                        f"{path} is damaged ({reason_of(error)}): evaluate the run again."
+                    ) from error
+                found.append(one)
     return found

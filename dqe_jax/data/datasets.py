@@ -36,7 +36,7 @@ from dqe_jax.data.examples import SPLITS, WHOLE
 from dqe_jax.data.made.settings import read_facts
 from dqe_jax.data.packing import BatchShape, even_shape, shape_for
 from dqe_jax.data.settings import BatchConfig, DataConfig
-from dqe_jax.utils.errors import UserError
+from dqe_jax.utils.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds  # slow to import, and not needed to score predictions
@@ -376,7 +376,16 @@ def find_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBui
     bucket.fetch(data.prepared_dir, data.dataset)
     info = DATASETS[data.dataset]
     whole = info.open_whole if split == WHOLE else None
-    return (whole or info.open)(data, os.fspath(prepared_dir))
+    try:
+        return (whole or info.open)(data, os.fspath(prepared_dir))
+    except UserError:
+        raise
+    except preparation.unreadable_info() as error:
+        where = data.data_dir if info.must_be_prepared and data.data_dir else prepared_dir
+        raise UserError(
+            f"the prepared data of {data.dataset} in {where} are damaged: a dataset_info.json "
+            f"cannot be read ({reason_of(error)}). Remove its directory, and prepare them again."
+        ) from error
 
 
 def open_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBuilder:

@@ -152,6 +152,14 @@ def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
     return (builder.data_path / "dataset_info.json").exists()
 
 
+def unreadable_info() -> tuple[type[Exception], ...]:
+    """What TFDS raises where a builder's `dataset_info.json` is damaged."""
+    from google.protobuf import json_format
+    from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
+
+    return DatasetInfoFileError, json_format.ParseError, ValueError, MemoryError
+
+
 def is_gallery(split: str) -> bool:
     """Whether a split of a builder is a gallery."""
     return split == GALLERY or split.endswith("_gallery")

@@ -6,12 +6,14 @@ TFDS decodes a record field by field, which takes several times longer than this
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dqe_jax.data.examples import Record
 from dqe_jax.data.image_formats import decode_image
+from dqe_jax.utils.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -30,11 +32,16 @@ def read_records(builder: tfds.core.DatasetBuilder, stored: str) -> Iterator[Rec
 
     Yields:
       Records: texts as bytes, numbers as int, `image` a list of none or one encoded image.
+
+    Raises:
+      UserError: a file is damaged.
     """
     source = _bytes_of(builder, stored)
     for start in range(0, len(source), CHUNK):
         rows = list(range(start, min(start + CHUNK, len(source))))
-        yield from map(parse_record, source.__getitems__(rows))
+        with told_damaged(builder):
+            records = list(map(parse_record, source.__getitems__(rows)))
+        yield from records
 
 
 def parse_record(data: bytes) -> Record:
@@ -52,7 +59,7 @@ class DecodedRecords:
     """Records of a stored split by random access, each with its image decoded."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, stored: str):
-        """Takes what `read_records` takes."""
+        """Takes what `read_records` takes, and raises what it raises."""
         self._builder, self._source = builder, _bytes_of(builder, stored)
 
     @functools.cached_property
@@ -77,10 +84,29 @@ class DecodedRecords:
         return {**record, "image": images}
 
 
+@contextlib.contextmanager
+def told_damaged(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
+    """Turns what is raised of damaged files into a sentence: TFDS and ArrayRecord raise many types.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the prepared data in {builder.data_dir} are damaged ({reason_of(error)}): remove "
+            "this directory, and prepare them again."
+        ) from error
+
+
 def _bytes_of(builder: tfds.core.DatasetBuilder, stored: str) -> Any:
     """The data source of a stored split, of serialized records."""
     import tensorflow_datasets as tfds  # slow to import
 
-    return builder.as_data_source(
-        split=stored, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
+    with told_damaged(builder):
+        return builder.as_data_source(
+            split=stored, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )

@@ -448,6 +448,7 @@ def build_index(
     elif directory.is_dir() and any(directory.iterdir()) and not (directory / files.LOCK).exists():
         raise UserError(f"{directory} holds other files: name an empty or a new directory.")
     with files.locked(directory):
+        listed = files.read_listing(directory)  # before anything is written: it may be damaged
         tokens, width = model.token_shape()
         facts = Facts(
             fingerprint=model.fingerprint,
@@ -461,7 +462,7 @@ def build_index(
             features=_features_of(model, held, keep_features),
         )
         files.write_facts(directory, facts)
-        report = update(model, root, directory, table=table, listed=files.read_listing(directory))
+        report = update(model, root, directory, table=table, listed=listed)
         listing = files.read_listing(directory)
         assert listing is not None, "the update has written it"
         if named:

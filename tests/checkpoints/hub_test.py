@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 import dqe_jax
@@ -15,7 +16,7 @@ from dqe_jax.checkpoints import hub
 from dqe_jax.checkpoints.card import write_card
 from dqe_jax.checkpoints.export import export_run
 from dqe_jax.checkpoints.opened import open_model
-from dqe_jax.checkpoints.push import push
+from dqe_jax.checkpoints.push import push, results_of
 from dqe_jax.config import RunConfig
 from dqe_jax.testing.hub import READER, WRITER, Repo, serve_hub
 from dqe_jax.testing.pretrained import copy_weights
@@ -201,6 +202,20 @@ def test_a_damaged_model_of_the_hub_is_told(run, there):
     there.repos["me/model"].commit({"dqe.safetensors": b"no"})
     with pytest.raises(UserError, match=r"dqe.safetensors cannot be read"):
         open_model("hf://me/model")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"split": None}, {"queries": 3}, {"gallery": {}}, {"metrics": {"R@1": "many"}}]
+)
+def test_damaged_results_are_told_before_anything_is_sent(tmp_path, wrong):
+    place = tmp_path / "eval"
+    place.mkdir()
+    held = {key: x for key, x in (RESULT | wrong).items() if x is not None}
+    (place / "test-00000001.json").write_text(json.dumps(held))
+    with pytest.raises(
+        UserError, match=r"test-00000001.json is damaged \(.*evaluate the run again"
+    ):
+        results_of(epath.Path(tmp_path), 1)
 
 
 def test_a_card_without_results_and_with_an_id_of_weights():

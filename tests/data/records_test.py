@@ -9,6 +9,7 @@ from PIL import Image
 from dqe_jax.data import datasets
 from dqe_jax.data.records import CHUNK, read_records
 from dqe_jax.testing.small_runs import run_config
+from dqe_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,28 @@ def test_records_are_those_that_tfds_reads(builder, split):
         np.testing.assert_array_equal(images, whole["image"])
         assert {**record, "image": None} == {**whole, "image": None}
         assert all(type(record[name]) is type(whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe{}", b"{} {}", b'{"splits": [{"numBytes": ""}]}']
+)
+def test_a_damaged_description_is_told(tmp_path, prepared, content):
+    prepared(tmp_path)
+    data = run_config(tmp_path / "prepared").data
+    (place,) = (tmp_path / "prepared").glob("**/dataset_info.json")
+    place.unlink()
+    place.write_bytes(content)
+    with pytest.raises(UserError, match=r"prepared data of shapes in .* are damaged: .* prepare"):
+        datasets.open_dataset(data)
+
+
+@pytest.mark.parametrize("content", [b"", b"no records", None])
+def test_damaged_records_are_told(tmp_path, prepared, content):
+    prepared(tmp_path)
+    builder = datasets.open_dataset(run_config(tmp_path / "prepared").data)
+    (place,) = (tmp_path / "prepared").glob("**/*-train.array_record*")
+    place.unlink()
+    if content is not None:
+        place.write_bytes(content)
+    with pytest.raises(UserError, match=r"prepared data in .* are damaged \(.*\): remove this dir"):
+        list(read_records(builder, "train"))

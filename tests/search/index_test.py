@@ -190,6 +190,10 @@ def test_directories_that_cannot_be_used(model, photos, tmp_path):
     (place / "images.parquet").write_text("x")
     with pytest.raises(UserError, match=r"images\.parquet is damaged"):
         open_index(place, model=model)
+    facts = (place / "index.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"images\.parquet is damaged"):
+        model.index(photos, output=place)
+    assert (place / "index.json").stat().st_mtime_ns == facts
     (place / "index.json").write_text('{"format": 7}')
     with pytest.raises(UserError, match="has format 7"):
         open_index(place, model=model)
