@@ -22,9 +22,11 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from dqe_jax.checkpoints.names import FACTS, OWN, TOKENIZER
 from dqe_jax.config import RunConfig, fields, flatten
+from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.weights import hugging_face
 from dqe_jax.models.weights import sizes as size_files
@@ -122,6 +124,20 @@ def _json_of(config: RunConfig) -> JsonObject:
     """The config as JSON can hold it, with "-inf" for the number."""
     flat = flatten(config.to_dict())
     return unflatten_dict({n: "-inf" if x == -math.inf else x for n, x in flat.items()}, sep=".")
+
+
+def words_of(directory: epath.Path, held: Exported) -> Tokenizer:
+    """The tokenizer of an exported model that `read` has read.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        return text_tokens.tokenizer_from_json(held.tokenizer)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise UserError(
+            f"{directory / TOKENIZER} is damaged ({reason_of(error)}): {AGAIN}."
+        ) from error
 
 
 def is_exported(directory: epath.Path) -> bool:

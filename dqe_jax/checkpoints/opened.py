@@ -19,14 +19,13 @@ from dqe_jax.checkpoints.fingerprint import fingerprint_of
 from dqe_jax.checkpoints.merging import merged
 from dqe_jax.checkpoints.trained import open_trained
 from dqe_jax.config import RunConfig
-from dqe_jax.data import tokenizer as text_tokens
 from dqe_jax.distributed import mesh
 from dqe_jax.method.arrays import Params
 from dqe_jax.models.dqe import DQE
 from dqe_jax.models.setup import model_of, param_shapes
 from dqe_jax.models.weights import sizes as size_files
 from dqe_jax.utils import quiet
-from dqe_jax.utils.errors import UserError, reason_of
+from dqe_jax.utils.errors import UserError
 from dqe_jax.utils.files import JsonObject
 from dqe_jax.utils.paths import is_remote, whole_path
 
@@ -144,12 +143,7 @@ def _of_export(directory: epath.Path, num_devices: int) -> Opened:
                     file.copy(Path(copy) / file.name)
             held = exported.read(epath.Path(copy))
     config = held.config.with_changes({"num_devices": num_devices})
-    try:
-        words = text_tokens.tokenizer_from_json(held.tokenizer)
-    except Exception as error:  # tokenizers raises bare exceptions
-        raise UserError(
-            f"{directory / exported.TOKENIZER} is damaged ({reason_of(error)}): {exported.AGAIN}."
-        ) from error
+    words = exported.words_of(directory, held)
     model = model_of(config.model, config.data, words, held.sizes)
     params = _fitted(directory, held.params, param_shapes(model, config.model, config.data))
     fingerprint = fingerprint_of(config, held.sizes, params)

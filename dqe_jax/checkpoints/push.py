@@ -68,7 +68,8 @@ def push(
         elif step is not None:
             raise UserError(f"{directory} is an exported model, which has no steps: give none.")
         facts = read_json(epath.Path(held / exported.FACTS), dict, exported.AGAIN)
-        exported.read(epath.Path(held))  # raises now what a reader would find later
+        # These raise now what a reader would find later.
+        exported.words_of(epath.Path(held), exported.read(epath.Path(held)))
         config = exported.config_of(facts["config"])
         card = write_card(repo, config, facts, results, license_id=license_id, data=data)
         files: dict[str, Path | bytes] = {hub.CARD: card.encode()}

@@ -177,7 +177,9 @@ def read_listing(directory: Path) -> Listing | None:
     import pyarrow.parquet  # slow
 
     path = directory / IMAGES
-    if not path.is_file():
+    if path.exists() and not path.is_file():  # a pipe would be read for ever
+        raise UserError(f"{path} is no file: {AGAIN}.")
+    if not path.exists():
         return None
     try:
         table = pyarrow.parquet.read_table(path)

@@ -204,6 +204,14 @@ def test_a_damaged_model_of_the_hub_is_told(run, there):
         open_model("hf://me/model")
 
 
+def test_a_damaged_tokenizer_is_told_before_anything_is_sent(run, there, tmp_path):
+    export_run(run, tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer.json is damaged"):
+        push(tmp_path / "out", "me/damaged")
+    assert "me/damaged" not in there.repos
+
+
 @pytest.mark.parametrize(
     "wrong", [{"split": None}, {"queries": 3}, {"gallery": {}}, {"metrics": {"R@1": "many"}}]
 )

@@ -194,6 +194,10 @@ def test_directories_that_cannot_be_used(model, photos, tmp_path):
     with pytest.raises(UserError, match=r"images\.parquet is damaged"):
         model.index(photos, output=place)
     assert (place / "index.json").stat().st_mtime_ns == facts
+    (place / "images.parquet").unlink()
+    os.mkfifo(place / "images.parquet")
+    with pytest.raises(UserError, match=r"images\.parquet is no file"):
+        model.index(photos, output=place)
     (place / "index.json").write_text('{"format": 7}')
     with pytest.raises(UserError, match="has format 7"):
         open_index(place, model=model)
