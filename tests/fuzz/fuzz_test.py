@@ -41,7 +41,7 @@ def test_a_few():
         *("scores 1", "features-npz 3", "--config.loss", "plan --", "train --", "no_such_flag"),
     )
     few = ("--light", "--seed=1", "--sample=40", f"--only={','.join(only)}")
-    cases, refused, accepted, stated, wrong = fuzz(*few, timeout=300)
+    cases, refused, accepted, stated, wrong = fuzz(*few, timeout=600)
     assert cases >= 40
     assert refused >= 20
     assert accepted >= 4  # the good files too
