@@ -97,8 +97,8 @@ def told_damaged(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"the prepared data in {builder.data_dir} are damaged ({reason_of(error)}): remove "
-            "this directory, and prepare them again."
+            f"the prepared data in {builder.data_dir} cannot be read ({reason_of(error)}): if they "
+            "are damaged, remove this directory and prepare them again."
         ) from error
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from typing import Any, TypeVar
@@ -20,8 +21,8 @@ from dqe_jax.utils.paths import is_remote
 JsonObject = dict[str, Any]
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# What libraries say of a full disk, in errors of their own; NumPy says "8 requested and 0 written".
-FULL = ("No space left on device", "Disk quota exceeded", " requested and ")
+# What libraries say of a full disk, in errors of their own; NumPy's has no number of an error.
+FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
 _Kind = TypeVar("_Kind", list[Any], JsonObject)
 
 
@@ -179,7 +180,7 @@ def make_directory(path: epath.Path) -> None:
 
 def is_of_disk(error: BaseException) -> bool:
     """Whether an error says that something cannot be written: for want of space, or of rights."""
-    return getattr(error, "errno", None) in CANNOT_WRITE or any(w in str(error) for w in FULL)
+    return getattr(error, "errno", None) in CANNOT_WRITE or bool(FULL.search(str(error)))
 
 
 def cannot_write(path: epath.Path, error: OSError) -> UserError:

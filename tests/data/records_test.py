@@ -51,5 +51,5 @@ def test_damaged_records_are_told(tmp_path, prepared, content):
     place.unlink()
     if content is not None:
         place.write_bytes(content)
-    with pytest.raises(UserError, match=r"prepared data in .* are damaged \(.*\): remove this dir"):
+    with pytest.raises(UserError, match=r"prepared data in .* cannot be read \(.*remove this"):
         list(read_records(builder, "train"))
