@@ -43,7 +43,7 @@ class PlacedGallery:
           gallery: float `[N, M, d]`, `N` at least 1.
           devices: of this process.
           chunk_rows: as for `ranking.make_rank_fn`.
-          large: bytes of a gallery from which on CPU devices keep a rough copy, half as large.
+          large: bytes of a gallery from which on CPU devices keep a rough copy, a quarter as large.
 
         Raises:
           UserError: an embedding is not finite.
@@ -54,15 +54,22 @@ class PlacedGallery:
         self._placed = mesh.placer(devices)(ranking.own_chunks(gallery, chunk_rows, devices))
         self._shape = gallery.shape
         self.unsure = 0
-        self._rough: tuple[jax.Array | np.ndarray, np.float32] | None = None
+        self._rough: two_pass.Rough | None = None
         if devices[0].platform == "cpu" and gallery.nbytes >= large:
-            copy, error = two_pass.rough_copy(gallery)
-            if np.isfinite(error):  # no number was too large for the copy
-                chunks = ranking.own_chunks(copy, chunk_rows, devices)
-                self._rough = mesh.placer(devices)(chunks), error
+            copy = two_pass.rough_copy(gallery)
+            rows = two_pass.rows_of_a_chunk(chunk_rows, *gallery.shape[1:])
+            place = mesh.placer(devices)
+            self._rough = two_pass.Rough(
+                *(place(self._smaller_chunks(np.asarray(array), rows)) for array in copy)
+            )
 
     def __len__(self) -> int:
         return self._count
+
+    def _smaller_chunks(self, array: np.ndarray, rows: int) -> np.ndarray:
+        """Chunks as those of the gallery, each in parts of so many rows."""
+        chunks = ranking.own_chunks(array, self._chunk_rows, self._devices)
+        return chunks.reshape(len(chunks), -1, rows, *array.shape[1:])
 
     def rank(
         self,
@@ -108,9 +115,8 @@ class PlacedGallery:
             missing = len(queries[here])
             if self._rough is not None and size == 1:  # more take longer to score than to read
                 roughly, exactly = _two_pass_programs(length, devices)
-                copy, error = self._rough
-                passed = roughly(*some, copy, *others)
-                rows, scores, sure = exactly(some[0], *passed, self._placed, error)
+                passed = roughly(*some, self._rough, *others)
+                rows, scores, sure = exactly(some[0], *passed, self._placed)
                 missing = int((~np.asarray(sure)[:missing]).sum())
                 self.unsure += missing
             if missing:
@@ -142,19 +148,19 @@ def _program(
 def _two_pass_programs(
     k: int, devices: tuple[jax.Device, ...]
 ) -> tuple[
-    mesh.Program[..., tuple[jax.Array, jax.Array]],
+    mesh.Program[..., tuple[jax.Array, jax.Array, jax.Array]],
     mesh.Program[..., tuple[jax.Array, jax.Array, jax.Array]],
 ]:
     return (
         mesh.pmap(
             functools.partial(two_pass.rough_shard, k=k),
             in_axes=(None, None, 0, None, 0),
-            out_axes=(0, 0),
+            out_axes=(0, 0, 0),
             devices=devices,
         ),
         mesh.pmap(
             functools.partial(two_pass.exact_shard, k=k),
-            in_axes=(None, 0, 0, 0, None),
+            in_axes=(None, 0, 0, 0, 0),
             out_axes=(None, None, None),
             devices=devices,
         ),

@@ -1,14 +1,18 @@
-"""Ranks a gallery that lies on CPU devices: a rough pass over half the bytes, then exact scores.
+"""Ranks a gallery on CPU devices: a rough pass over a quarter of the bytes, then exact scores.
 
-For one query a CPU ranks as fast as it reads the gallery. The first pass reads a copy in
-float16. What this changes is bounded: by Cauchy-Schwarz `|<q, t> - <q, t'>| <= |q| |t - t'|`, and
-the largest `|t - t'|` of all tokens, the `error` of the copy, is known. So every image of the exact
-list has a rough score of at least the `k`-th best one less twice the bound. If at most `kept`
-images have that, their exact scores give the exact list. If more do, the caller is told, and ranks
-all images exactly.
+For one query a CPU ranks as fast as it reads the gallery. The first pass reads a copy in int8,
+with one scale for each image. What this changes is bounded: by Cauchy-Schwarz
+`|<q, t> - <q, t'>| <= |q| |t - t'|`, and for each image the largest `|t - t'|` of its tokens, the
+`error` of its copy, is known. So its exact score lies between two numbers. The exact list of
+length `k` holds no image whose upper number is below the `k`-th best lower one. If at most
+`kept_of(k)` images remain, their exact scores give the exact list. If more do, the caller is told,
+and ranks all images exactly.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,37 +24,67 @@ from dqe_jax.evaluation.ranking import best_of_devices
 from dqe_jax.method.arrays import Array
 from dqe_jax.method.similarity import listed_similarity, ranking_similarity
 
-ROWS = 512  # images whose error is found at a time
+ROWS = 512  # images that are copied at a time
 # Rounding of a product of two vectors in float32, as a share of their lengths: hundreds of numbers.
 ROUNDING = 1e-4
+# Bytes of a chunk in float32. Larger ones do not stay in the cache, and take twice as long.
+CHUNK = 2**22
 
 
-def rough_copy(gallery: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """The copy in float16 of float32 `[N, M, d]`, and its error, with that of float32 sums."""
-    with np.errstate(over="ignore"):  # the error is then infinite
-        copy = gallery.astype(np.float16)
-    error = 0.0
+class Rough(NamedTuple):
+    """A rough copy.
+
+    Attributes:
+      tokens: int8 `[..., M, d]`.
+      scale: float32 `[...]`; times `tokens` it is nearly the exact embedding.
+      error: float32 `[...]`, the largest length of what is missing, with that of float32 sums.
+    """
+
+    tokens: Array | np.ndarray
+    scale: Array | np.ndarray
+    error: Array | np.ndarray
+
+
+def rough_copy(gallery: np.ndarray) -> Rough:
+    """The rough copy of a gallery, float32 `[N, M, d]`."""
+    copy = Rough(
+        np.empty(gallery.shape, np.int8), *(np.empty(len(gallery), np.float32) for _ in range(2))
+    )
     for start in range(0, len(gallery), ROWS):
-        exact, rough = (x[start : start + ROWS].astype(np.float64) for x in (gallery, copy))
-        away, length = (np.linalg.norm(x, axis=-1) for x in (exact - rough, exact))
-        error = max(error, float((away + ROUNDING * length).max(initial=0)))
-    return copy, np.nextafter(np.float32(error), np.float32(np.inf))
+        here = slice(start, start + ROWS)
+        exact = gallery[here].astype(np.float64)
+        # A scale must be a number of float32 that is not 0.
+        tiny = np.finfo(np.float32).tiny
+        scale = np.maximum(np.abs(exact).max((1, 2), initial=0) / 127, tiny).astype(np.float32)
+        tokens = np.clip(np.rint(exact / scale[:, None, None]), -127, 127)
+        away = np.linalg.norm(exact - tokens * scale[:, None, None], axis=-1)
+        error = (away + ROUNDING * np.linalg.norm(exact, axis=-1)).max(1, initial=0)
+        copy.tokens[here], copy.scale[here] = tokens, scale
+        with np.errstate(over="ignore"):
+            copy.error[here] = np.nextafter(error.astype(np.float32), np.float32(np.inf))
+    return copy
+
+
+def rows_of_a_chunk(chunk_rows: int, tokens: int, width: int) -> int:
+    """A divisor of `chunk_rows`: the images of a chunk of the copy, of `CHUNK` bytes at most."""
+    fit = max(1, CHUNK // (4 * max(1, tokens * width)))
+    return max(math.gcd(chunk_rows, 1 << i) for i in range(fit.bit_length()))
 
 
 def kept_of(k: int) -> int:
     """How many images of the rough pass get exact scores for lists of length `k`."""
-    return max(128, 2 * k)
+    return max(256, 4 * k)
 
 
 def rough_shard(
     queries: jax.Array,
     excluded: Array,
-    rough: Array,
+    rough: Rough,
     num_rows: Array,
     allowed: Array,
     *,
     k: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The first pass; per device.
 
     It is a program of its own: together with the second one, XLA runs it on a CPU in a way that
@@ -60,32 +94,45 @@ def rough_shard(
         queries: `[C, d]`; few of them, as the rough scores of all images are held, and the
             tokens of `kept_of(k)` images of each.
         excluded: int `[C, E]`, as for `ranking.RankFn`.
-        rough: the copy of this device's chunks, float16 `[S, rows, M, d]`.
+        rough: the copy of this device's chunks: `[S, rows, M, d]`, and `[S, rows]` twice.
         num_rows: of the gallery, without padding.
-        allowed: bool `[S, rows]`; the other rows are left out.
+        allowed: bool of as many rows; the others are left out.
         k: length of the lists.
 
     Returns:
-        The best rough scores and their places on this device, `[C, kept]`.
+        The best upper bounds of scores and their places on this device, `[C, kept]`, and the
+        `k`-th best lower bound `[C]`, -inf where fewer rows remain.
     """
-    size = rough.shape[0] * rough.shape[1]
+    size = rough.scale.size
     first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * size
     counts = (first_row + jnp.arange(size) < num_rows) & allowed.reshape(-1)
 
-    def roughly(tokens: jax.Array) -> Array:
-        return ranking_similarity(queries, tokens.astype(jnp.float32))
+    def roughly(chunk: Rough) -> Array:
+        return ranking_similarity(queries, chunk.tokens.astype(jnp.float32)) * chunk.scale
 
-    found = lax.map(roughly, rough)  # [S, C, rows]
-    found = jnp.where(counts, found.swapaxes(0, 1).reshape(len(queries), size), -jnp.inf)
+    found = lax.map(roughly, rough).swapaxes(0, 1).reshape(len(queries), size)
+    found = jnp.where(counts, found, -jnp.inf)
     place = excluded - first_row
     place = jnp.where(place < 0, size, place)  # a negative index would wrap around
     found = found.at[jnp.arange(len(queries))[:, None], place].set(-jnp.inf, mode="drop")
-    best, index = lax.top_k(found, min(kept_of(k), size))
-    return best, index
+    away = jnp.linalg.norm(queries, axis=-1, keepdims=True) * rough.error.reshape(-1)
+    away = jnp.where(found == -jnp.inf, 0.0, away)
+    if k <= size:
+        threshold = lax.top_k(found - away, k)[0][:, -1]
+    else:
+        threshold = jnp.full(len(queries), -jnp.inf)
+    best, index = lax.top_k(found + away, min(kept_of(k), size))
+    return best, index, threshold
 
 
 def exact_shard(
-    queries: jax.Array, best: jax.Array, index: jax.Array, gallery: Array, error: Array, *, k: int
+    queries: jax.Array,
+    best: jax.Array,
+    index: jax.Array,
+    threshold: jax.Array,
+    gallery: Array,
+    *,
+    k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The second pass; per device.
 
@@ -93,8 +140,8 @@ def exact_shard(
         queries: `[C, d]`.
         best: that `rough_shard` gave.
         index: likewise.
+        threshold: likewise.
         gallery: this device's chunks `[S, rows, M, d]`, float32.
-        error: of the copy, see `rough_copy`.
         k: length of the lists.
 
     Returns:
@@ -102,11 +149,9 @@ def exact_shard(
     """
     size, kept = gallery.shape[0] * gallery.shape[1], best.shape[1]
     first_row = lax.axis_index(mesh.AXIS).astype(jnp.int32) * size
-    bound = best[:, min(k, kept) - 1] - 2 * error * jnp.linalg.norm(queries, axis=-1)
-    # All are kept, or the last one kept cannot be in the list. Where fewer than k remain, the bound
-    # is -inf, and so is the last one.
+    # All are kept, or those that are not cannot be in the list: their scores are at most `last`.
     last = best[:, -1]
-    sure = (last < bound) | (last == -jnp.inf) | (kept == size)
+    sure = (last < threshold) | (last == -jnp.inf) | (kept == size)
     # By row, so that equal scores stay in this order.
     index, best = lax.sort((index, best), num_keys=1)
     tokens = gallery.reshape(size, *gallery.shape[2:])[index]

@@ -89,7 +89,7 @@ def test_a_rough_pass_finds_the_exact_list(devices):
 
 
 def test_a_list_that_the_rough_pass_cannot_tell():
-    """Images that float16 cannot tell apart: all are ranked, and the best are found."""
+    """Images that the copy cannot tell apart: all are ranked, and the best are found."""
     rng = np.random.default_rng(2)
     near = drawn(rng, 8) + 1e-5 * rng.standard_normal((2_000, 1, 8)).astype(np.float32)
     query = drawn(rng, 1, 8)
@@ -98,22 +98,56 @@ def test_a_list_that_the_rough_pass_cannot_tell():
     expected = PlacedGallery(near, devices=jax.devices()[:1]).rank(query, 10)
     np.testing.assert_array_equal(found[0], expected[0])
     assert rough.unsure == 1
-    assert len(np.unique(near.astype(np.float16).astype(np.float32) @ query[0])) < 1_000
+    copy = two_pass.rough_copy(near)
+    assert len(np.unique((copy.tokens @ query[0])[:, 0] * copy.scale)) < 1_000
 
 
-def test_numbers_too_large_for_the_copy():
+@pytest.mark.parametrize("length", [0, 1e-44, 1e-30, 1e6, 1e37])
+def test_lengths_near_the_ends_of_float32(length):
     rng = np.random.default_rng(4)
-    gallery, query = 1e6 * drawn(rng, 900, 2, 8), drawn(rng, 1, 8)
+    gallery = np.float32(length) * drawn(rng, 900, 2, 8)
+    query = drawn(rng, 1, 8)
     rough, exact = (
         PlacedGallery(gallery, devices=jax.devices()[:1], large=large) for large in (1, 2**26)
     )
-    np.testing.assert_array_equal(rough.rank(query, 10), exact.rank(query, 10))
+    (rows, scores), (expected, best) = rough.rank(query, 10), exact.rank(query, 10)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(scores, best, rtol=1e-6)
+    assert rough.unsure == (length < 1e-40)  # then all scores are equal
+
+
+def test_images_of_different_lengths():
+    """Each image has its own scale, so one long image does not spoil the others."""
+    rng = np.random.default_rng(5)
+    gallery, query = drawn(rng, 3_000, 2, 16), drawn(rng, 1, 16)
+    gallery[0] *= 1e4
+    rough, exact = (
+        PlacedGallery(gallery, devices=jax.devices()[:1], large=large) for large in (1, 2**26)
+    )
+    np.testing.assert_array_equal(rough.rank(query, 10)[0], exact.rank(query, 10)[0])
     assert rough.unsure == 0
 
 
 def test_the_error_of_the_copy_bounds_every_score():
     rng = np.random.default_rng(3)
     gallery, queries = drawn(rng, 700, 3, 40), drawn(rng, 200, 40)
-    copy, error = two_pass.rough_copy(gallery)
-    away = np.abs((gallery - copy.astype(np.float32)) @ queries.T)
-    assert 0 < away.max() <= error < 0.01
+    copy = two_pass.rough_copy(gallery)
+    away = np.abs((gallery - copy.tokens * copy.scale[:, None, None]) @ queries.T).max((1, 2))
+    assert (away <= copy.error).all()
+    assert away.min() > 0
+    assert copy.error.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("chunk_rows", "tokens", "width", "rows"),
+    [
+        (512, 32, 256, 128),
+        (512, 1, 256, 512),
+        (96, 64, 1_024, 16),
+        (7, 32, 256, 1),
+        (8, 999, 9_999, 1),
+    ],
+)
+def test_chunks_of_the_copy_fit_the_cache(chunk_rows, tokens, width, rows):
+    assert two_pass.rows_of_a_chunk(chunk_rows, tokens, width) == rows
+    assert rows == 1 or rows * tokens * width * 4 <= two_pass.CHUNK
