@@ -107,7 +107,24 @@ def open_for_training(workdir: epath.Path, config: RunConfig) -> ocp.CheckpointM
         preservation_policy=policies.AnyPreservationPolicy(rules),
         best_fn=(lambda found: found[best]) if best else None,
     )
-    return ocp.CheckpointManager(workdir / "checkpoints", item_names=ITEMS, options=options)
+    return _manager(workdir / "checkpoints", options)
+
+
+def _manager(root: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """Orbax's manager of a directory.
+
+    Raises:
+      UserError: what Orbax has noted of a checkpoint is damaged.
+    """
+    import orbax.checkpoint as ocp  # slow
+
+    try:
+        return ocp.CheckpointManager(root, item_names=ITEMS, options=options)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{root}: a file _CHECKPOINT_METADATA of a step is damaged ({reason_of(error)}): copy "
+            "it again, or remove it, as the model does not need it."
+        ) from error
 
 
 def _set_metrics_aside(root: epath.Path, best: str) -> None:
@@ -157,7 +174,7 @@ def open_for_reading(directory: str | os.PathLike[str]) -> ocp.CheckpointManager
     if not root.is_dir():
         raise UserError(f"there is no directory {root}: name a workdir of dqe_jax.main.")
     options = ocp.CheckpointManagerOptions(read_only=True)
-    manager = ocp.CheckpointManager(root, item_names=ITEMS, options=options)
+    manager = _manager(root, options)
     if manager.latest_step() is None:
         raise UserError(f"there is no checkpoint in {root}: train first, or name another workdir.")
     return manager

@@ -375,15 +375,18 @@ def find_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBui
         ) from error
     bucket.fetch(data.prepared_dir, data.dataset)
     info = DATASETS[data.dataset]
+    held = prepared_dir
+    if info.must_be_prepared and data.data_dir:
+        held = bucket.local_of(data.data_dir)
+    preparation.check_regular(held / data.dataset)
     whole = info.open_whole if split == WHOLE else None
     try:
         return (whole or info.open)(data, os.fspath(prepared_dir))
     except UserError:
         raise
     except preparation.unreadable_info() as error:
-        where = data.data_dir if info.must_be_prepared and data.data_dir else prepared_dir
         raise UserError(
-            f"the prepared data of {data.dataset} in {where} are damaged: a dataset_info.json "
+            f"the prepared data of {data.dataset} in {held} are damaged: a dataset_info.json "
             f"cannot be read ({reason_of(error)}). Remove its directory, and prepare them again."
         ) from error
 

@@ -32,7 +32,7 @@ from dqe_jax.data.annotations.schema import (
 from dqe_jax.data.examples import GALLERY, Record, gallery_split
 from dqe_jax.data.records import read_records
 from dqe_jax.utils.errors import UserError, reason_of
-from dqe_jax.utils.files import JsonObject, read_json
+from dqe_jax.utils.files import JsonObject, is_regular, read_json
 from dqe_jax.utils.text_table import text_table
 
 if TYPE_CHECKING:
@@ -150,6 +150,25 @@ def prepare(builder: tfds.core.DatasetBuilder, **download: object) -> None:
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
     """Whether a builder's records are there, complete."""
     return (builder.data_path / "dataset_info.json").exists()
+
+
+def check_regular(directory: str | os.PathLike[str]) -> None:
+    """Looks for pipes and devices among prepared files, which TFDS would read for ever.
+
+    Args:
+      directory: of a builder's versions, on a disk; it need not be there.
+
+    Raises:
+      UserError: there is one; the sentence names it.
+    """
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.exists(path) and not is_regular(path):
+                raise UserError(
+                    f"{path} cannot be read: it is no regular file. Remove {folder} and prepare "
+                    "the data again."
+                )
 
 
 def unreadable_info() -> tuple[type[Exception], ...]:

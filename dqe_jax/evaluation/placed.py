@@ -42,7 +42,7 @@ class PlacedGallery:
         Args:
           gallery: float `[N, M, d]`, `N` at least 1.
           devices: of this process.
-          chunk_rows: as for `ranking.make_rank_fn`.
+          chunk_rows: as for `ranking.make_rank_fn`; fewer on a CPU, where they fit its cache.
           large: bytes of a gallery from which on CPU devices keep a rough copy, a quarter as large.
 
         Raises:
@@ -50,26 +50,23 @@ class PlacedGallery:
         """
         gallery = np.asarray(gallery, np.float32)
         ranking.check_embeddings(np.zeros((1, gallery.shape[-1]), np.float32), gallery)
+        on_cpu = devices[0].platform == "cpu"
+        if on_cpu:
+            chunk_rows = two_pass.rows_of_a_chunk(chunk_rows, *gallery.shape[1:])
         self._devices, self._chunk_rows, self._count = list(devices), chunk_rows, len(gallery)
-        self._placed = mesh.placer(devices)(ranking.own_chunks(gallery, chunk_rows, devices))
+        place = mesh.placer(devices)
+        self._placed = place(ranking.own_chunks(gallery, chunk_rows, devices))
         self._shape = gallery.shape
         self.unsure = 0
         self._rough: two_pass.Rough | None = None
-        if devices[0].platform == "cpu" and gallery.nbytes >= large:
+        if on_cpu and gallery.nbytes >= large:
             copy = two_pass.rough_copy(gallery)
-            rows = two_pass.rows_of_a_chunk(chunk_rows, *gallery.shape[1:])
-            place = mesh.placer(devices)
             self._rough = two_pass.Rough(
-                *(place(self._smaller_chunks(np.asarray(array), rows)) for array in copy)
+                *(place(ranking.own_chunks(np.asarray(x), chunk_rows, devices)) for x in copy)
             )
 
     def __len__(self) -> int:
         return self._count
-
-    def _smaller_chunks(self, array: np.ndarray, rows: int) -> np.ndarray:
-        """Chunks as those of the gallery, each in parts of so many rows."""
-        chunks = ranking.own_chunks(array, self._chunk_rows, self._devices)
-        return chunks.reshape(len(chunks), -1, rows, *array.shape[1:])
 
     def rank(
         self,

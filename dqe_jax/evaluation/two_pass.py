@@ -27,7 +27,7 @@ from dqe_jax.method.similarity import listed_similarity, ranking_similarity
 ROWS = 512  # images that are copied at a time
 # Rounding of a product of two vectors in float32, as a share of their lengths: hundreds of numbers.
 ROUNDING = 1e-4
-# Bytes of a chunk in float32. Larger ones do not stay in the cache, and take twice as long.
+# Bytes of a chunk in float32. Larger ones do not stay in a CPU's cache, and take longer.
 CHUNK = 2**22
 
 
@@ -66,7 +66,7 @@ def rough_copy(gallery: np.ndarray) -> Rough:
 
 
 def rows_of_a_chunk(chunk_rows: int, tokens: int, width: int) -> int:
-    """A divisor of `chunk_rows`: the images of a chunk of the copy, of `CHUNK` bytes at most."""
+    """A divisor of `chunk_rows`: the images of a chunk of `CHUNK` bytes at most, or one."""
     fit = max(1, CHUNK // (4 * max(1, tokens * width)))
     return max(math.gcd(chunk_rows, 1 << i) for i in range(fit.bit_length()))
 

@@ -49,7 +49,7 @@ def claim_workdir(
             lock = lock_workdir(path) if alone else None
             if lock is not None:
                 stack.enter_context(lock)
-            if _has_trained(path) and file.exists():
+            if _has_trained(path) and (file.exists() or os.path.islink(file)):
                 _check_config(file, config)
             else:
                 write_config(path, config)

@@ -241,3 +241,33 @@ def test_a_damaged_config_of_a_run(base, copy, content):
     with pytest.raises(UserError, match=r"config\.json|holds a run of another config"):
         loop.train_and_evaluate(config_of(base), copy)
     assert (copy / "config.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("target", ["config.json", "nothing-here"])
+def test_a_config_of_a_run_that_is_a_link_to_nothing(base, copy, target):
+    """It may have been of another config, so it is not written again."""
+    file = copy / "config.json"
+    file.unlink()
+    file.symlink_to(target)
+    with pytest.raises(UserError, match=r"config\.json cannot be read \("):
+        loop.train_and_evaluate(config_of(base), copy)
+    assert os.readlink(file) == target
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '{"item_handlers": 1}', "[" * 100_000, ""])
+def test_what_orbax_notes_of_a_checkpoint_is_damaged(base, copy, content):
+    """Told, or of no account; without the file the model is there as before."""
+    file = step_of(copy, 6) / "_CHECKPOINT_METADATA"
+    file.write_text(content)
+    for use in (
+        lambda: evaluate_checkpoint(config_of(base), copy, split="validation"),
+        lambda: loop.train_and_evaluate(config_of(base, keep_best="R@1"), copy),
+    ):
+        try:
+            use()
+        except UserError as error:
+            assert "a file _CHECKPOINT_METADATA of a step is damaged" in str(error)  # noqa: PT017
+    file.unlink(missing_ok=True)
+    shutil.rmtree(copy / "eval", ignore_errors=True)
+    evaluate_checkpoint(config_of(base), copy, split="validation")
+    assert (copy / "eval" / "validation-6.json").exists()

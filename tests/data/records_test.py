@@ -1,6 +1,7 @@
 """Records are read as TFDS reads them, with their images still encoded."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -53,3 +54,15 @@ def test_damaged_records_are_told(tmp_path, prepared, content):
         place.write_bytes(content)
     with pytest.raises(UserError, match=r"prepared data in .* cannot be read \(.*remove this"):
         list(read_records(builder, "train"))
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "*-train.array_record*"])
+def test_a_pipe_among_prepared_data_is_told(tmp_path, prepared, name):
+    """It would be read for ever."""
+    prepared(tmp_path)
+    data = run_config(tmp_path / "prepared").data
+    (place,) = (tmp_path / "prepared").glob(f"**/{name}")
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(UserError, match=rf"{place.name} cannot be read: it is no regular file"):
+        datasets.open_dataset(data)

@@ -148,6 +148,6 @@ def test_the_error_of_the_copy_bounds_every_score():
         (8, 999, 9_999, 1),
     ],
 )
-def test_chunks_of_the_copy_fit_the_cache(chunk_rows, tokens, width, rows):
+def test_chunks_fit_the_cache(chunk_rows, tokens, width, rows):
     assert two_pass.rows_of_a_chunk(chunk_rows, tokens, width) == rows
     assert rows == 1 or rows * tokens * width * 4 <= two_pass.CHUNK

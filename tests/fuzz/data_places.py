@@ -102,7 +102,7 @@ DATA = (
     _prepared("cirr", "cirr/captions/cap.rc2.val.json", "json", _either),
     _prepared("circo", "circo/annotations/image_info_unlabeled2017.json", "json",
               rules.of_json({"": record, "images": any_of, "images.*": _anything,
-                             "images.*.id": any_of, "images.*.file_name": any_of})),
+                             "images.*.id": _anything, "images.*.file_name": _anything})),
     _prepared("circo", "circo/unlabeled2017/000000001000.jpg", "photo", _either, "photos"),
     _prepared("triplets", "triplets/triplets.csv", "lines", rules.lines),
     _made("products.csv", "lines", rules.lines),
