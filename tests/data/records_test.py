@@ -32,7 +32,8 @@ def test_records_are_those_that_tfds_reads(builder, split):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe{}", b"{} {}", b'{"splits": [{"numBytes": ""}]}']
+    "content",
+    [b"", b"\xff\xfe{}", b"{} {}", b"{}", b'{"version": ""}', b'{"splits": [{"numBytes": ""}]}'],
 )
 def test_a_damaged_description_is_told(tmp_path, prepared, content):
     prepared(tmp_path)
