@@ -120,11 +120,28 @@ def _manager(root: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.Che
 
     try:
         return ocp.CheckpointManager(root, item_names=ITEMS, options=options)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{root}: a file _CHECKPOINT_METADATA of a step is damaged ({reason_of(error)}): copy "
-            "it again, or remove it, as the model does not need it."
-        ) from error
+    except Exception:
+        _check_notes(root)
+        raise
+
+
+def _check_notes(root: epath.Path) -> None:
+    """Looks for what Orbax cannot read of what it has noted of each checkpoint.
+
+    Raises:
+      UserError: there is such a file.
+    """
+    import orbax.checkpoint as ocp  # slow
+
+    for step in ocp.utils.checkpoint_steps(root):
+        path = root / str(step)
+        try:
+            _ = ocp.path.step.Metadata(step=step, path=path).commit_timestamp_nsecs
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise UserError(
+                f"{path / '_CHECKPOINT_METADATA'} is damaged ({reason_of(error)}): copy it again, "
+                "or remove it, as the model does not need it."
+            ) from error
 
 
 def _set_metrics_aside(root: epath.Path, best: str) -> None:

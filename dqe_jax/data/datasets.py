@@ -385,6 +385,8 @@ def find_dataset(data: DataConfig, split: str = "train") -> tfds.core.DatasetBui
     except UserError:
         raise
     except preparation.unreadable_info() as error:
+        if not any((held / data.dataset).glob("*/*/dataset_info.json")):
+            raise  # nothing is prepared that could be damaged
         raise UserError(
             f"the prepared data of {data.dataset} in {held} are damaged: a dataset_info.json "
             f"cannot be read ({reason_of(error)}). Remove its directory, and prepare them again."

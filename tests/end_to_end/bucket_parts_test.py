@@ -119,19 +119,24 @@ def bucket():
         yield made
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("part", SCRIPTS)
-def test_parts_get_through(tmp_path, bucket, part, seed):
-    bucket.inject(Faults(RATES, delay_s=0.3, seed=seed))
-    began = time.time()
+def run_part(part, bucket, home):
+    """A script in a process of its own, which must end well."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPTS[part]],
-        env={**os.environ, **bucket.environment(), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        env={**os.environ, **bucket.environment(), "PYTHONPATH": str(ROOT), "HOME": str(home)},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("part", SCRIPTS)
+def test_parts_get_through(tmp_path, bucket, part, seed):
+    bucket.inject(Faults(RATES, delay_s=0.3, seed=seed))
+    began = time.time()
+    run_part(part, bucket, tmp_path)
     counts = " ".join(f"{kind} {bucket.counts[kind]}" for kind in KINDS)
     seconds = time.time() - began
     print(f"\n{part} seed {seed}: {bucket.counts['requests']} requests, {counts}, {seconds:.0f} s")
@@ -146,14 +151,7 @@ def test_parts_get_through(tmp_path, bucket, part, seed):
 def test_what_was_done_though_its_answer_is_lost_counts(tmp_path, bucket, part):
     """Where files are moved, a move that is asked for again finds nothing."""
     bucket.inject(Faults({"lost": 0.3}))
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPTS[part]],
-        env={**os.environ, **bucket.environment(), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    run_part(part, bucket, tmp_path)
     assert bucket.counts["lost"] > 3
 
 
