@@ -10,12 +10,13 @@ import pathlib
 from collections.abc import Iterator
 from types import ModuleType
 
-# Warnings of libraries that say nothing new to a user.
+# What libraries log that says nothing new to a user.
 OLD_NEWS = (
     "OpenCV is not installed",  # an optional speed-up
     "CheckpointManagerOptions.read_only=True",  # what evaluation asks for
     "Given directory is read only",
     "Using custom data configuration",
+    "in background save thread",  # with a traceback; the run raises the same error
 )
 
 

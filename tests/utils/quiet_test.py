@@ -1,11 +1,15 @@
 """Libraries that talk, without their advice."""
 
+import contextlib
+import dataclasses
 import importlib.util
+import logging
 import os
 
+import orbax.checkpoint as ocp
 import pytest
 
-from dqe_jax.utils.quiet import skip_absent_tpu
+from dqe_jax.utils.quiet import skip_absent_tpu, without_old_news
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,36 @@ def test_a_tpu_is_looked_for_unless_there_is_none(
     monkeypatch.setattr(os, "environ", environment)
     skip_absent_tpu(tmp_path)
     assert environment.get("JAX_PLATFORMS") == wanted
+
+
+class _Unwritten(ocp.AsyncCheckpointHandler):
+    """A handler whose files are never written, as the other process is gone."""
+
+    async def async_save(self, directory, args):
+        return [self]
+
+    def result(self, timeout=None):
+        raise RuntimeError("the other process is gone")
+
+    def save(self, directory, args):
+        raise NotImplementedError
+
+    def restore(self, directory, args=None):
+        raise NotImplementedError
+
+
+@ocp.args.register_with_handler(_Unwritten, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Nothing(ocp.args.CheckpointArgs):
+    pass
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_fails_while_orbax_writes_is_told_once(quiet, tmp_path, caplog):
+    silence = without_old_news() if quiet else contextlib.nullcontext()
+    with silence, caplog.at_level(logging.ERROR):
+        checkpointer = ocp.AsyncCheckpointer(_Unwritten())
+        checkpointer.save(tmp_path / "state", args=_Nothing())
+        with pytest.raises(RuntimeError, match="the other process is gone"):
+            checkpointer.wait_until_finished()
+    assert ("Traceback" in caplog.text) != quiet
