@@ -1,31 +1,11 @@
-"""A run of two processes that is killed again and again: the harness, and a short soak (slow)."""
+"""The harness of a run that is killed again and again. A short soak is a step of `.ci/run`."""
 
 import collections
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.soak import check, plan
 from tests.soak.disk import Disk
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.slow
-def test_ten_kills(tmp_path):
-    table = tmp_path / "table.md"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--kills=10", "--pause=5", f"--table={table}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert "bit-identical, nothing lost" in table.read_text()
 
 
 def test_the_seed_draws_the_faults():
@@ -51,6 +31,12 @@ def test_two_hundred_have_all_kinds_at_all_moments():
     assert set(moments) == set(plan.MOMENTS)
     assert min(moments.values()) >= 15
     assert {fault.process for fault in faults} == {0, 1}
+
+
+def test_the_ten_faults_of_ci_are_of_all_kinds_but_one():
+    faults = [fault for start in plan.draw(10, 113) for fault in start]
+    assert {fault.kind for fault in faults} == {*plan.KINDS} - {plan.SILENT}
+    assert {fault.moment for fault in faults} == {*plan.MOMENTS}
 
 
 LINES = b'{"step": 1}\n{"step": 2}\n{"step": 2, "v": 0}\n{"step": 3}\n'
