@@ -38,6 +38,8 @@ FIELDS = {
 }
 # On CPUs a collective waits for so long that a slow machine may reach it.
 TIMED_OUT = "a process had waited for 30 s for the other: one sentence, status 2"
+# JAX measures by the clock when a process was last heard of.
+BY_CLOCK = "ended by JAX, which takes a process for lost (SIGABRT)"
 # JAX aborts a process that cannot go on; now and then that fails while it prints its threads.
 BY_JAX = (-6, -11)
 FAKETIME = "/usr/lib/{}-linux-gnu/faketime/libfaketime.so.1"
@@ -274,11 +276,9 @@ class Soak:
         further = step + 3 if ready else -1
         if pair.wait(lambda: pair.own_step() >= max(further, 1)):
             return
-        if outcome.fault.kind == plan.CLOCK and pair.wait_for_end(60):
-            # JAX measures by the clock when a process was last heard of.
-            outcome.did = "ended by JAX, which takes a process for lost (SIGABRT)"
-            if all(p.status == -6 and "heartbeat" in p.said() for p in pair.both):
-                return
+        if outcome.fault.kind == plan.CLOCK and _ended_by_clock(pair):
+            outcome.did = BY_CLOCK
+            return
         if outcome.fault.kind == plan.PAUSE and pair.wait_for_end(LIMIT):
             # On CPUs a collective may give up after 30 s.
             outcome.did = "the other process ended with one sentence, status 2"
@@ -404,6 +404,12 @@ def _fits(step: int, moment: str) -> bool:
     if moment == "bank":
         return refreshes and not evaluates
     return not evaluates and not refreshes and step % CHECKPOINT != 0
+
+
+def _ended_by_clock(pair: Pair) -> bool:
+    """Whether JAX has ended both, since by the clock one was not heard of for too long."""
+    pair.wait_for_end(60)
+    return all(p.status == -6 and "heartbeat" in p.said() for p in pair.both)
 
 
 def _timed_out(pair: Pair) -> bool:
