@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.soak import check, plan
 from tests.soak.disk import Disk
@@ -38,6 +39,7 @@ FIELDS = {
 }
 # On CPUs a collective waits for so long that a slow machine may reach it.
 TIMED_OUT = "a process had waited for 30 s for the other: one sentence, status 2"
+AGAIN = 5
 # JAX measures by the clock when a process was last heard of.
 BY_CLOCK = "ended by JAX, which takes a process for lost (SIGABRT)"
 # JAX aborts a process that cannot go on; now and then that fails while it prints its threads.
@@ -92,9 +94,7 @@ class Soak:
 
     def run_whole(self) -> str:
         """The run without faults; what went wrong."""
-        pair = self._start(self.whole, self.base / "features", keep=10**6, writes=True)
-        pair.wait_for_end(3600)
-        pair.close()
+        pair = self._to_the_end(self.whole, self.base / "features", keep=10**6, writes=True)
         if [process.status for process in pair.both] != [0, 0]:
             return f"the whole run ended with {[p.status for p in pair.both]}: {_tail(pair)}"
         self.lines = check.Lines((self.whole / "metrics.jsonl").read_bytes())
@@ -316,9 +316,7 @@ class Soak:
 
     def finish(self) -> list[str]:
         """The rest of the run without faults; what is wrong at its end."""
-        pair = self._start(self.workdir, self._features(), keep=KEEP)
-        pair.wait_for_end(3600)
-        pair.close()
+        pair = self._to_the_end(self.workdir, self._features(), keep=KEEP)
         if [process.status for process in pair.both] != [0, 0]:
             return [f"the last start ended with {[p.status for p in pair.both]}: {_tail(pair)}"]
         wrong = self._state()
@@ -361,9 +359,20 @@ class Soak:
         }
         flags = ["--config=configs/shapes.py:smoke"]
         flags += [f"--config.{name}={value}" for name, value in fields.items()]
-        name = "whole" if workdir == self.whole else f"{self.starts:03d}"
+        name = f"{self.starts:03d}"
         variables = compiling(self.cache, writes=writes)
         return Pair(flags, workdir, self.logs, name, variables, own or [{}, {}], forked=forked)
+
+    def _to_the_end(self, *args: Path, **kwargs: Any) -> Pair:
+        """As `_start`, without faults, and again if a process had waited too long for the other."""
+        for _ in range(AGAIN):
+            self.starts += 1  # names their logs
+            pair = self._start(*args, **kwargs)
+            pair.wait_for_end(3600)
+            pair.close()
+            if not _timed_out(pair):
+                break
+        return pair
 
     def _features(self) -> Path:
         return self.disk.place / f"features-{self.stores}"

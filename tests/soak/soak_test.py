@@ -1,4 +1,4 @@
-"""The harness of a run that is killed again and again. A short soak is a step of `.ci/run`."""
+"""The harness of a run that is killed again and again. A short soak is a job of the workflow."""
 
 import collections
 
