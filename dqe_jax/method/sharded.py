@@ -78,14 +78,45 @@ def _counted_quantiles(
     quantiles: Sequence[Scalar],
     candidate_axis: str | None,
 ) -> list[Array]:
-    """The bits of the value at a rank are found from the highest to the lowest.
-
-    For each bit all devices count the values below a guess, for all quantiles at once. It ends as
-    soon as one value alone is left for each: of some thousands after about 20 of the 32 bits.
-    """
     keys = _in_blocks(jnp.where(mask, _key_of(values), jnp.int32(_LAST)))
     places = [_neighbours(count, q) for q in quantiles]
     ranks = jnp.stack([below for below, _, _ in places], axis=1)  # [B, number of quantiles]
+
+    def everywhere(keys: Array) -> tuple[Array, Array, Array]:
+        return _search(keys, ranks, candidate_axis)
+
+    def gathered(keys: Array) -> tuple[Array, Array, Array]:
+        # XLA's CPU backend may start another exchange while a loop that holds one runs; processes
+        # that do so in different orders would wait for each other for ever.
+        return _search(lax.all_gather(keys, str(candidate_axis), axis=1, tiled=True), ranks, None)
+
+    if candidate_axis is None:
+        found, following, up_to = everywhere(keys)
+    else:
+        found, following, up_to = lax.platform_dependent(keys, cpu=gathered, default=everywhere)
+    results = []
+    for i, (_, above, weight) in enumerate(places):
+        upper = jnp.where(up_to[:, i] > above, found[:, i], following[:, i])
+        low, high = (_float_of(key) for key in (found[:, i], upper))
+        results.append(low + (high - low) * weight)
+    return results
+
+
+def _search(keys: Array, ranks: Array, candidate_axis: str | None) -> tuple[Array, Array, Array]:
+    """The keys of each row at these ranks, the next larger keys, and how many are not larger.
+
+    The bits of a key are found from the highest to the lowest. For each bit all devices count the
+    keys below a guess, for all ranks at once. It ends as soon as one key alone is left for each
+    rank: of some thousands after about 26 of the 32 bits.
+
+    Args:
+      keys: int32 `[B, G, C, LANES]`.
+      ranks: int32 `[B, Q]`, from 0.
+      candidate_axis: see the module.
+
+    Returns:
+      Keys int32 `[B, Q]` twice, and numbers `[B, Q]`.
+    """
     size = keys[0].size * (1 if candidate_axis is None else lax.axis_size(candidate_axis))
     number = jnp.float32 if size < EXACT else jnp.int32  # the first is quicker
 
@@ -98,10 +129,6 @@ def _counted_quantiles(
         below = keys[:, None] < guess[:, :, None, None, None]
         return below.sum((2, 3, 4), dtype=number)
 
-    def number_below(guess: Array) -> Array:
-        below = lax.platform_dependent(guess, cpu=by_bytes, default=at_once)
-        return total(below, candidate_axis)
-
     def unsure(state: tuple[Array, ...]) -> Array:
         span, _, under, up_to = state
         return (span > 0) & (up_to - under > 1).any()
@@ -109,10 +136,9 @@ def _counted_quantiles(
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         span, first, under, up_to = state
         half = span >> 1
-        guess = lax.bitcast_convert_type(
-            lax.bitcast_convert_type(first, jnp.uint32) + half + 1, jnp.int32
-        )
-        below = number_below(guess)
+        guess = _raised(first, half + 1)
+        below = lax.platform_dependent(guess, cpu=by_bytes, default=at_once)
+        below = total(below, candidate_axis)
         higher = below <= ranks
         first, under = jnp.where(higher, guess, first), jnp.where(higher, below, under)
         return half, first, under, jnp.where(higher, up_to, below)
@@ -126,22 +152,22 @@ def _counted_quantiles(
         jnp.full(ranks.shape, size, number),
     )
     span, first, _, up_to = lax.while_loop(unsure, step, state)
-    last = lax.bitcast_convert_type(lax.bitcast_convert_type(first, jnp.uint32) + span, jnp.int32)
+    last, flat = _raised(first, span), keys.reshape(len(keys), -1)
 
     def lowest(which: Array) -> Array:
         return jnp.where(which, flat, _LAST).min(1)
 
-    flat, columns = keys.reshape(len(keys), -1), range(len(quantiles))
+    columns = range(ranks.shape[1])
     found = jnp.stack([lowest(flat >= first[:, i : i + 1]) for i in columns], axis=1)
     following = jnp.stack([lowest(flat > last[:, i : i + 1]) for i in columns], axis=1)
     if candidate_axis is not None:
         found, following = lax.pmin((found, following), candidate_axis)
-    results = []
-    for i, (_, above, weight) in enumerate(places):
-        upper = jnp.where(up_to[:, i] > above, found[:, i], following[:, i])
-        low, high = (_float_of(key) for key in (found[:, i], upper))
-        results.append(low + (high - low) * weight)
-    return results
+    return found, following, up_to
+
+
+def _raised(keys: Array, by: Array) -> Array:
+    """`keys + by`, with `by` of uint32."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(keys, jnp.uint32) + by, jnp.int32)
 
 
 def _in_blocks(keys: Array) -> Array:
