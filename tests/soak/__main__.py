@@ -13,6 +13,7 @@ import argparse
 import collections
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -35,20 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     began = time.monotonic()
     pair.warm()
-    with tempfile.TemporaryDirectory(prefix="soak-") as place:
-        base = given.place or Path(place)
-        base.mkdir(parents=True, exist_ok=True)
-        library = run.FAKETIME.format(platform.machine())
-        soak = run.Soak(
-            base.absolute(),
-            given.kills,
-            pause=given.pause,
-            clock=library if os.path.exists(library) else "",
-        )
-        try:
-            outcomes, wrong = _run(soak, given.kills, given.seed, began)
-        finally:
-            soak.close()
+    # Not a TemporaryDirectory, which the first fork that ends would remove.
+    base = given.place or Path(tempfile.mkdtemp(prefix="soak-"))
+    base.mkdir(parents=True, exist_ok=True)
+    library = run.FAKETIME.format(platform.machine())
+    soak = run.Soak(
+        base.absolute(),
+        given.kills,
+        pause=given.pause,
+        clock=library if os.path.exists(library) else "",
+    )
+    try:
+        outcomes, wrong = _run(soak, given.kills, given.seed, began)
+    finally:
+        soak.close()
+        if not given.place:
+            shutil.rmtree(base)
     skipped = _not_run(soak)
     table = _table(outcomes, skipped, wrong, given.kills, given.seed, time.monotonic() - began)
     sys.stdout.write(table)
