@@ -6,6 +6,7 @@ those of `jax.random`, by query and chunk; all else of the statement is NumPy.
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -275,3 +276,26 @@ def test_the_baseline_of_the_benchmark_is_the_rule():
         low, high = drops(delta[others], 1)
         expected = set(np.flatnonzero(others & (delta > low) & (delta <= high)))
         assert set(rows.tolist()) == expected
+
+
+def test_no_exchange_lies_in_the_loop_that_finds_quantiles():
+    """On CPUs another one may start while such a loop runs: two processes would wait for ever."""
+
+    def quantiles(values):
+        mask = jnp.ones(values.shape, bool)
+        count = jnp.full(len(values), 2 * values.shape[1])
+        return sharded.distributed_quantile(values, mask, count, (0.1, 0.5), "devices")
+
+    mapped = jax.pmap(quantiles, axis_name="devices", devices=jax.devices()[:2])
+    values = np.random.default_rng(0).normal(size=(2, 3, 700)).astype(np.float32)
+    for one, wanted in zip(mapped(values), (0.1, 0.5)):
+        whole = np.concatenate(list(values), axis=1)
+        np.testing.assert_allclose(one[0], np.quantile(whole, wanted, axis=1), atol=1e-6)
+    program = mapped.lower(values).compile().as_text()
+    parts = dict(re.findall(r"^%?([\w.-]+) \(.*?\) -> .*?\{\n(.*?)^\}", program, re.M | re.S))
+    bodies = re.findall(r"body=%?([\w.-]+)", program)
+    assert bodies
+    exchanges = ("all-reduce", "all-gather", "all-to-all")
+    assert any(name in program for name in exchanges)
+    for body in bodies:
+        assert not any(name in parts[body] for name in exchanges)
