@@ -162,8 +162,11 @@ def _begin(log: Path, variables: Mapping[str, str]) -> None:
     sys.stdin = os.fdopen(0)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     import logging
+    from multiprocessing import util
 
     logging.getLogger().handlers.clear()
+    # It would end the processes of the harness, such as the one that reads checkpoints.
+    atexit.unregister(util._exit_function)
     os.environ |= variables
     import jax
 
