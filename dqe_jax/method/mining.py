@@ -11,7 +11,8 @@ Pure functions per device, like the training step, made of the parts in `trns.py
 
 From the bank every device scores the queries of all devices against its own rows, chunk by chunk
 with the maximum over tokens inside, for some queries at a time: beside the bank it holds a few
-arrays `[chunk_queries, rows of the device]`, never `[B, N, M]`. Only candidates are exchanged.
+arrays `[chunk_queries, rows of the device]`, never `[B, N, M]`. Only candidates are exchanged; on
+CPUs, for quantiles, one number for each query and row too (see `sharded.py`).
 """
 
 from __future__ import annotations

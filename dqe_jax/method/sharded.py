@@ -39,6 +39,8 @@ def distributed_quantile(
 ) -> list[Float[Array, " B"]]:
     """`np.quantile(values[i, mask[i]], q)` of each row, exact, without moving the values.
 
+    On CPUs alone the values are moved: each device then holds those of all, `[B, N]`.
+
     Args:
       values: float32 `[B, N of the device]`.
       mask: bool `[B, N of the device]`, which values count.
@@ -78,6 +80,7 @@ def _counted_quantiles(
     quantiles: Sequence[Scalar],
     candidate_axis: str | None,
 ) -> list[Array]:
+    """As `distributed_quantile`, for more values than are sorted."""
     keys = _in_blocks(jnp.where(mask, _key_of(values), jnp.int32(_LAST)))
     places = [_neighbours(count, q) for q in quantiles]
     ranks = jnp.stack([below for below, _, _ in places], axis=1)  # [B, number of quantiles]
